@@ -1,0 +1,82 @@
+"""What deciders return: changes grouped so that each group is stored whole or not at all.
+
+The object in an `Update` or `Remove` carries in `meta.version` the version that was read; if the
+stored object has moved on, the group is refused and the decider, being level-triggered, decides anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from proto import store_pb2 as pb
+from proto.objects_pb2 import Cluster, Network, Node, Service, Task
+
+Record = Cluster | Node | Service | Task | Network
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    record: Record
+
+
+Change = Create | Update | Remove
+Group = tuple[Change, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a decider wants: groups to store, and when (Unix s) to be asked again even without a change."""
+
+    groups: tuple[Group, ...] = ()
+    wake_at: float | None = None
+
+
+_KINDS: dict[type, tuple[str, pb.ObjectKind.ValueType]] = {
+    Cluster: ("cluster", pb.CLUSTER_KIND),
+    Node: ("node", pb.NODE_KIND),
+    Service: ("service", pb.SERVICE_KIND),
+    Task: ("task", pb.TASK_KIND),
+    Network: ("network", pb.NETWORK_KIND),
+}
+
+
+def wrap(record: Record) -> pb.Object:
+    """The record inside the union message."""
+    wrapped = pb.Object()
+    getattr(wrapped, _KINDS[type(record)][0]).CopyFrom(record)
+    return wrapped
+
+
+def unwrap(wrapped: pb.Object) -> Record:
+    """The record held by the union message."""
+    kind = wrapped.WhichOneof("kind")
+    assert kind is not None, "empty Object"
+    record: Record = getattr(wrapped, kind)
+    return record
+
+
+def transaction(changes: Iterable[Change], at: float, request_id: str = "") -> pb.Transaction:
+    """The wire form of one group."""
+    message = pb.Transaction(request_id=request_id, at=at)
+    for change in changes:
+        match change:
+            case Create(record):
+                message.changes.add(action=pb.Change.CREATE, object=wrap(record))
+            case Update(record):
+                message.changes.add(action=pb.Change.UPDATE, object=wrap(record))
+            case Remove(record):
+                message.changes.add(
+                    action=pb.Change.REMOVE, kind=_KINDS[type(record)][1], id=record.id, version=record.meta.version
+                )
+    return message

@@ -1,0 +1,210 @@
+"""The replicated state: tables, and the deterministic rule that applies a log entry to them.
+
+`apply` is the only authority. It checks versions, names and existence itself, so two managers that
+propose from stale reads cannot both win; it never reads a clock, never draws a random number and never
+raises. Readers see live tables: within one turn of the event loop nothing changes under them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+
+from proto import store_pb2 as pb
+from proto.objects_pb2 import Cluster, Network, Node, Service, Task
+from swarm.store.changes import Record, unwrap, wrap
+from swarm.store.table import Table
+
+DEDUPE_LIMIT = 10_000
+"""Remembered request IDs: at 1,000 writes per second a retry has 10 s, three times its deadline."""
+OBJECT_BYTES_MAX = 1_000_000
+"""One object; the reference limits a Raft entry to 1.5 MiB."""
+
+_TABLE_NAMES = {
+    pb.CLUSTER_KIND: "clusters",
+    pb.NODE_KIND: "nodes",
+    pb.SERVICE_KIND: "services",
+    pb.TASK_KIND: "tasks",
+    pb.NETWORK_KIND: "networks",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """`before` is None for a creation, `after` is None for a removal."""
+
+    before: Record | None
+    after: Record | None
+
+    @property
+    def record(self) -> Record:
+        record = self.after if self.after is not None else self.before
+        assert record is not None
+        return record
+
+
+Listener = Callable[[Sequence[Event]], None]
+
+
+class Store:
+    def __init__(self) -> None:
+        self.version = 0
+        """Sequence of the last transaction that changed something; every manager counts alike."""
+        self._clear()
+        self._listeners: list[Listener] = []
+
+    def _clear(self) -> None:
+        self.clusters: Table[Cluster] = Table()
+        self.nodes: Table[Node] = Table()
+        self.services: Table[Service] = Table(name_of=lambda s: s.spec.annotations.name)
+        self.networks: Table[Network] = Table(name_of=lambda n: n.spec.annotations.name)
+        self.tasks: Table[Task] = Table(service=lambda t: t.service_id, node=lambda t: t.node_id)
+        self._verdicts: OrderedDict[str, pb.Verdict] = OrderedDict()
+
+    @classmethod
+    def of(cls, *records: Record) -> Store:
+        """A store holding these records: for tests and simulations of pure deciders."""
+        store = cls()
+        for record in records:
+            store._table(record).put(record)
+        return store
+
+    @property
+    def cluster(self) -> Cluster | None:
+        return next(iter(self.clusters), None)
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener` with the events of each applied entry; returns the way to stop that.
+        A listener must return at once; after a snapshot was installed it gets an empty sequence,
+        which means: re-read everything."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    # ---- the state machine
+
+    def apply(self, entry: bytes) -> bytes:
+        """Apply one log entry; returns a serialised `EntryResult` with one verdict per transaction."""
+        result = pb.EntryResult()
+        events: list[Event] = []
+        try:
+            transactions: Iterable[pb.Transaction] = pb.Entry.FromString(entry).transactions
+        except DecodeError as error:
+            result.verdicts.add(code=pb.Verdict.INVALID, message=f"undecodable entry: {error}")
+            transactions = ()
+        for transaction in transactions:
+            result.verdicts.append(self._apply_once(transaction, events))
+        if events:
+            self._notify(events)
+        return result.SerializeToString(deterministic=True)
+
+    def _apply_once(self, transaction: pb.Transaction, events: list[Event]) -> pb.Verdict:
+        known = self._verdicts.get(transaction.request_id) if transaction.request_id else None
+        if known is not None:
+            return known
+        verdict = self._check(transaction)
+        if verdict.code == pb.Verdict.OK:
+            self.version += 1
+            events.extend(self._perform(change, transaction.at) for change in transaction.changes)
+            verdict.version = self.version
+        if transaction.request_id:
+            self._verdicts[transaction.request_id] = verdict
+            while len(self._verdicts) > DEDUPE_LIMIT:
+                self._verdicts.popitem(last=False)
+        return verdict
+
+    def _check(self, transaction: pb.Transaction) -> pb.Verdict:
+        """The first reason why the transaction cannot be applied, or OK."""
+        names: set[tuple[str, str]] = set()
+        for change in transaction.changes:
+            if change.action == pb.Change.REMOVE:
+                existing = self._table_of(change.kind).get(change.id)
+                if existing is None:
+                    return pb.Verdict(code=pb.Verdict.NOT_FOUND, message=change.id)
+                if change.version and existing.meta.version != change.version:
+                    return pb.Verdict(code=pb.Verdict.CONFLICT, message=change.id)
+                continue
+            if change.object.WhichOneof("kind") is None or change.object.ByteSize() > OBJECT_BYTES_MAX:
+                return pb.Verdict(
+                    code=pb.Verdict.INVALID, message=f"object empty or larger than {OBJECT_BYTES_MAX} bytes"
+                )
+            record = unwrap(change.object)
+            table = self._table(record)
+            existing = table.get(record.id)
+            if change.action == pb.Change.CREATE and existing is not None:
+                return pb.Verdict(code=pb.Verdict.EXISTS, message=record.id)
+            if change.action == pb.Change.UPDATE:
+                if existing is None:
+                    return pb.Verdict(code=pb.Verdict.NOT_FOUND, message=record.id)
+                if existing.meta.version != record.meta.version:
+                    return pb.Verdict(code=pb.Verdict.CONFLICT, message=record.id)
+            if isinstance(record, Service | Network):
+                name = record.spec.annotations.name
+                key = (type(record).__name__, name.lower())
+                if table.name_owner(record) is not None or (name and key in names):
+                    return pb.Verdict(code=pb.Verdict.NAME_TAKEN, message=name)
+                names.add(key)
+        return pb.Verdict(code=pb.Verdict.OK)
+
+    def _perform(self, change: pb.Change, at: float) -> Event:
+        if change.action == pb.Change.REMOVE:
+            table = self._table_of(change.kind)
+            before = table.get(change.id)
+            table.discard(change.id)
+            return Event(before, None)
+        record = unwrap(change.object)
+        table = self._table(record)
+        before = table.get(record.id)
+        record.meta.version = self.version
+        record.meta.updated_at = at
+        record.meta.created_at = before.meta.created_at if before is not None else at
+        table.put(record)
+        return Event(before, record)
+
+    def _table_of(self, kind: pb.ObjectKind.ValueType) -> Table[Record]:
+        table: Table[Record] = getattr(self, _TABLE_NAMES[kind])
+        return table
+
+    def _table(self, record: Record) -> Table[Record]:
+        table: Table[Record] = getattr(self, type(record).__name__.lower() + "s")
+        return table
+
+    def _notify(self, events: Sequence[Event]) -> None:
+        for listener in list(self._listeners):
+            listener(events)
+
+    # ---- snapshots
+
+    def dump(self) -> Iterator[bytes]:
+        """The whole state as records: a header, then every object. The list is taken at the first
+        step, and stored objects are never mutated, so the rest may run beside further writes."""
+        header = pb.DumpHeader(version=self.version)
+        for request_id, verdict in self._verdicts.items():
+            header.verdicts.add(request_id=request_id, verdict=verdict)
+        rows: list[Record] = [row for name in _TABLE_NAMES.values() for row in getattr(self, name)]
+        yield header.SerializeToString(deterministic=True)
+        for row in rows:
+            yield wrap(row).SerializeToString(deterministic=True)
+
+    def load(self, records: Iterable[bytes]) -> None:
+        """Replace the whole state by what `dump` wrote."""
+        source = iter(records)
+        header = pb.DumpHeader.FromString(next(source))
+        self._clear()
+        self.version = header.version
+        for remembered in header.verdicts:
+            self._verdicts[remembered.request_id] = remembered.verdict
+        for raw in source:
+            record = unwrap(pb.Object.FromString(raw))
+            self._table(record).put(record)
+        self._notify(())
+
+    def digest(self) -> str:
+        """SHA-256 over the dump: equal on every manager at the same version."""
+        whole = hashlib.sha256()
+        for record in self.dump():
+            whole.update(len(record).to_bytes(4, "big") + record)
+        return whole.hexdigest()
