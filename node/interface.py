@@ -81,7 +81,7 @@ class Images(Protocol):
         """docker-archive or oci-archive; returns the names loaded."""
         ...
 
-    async def list(self) -> list[StoredImage]: ...
+    async def stored(self) -> list[StoredImage]: ...
 
     async def remove(self, ref: str, force: bool, in_use: frozenset[str]) -> tuple[list[str], str]:
         """(names removed, ID deleted or ""). `in_use`: image IDs that local tasks use."""
@@ -151,7 +151,7 @@ class Runtime(Protocol):
         """Kill if needed and reclaim all of it: mounts, cgroup, writable layer, anonymous volumes, logs."""
         ...
 
-    async def list(self) -> list[ContainerStatus]:
+    async def containers(self) -> list[ContainerStatus]:
         """All containers of this agent that exist, whatever process made them."""
         ...
 
