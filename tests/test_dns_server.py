@@ -10,6 +10,7 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from dnslib import RCODE, RR, A, DNSRecord
@@ -40,7 +41,7 @@ async def server(tmp_path: Path) -> AsyncIterator[NameServerProcess]:
 def dig(name: str, *options: str) -> list[str]:
     argv = ["ip", "netns", "exec", NETNS, "dig", f"@{LISTEN_ADDRESS}", "-p", str(LISTEN_PORT), "+time=2", "+tries=1"]
     done = subprocess.run([*argv, "+short", *options, name], capture_output=True, text=True, check=False, timeout=20)
-    return sorted(done.stdout.split())
+    return sorted(line for line in done.stdout.splitlines() if not line.startswith(";"))
 
 
 async def asked(name: str, *options: str) -> list[str]:
@@ -58,8 +59,7 @@ class Upstream(asyncio.DatagramProtocol):
     transport: asyncio.DatagramTransport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.DatagramTransport)
-        self.transport = transport
+        self.transport = cast("asyncio.DatagramTransport", transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         reply = DNSRecord.parse(data).reply()
