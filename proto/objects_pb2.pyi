@@ -843,6 +843,7 @@ class Task(_message.Message):
     NETWORKS_FIELD_NUMBER: _builtins.int
     ENDPOINT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    RUNNING_AT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     spec_version: _builtins.int
     """Service.spec_version it was made from"""
@@ -854,6 +855,8 @@ class Task(_message.Message):
     """written by managers"""
     reason: _builtins.str
     """why this task exists or was moved: one line for people"""
+    running_at: _builtins.float
+    """when it was first seen RUNNING; kept only while its service is being updated"""
     @_builtins.property
     def meta(self) -> Global___Meta: ...
     @_builtins.property
@@ -886,10 +889,11 @@ class Task(_message.Message):
         networks: _abc.Iterable[Global___NetworkAttachment] | None = ...,
         endpoint: Global___EndpointSpec | None = ...,
         reason: _builtins.str = ...,
+        running_at: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "meta", b"meta", "service_annotations", b"service_annotations", "spec", b"spec", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_state", b"desired_state", "endpoint", b"endpoint", "id", b"id", "meta", b"meta", "networks", b"networks", "node_id", b"node_id", "reason", b"reason", "service_annotations", b"service_annotations", "service_id", b"service_id", "slot", b"slot", "spec", b"spec", "spec_version", b"spec_version", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_state", b"desired_state", "endpoint", b"endpoint", "id", b"id", "meta", b"meta", "networks", b"networks", "node_id", b"node_id", "reason", b"reason", "running_at", b"running_at", "service_annotations", b"service_annotations", "service_id", b"service_id", "slot", b"slot", "spec", b"spec", "spec_version", b"spec_version", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1150,10 +1154,16 @@ class UpdateStatus(_message.Message):
     STARTED_AT_FIELD_NUMBER: _builtins.int
     COMPLETED_AT_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    SPEC_VERSION_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
     state: Global___UpdateStatus.State.ValueType
     started_at: _builtins.float
     completed_at: _builtins.float
     message: _builtins.str
+    spec_version: _builtins.int
+    """Service.spec_version this update is about; another one starts a new update"""
+    slots: _builtins.int
+    """slots to replace when it began: the base of max_failure_ratio"""
     def __init__(
         self,
         *,
@@ -1161,10 +1171,12 @@ class UpdateStatus(_message.Message):
         started_at: _builtins.float = ...,
         completed_at: _builtins.float = ...,
         message: _builtins.str = ...,
+        spec_version: _builtins.int = ...,
+        slots: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed_at", b"completed_at", "message", b"message", "started_at", b"started_at", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed_at", b"completed_at", "message", b"message", "slots", b"slots", "spec_version", b"spec_version", "started_at", b"started_at", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
+
+from google.protobuf.message import Message
 
 from proto import store_pb2 as pb
 from proto.objects_pb2 import Cluster, Network, Node, Service, Task
 
 Record = Cluster | Node | Service | Task | Network
+R = TypeVar("R", bound=Message)
+
+
+def copy_of(record: R) -> R:
+    """A copy to change and commit; records taken from the store are never mutated."""
+    copy = type(record)()
+    copy.CopyFrom(record)
+    return copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +47,12 @@ Group = tuple[Change, ...]
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a decider wants: groups to store, and when (Unix s) to be asked again even without a change."""
+    """What a decider wants: groups to store, and when (Unix s) to be asked again even without a change:
+    about everything (`wake_at`), or about single services (`wakes`: service ID, time)."""
 
     groups: tuple[Group, ...] = ()
     wake_at: float | None = None
+    wakes: tuple[tuple[str, float], ...] = ()
 
 
 _KINDS: dict[type, tuple[str, pb.ObjectKind.ValueType]] = {

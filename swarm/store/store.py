@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 
 from proto import store_pb2 as pb
 from proto.objects_pb2 import Cluster, Network, Node, Service, Task
+from swarm.store import states
 from swarm.store.changes import Record, unwrap, wrap
 from swarm.store.table import Table
 
@@ -62,7 +63,14 @@ class Store:
         self.nodes: Table[Node] = Table()
         self.services: Table[Service] = Table(name_of=lambda s: s.spec.annotations.name)
         self.networks: Table[Network] = Table(name_of=lambda n: n.spec.annotations.name)
-        self.tasks: Table[Task] = Table(service=lambda t: t.service_id, node=lambda t: t.node_id)
+        self.tasks: Table[Task] = Table(
+            service=lambda t: t.service_id,
+            node=lambda t: t.node_id,
+            network=lambda t: {leg.network_id for leg in t.networks},
+            waiting=states.waiting_for,  # "allocation" or "node"
+            loading=lambda t: t.node_id if states.is_runnable(t) and not states.has_stopped(t) else "",
+            reserving=lambda t: t.node_id if states.reserves(t) else "",
+        )
         self._verdicts: OrderedDict[str, pb.Verdict] = OrderedDict()
 
     @classmethod

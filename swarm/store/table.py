@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from swarm.store.changes import Record
 
 T = TypeVar("T", bound=Record)
-KeyOf = Callable[[T], str]
+NameOf = Callable[[T], str]
+KeysOf = Callable[[T], str | Iterable[str]]
+"""What an index files an object under: one key, several distinct keys, or none ("")."""
 
 
 class Table(Generic[T]):
     """Objects are never mutated by readers: copy, change the copy, and commit that."""
 
-    def __init__(self, name_of: KeyOf[T] | None = None, **indexes: KeyOf[T]) -> None:
+    def __init__(self, name_of: NameOf[T] | None = None, **indexes: KeysOf[T]) -> None:
         self._rows: dict[str, T] = {}
         self._name_of = name_of
         self._ids_by_name: dict[str, str] = {}
-        self._keys_of: Mapping[str, KeyOf[T]] = indexes
+        self._keys_of: Mapping[str, KeysOf[T]] = indexes
         self._indexes: dict[str, dict[str, dict[str, T]]] = {name: {} for name in indexes}
 
     def __len__(self) -> int:
@@ -44,6 +46,10 @@ class Table(Generic[T]):
     def count(self, index: str, key: str) -> int:
         return len(self._indexes[index].get(key, ()))
 
+    def keys(self, index: str) -> list[str]:
+        """Every key under which something is filed."""
+        return list(self._indexes[index])
+
     def name_owner(self, record: T) -> str | None:
         """ID of another object that holds this record's name."""
         name = self._name_of(record).lower() if self._name_of else ""
@@ -56,7 +62,7 @@ class Table(Generic[T]):
         if self._name_of and (name := self._name_of(record)):
             self._ids_by_name[name.lower()] = record.id
         for index, key_of in self._keys_of.items():
-            if key := key_of(record):
+            for key in _several(key_of(record)):
                 self._indexes[index].setdefault(key, {})[record.id] = record
 
     def discard(self, object_id: str) -> None:
@@ -66,8 +72,14 @@ class Table(Generic[T]):
         if self._name_of and (name := self._name_of(record)):
             self._ids_by_name.pop(name.lower(), None)
         for index, key_of in self._keys_of.items():
-            if key := key_of(record):
+            for key in _several(key_of(record)):
                 rows = self._indexes[index][key]
                 del rows[object_id]
                 if not rows:
                     del self._indexes[index][key]
+
+
+def _several(keys: str | Iterable[str]) -> Iterable[str]:
+    if isinstance(keys, str):
+        return (keys,) if keys else ()
+    return keys

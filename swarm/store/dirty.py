@@ -1,0 +1,84 @@
+"""Which objects a stage must look at again: gathered from the store's events, so that one task's change
+never costs a scan of all tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from proto.objects_pb2 import Cluster, Network, Node, Service, Task
+from swarm.store import states
+from swarm.store.changes import Record
+from swarm.store.store import Event
+
+
+@dataclass(slots=True)
+class Dirty:
+    """Mutable on purpose: the leader's loop collects into one and hands it over."""
+
+    everything: bool = False
+    services: set[str] = field(default_factory=set)
+    """Services whose object or one of whose tasks changed (or is gone)."""
+    nodes: set[str] = field(default_factory=set)
+    networks: set[str] = field(default_factory=set)
+    freed: bool = False
+    """Something stopped or was removed: what found no room before may find it now."""
+
+    def __bool__(self) -> bool:
+        return self.everything or self.freed or bool(self.services or self.nodes or self.networks)
+
+    def merge(self, other: Dirty) -> None:
+        self.everything |= other.everything
+        self.freed |= other.freed
+        self.services |= other.services
+        self.nodes |= other.nodes
+        self.networks |= other.networks
+
+    def note(self, events: Iterable[Event]) -> None:
+        """Take in what one entry changed."""
+        for event in events:
+            self._note_one(event.before, event.after)
+
+    def touch(self, record: Record) -> None:
+        """Have this object looked at again (its change was refused, say)."""
+        match record:
+            case Task():
+                self.services.add(record.service_id)
+            case Service():
+                self.services.add(record.id)
+            case Node():
+                self.nodes.add(record.id)
+            case Network():
+                self.networks.add(record.id)
+            case Cluster():
+                self.everything = True
+
+    def _note_one(self, before: Record | None, after: Record | None) -> None:
+        match before, after:
+            case (Task() as old, Task() as new):
+                if states.has_stopped(new) and not states.has_stopped(old):
+                    self.freed = True
+                if not _same_to_stages(old, new):
+                    self.services.add(new.service_id)
+                return
+            case (Cluster() as old_cluster, Cluster() as new_cluster):
+                # Certificates and tokens change the cluster object too; only its spec and pools concern stages.
+                if (
+                    old_cluster.spec != new_cluster.spec
+                    or old_cluster.default_addr_pool != new_cluster.default_addr_pool
+                ):
+                    self.everything = True
+                return
+        self.freed |= after is None
+        record = after if after is not None else before
+        if record is not None:
+            self.touch(record)
+
+
+def _same_to_stages(old: Task, new: Task) -> bool:
+    """Progress between ASSIGNED and RUNNING and messages about it decide nothing."""
+    return (
+        states.milestone(old) == states.milestone(new)
+        and old.desired_state == new.desired_state
+        and old.node_id == new.node_id
+    )

@@ -1,0 +1,57 @@
+"""What the states of tasks and nodes mean, said once for the store's indexes and for every stage."""
+
+from __future__ import annotations
+
+from proto import objects_pb2 as pb
+from proto.objects_pb2 import Node, NodeStatus, Task
+
+STOPPED_BY_ITSELF = frozenset((pb.TASK_COMPLETE, pb.TASK_FAILED, pb.TASK_REJECTED))
+"""Ends that the restart policy judges; SHUTDOWN and ORPHANED are the cluster's own doing."""
+
+
+def is_runnable(task: Task) -> bool:
+    """Managers want it to run, or to stand ready to."""
+    return task.desired_state <= pb.TASK_RUNNING
+
+
+def has_stopped(task: Task) -> bool:
+    """Its node said that nothing of it runs any more (or it is ORPHANED): addresses and resources are free."""
+    return task.status.state > pb.TASK_RUNNING
+
+
+def waiting_for(task: Task) -> str:
+    """What a task that shall run still lacks: "allocation", "node" or "" (it has both)."""
+    if task.status.state >= pb.TASK_ASSIGNED or not is_runnable(task):
+        return ""
+    return "allocation" if task.status.state == pb.TASK_NEW else "node"
+
+
+def reserves(task: Task) -> bool:
+    """Holds CPU or memory on its node: from assignment until it has stopped, whatever is desired of it."""
+    if not task.node_id or not pb.TASK_ASSIGNED <= task.status.state <= pb.TASK_RUNNING:
+        return False
+    wanted = task.spec.resources.reservations
+    return wanted.nano_cpus > 0 or wanted.memory_bytes > 0
+
+
+def is_lost(node: Node | None) -> bool:
+    """The node was removed or is DOWN. UNKNOWN (a new leader has not heard of it yet) and DISCONNECTED are not lost."""
+    return node is None or node.status.state == NodeStatus.DOWN
+
+
+def takes_tasks(node: Node) -> bool:
+    """READY and ACTIVE: the scheduler may give it new tasks."""
+    return node.status.state == NodeStatus.READY and node.spec.availability == pb.ACTIVE
+
+
+def changed_at(task: Task) -> float:
+    """When its observed state was stored (leader's clock), else when it was reported (node's clock); Unix s."""
+    return task.status.applied_at or task.status.timestamp
+
+
+def milestone(task: Task) -> int:
+    """The observed state as coarsely as the stages distinguish it: what lies between ASSIGNED and RUNNING is one."""
+    state = task.status.state
+    if pb.TASK_ASSIGNED <= state < pb.TASK_RUNNING:
+        return pb.TASK_ASSIGNED
+    return state
