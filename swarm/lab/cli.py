@@ -71,7 +71,9 @@ def down(name: str | None) -> None:
 @click.option("-q", "--quiet", is_flag=True, help="Names only.")
 def list_labs(form: str, quiet: bool) -> None:
     """List the labs of this machine."""
-    rows = [{"Name": name, "Subnet": plan.subnet, "Hosts": len(plan.hosts)} for name, plan in _all_labs()]
+    rows: list[dict[str, object]] = [
+        {"Name": name, "Subnet": plan.subnet, "Hosts": len(plan.hosts)} for name, plan in _all_labs()
+    ]
     _print_rows(rows, form, quiet, "Name")
 
 
@@ -86,11 +88,15 @@ def _all_labs() -> list[tuple[str, Plan]]:
 def status(name: str | None, form: str, quiet: bool) -> None:
     """Show the hosts of a lab."""
     plan = _guard(lambda: labs.load(name or DEFAULT_NAME))
-    rows = []
+    rows: list[dict[str, object]] = []
     for host in plan.hosts:
         power = "on" if host.netns_path.exists() else "off"
         daemon = "running" if power == "on" and lab_hosts.daemon_pids(host) else "down"
-        row = {"Host": host.name, "Address": host.address, "Role": "manager" if host.manager else "worker"}
+        row: dict[str, object] = {
+            "Host": host.name,
+            "Address": host.address,
+            "Role": "manager" if host.manager else "worker",
+        }
         rows.append({**row, "Power": power, "Daemon": daemon, "Log": str(host.log)})
     _print_rows(rows, form, quiet, "Host")
 

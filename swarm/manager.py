@@ -1,0 +1,240 @@
+"""The manager process: `python -m swarm.manager --state-dir DIR --run-dir DIR`, started by the agent.
+
+It builds and wires everything that decides: the replicated store, consensus, the APIs, and, while this
+manager leads, the loops that turn desired state into assignments. It holds no container and no kernel
+networking, so its end disturbs nothing that runs.
+
+On the first manager of a new swarm the agent writes a `Bootstrap` message to its standard input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc.aio
+import structlog
+
+from proto.control_pb2_grpc import add_ControlServicer_to_server
+from proto.join_pb2_grpc import add_CertificatesServicer_to_server, add_JoinServicer_to_server
+from proto.local_pb2 import Bootstrap
+from proto.objects_pb2 import Network
+from swarm.api.control import ControlService
+from swarm.api.join import CertificatesService, JoinService
+from swarm.consensus.grpc_transport import GrpcTransport, ask_to_join
+from swarm.consensus.interface import Member
+from swarm.consensus.raft import RaftNode
+from swarm.dispatch.dispatcher import Dispatcher
+from swarm.errors import SwarmError
+from swarm.hostfiles import HostPaths, Membership
+from swarm.ids import random_id
+from swarm.leader import LeaderLoop
+from swarm.logs import configure
+from swarm.roles import RoleManager, demotion_refusal
+from swarm.security.authorize import RULES, RoleInterceptor
+from swarm.security.certificates import NodeCredentials
+from swarm.security.peers import peer_identity
+from swarm.store.changes import Create, Group
+from swarm.store.store import Store
+from swarm.store.writer import Writer
+from swarm.supervise import hold_lock
+
+INGRESS_SUBNET = "10.255.0.0/16"
+"""The reference's ingress subnet before 18.09: 65,000 tasks, outside the first /24s that users get."""
+JOIN_TIMEOUT_S = 30.0
+JOIN_RETRY_S = 0.5
+STOP_TIMEOUT_S = 5.0
+MESSAGE_BYTES_MAX = 8 << 20
+
+log = structlog.get_logger()
+
+
+class Manager:
+    def __init__(self, paths: HostPaths, membership: Membership) -> None:
+        self._paths = paths
+        self._membership = membership
+        self._credentials = NodeCredentials.load(paths.certificates)
+        self._me = Member(membership.node_id, membership.manager_addr)
+        self._store = Store()
+        self._transport = GrpcTransport(self._me, self._credentials.open_channel, _peer_node_id)
+        self._leading: list[asyncio.Task[None]] = []
+
+    async def run(self, bootstrap: Bootstrap | None, stop: asyncio.Event) -> None:
+        """Until `stop` is set. Raises SwarmError when this manager cannot take part."""
+        mtls = self._server(
+            RoleInterceptor(RULES, self._credentials.identity.cluster_id, self._is_blocked),
+        )
+        self._transport.add_to(mtls)
+        host = self._membership.listen_host
+        port = self._membership.listen_port
+        mtls.add_secure_port(f"{host}:{port + 1}", self._credentials.server_credentials())
+        members = [self._me]
+        if bootstrap is None and not any(self._paths.raft.glob("*")):
+            await mtls.start()  # the leader calls back to see that this address is right
+            members = list(await self._ask_to_join())
+        self._consensus = RaftNode(
+            me=self._me,
+            members=members,
+            directory=self._paths.raft,
+            machine=self._store,
+            transport=self._transport,
+        )
+        self._writer = Writer(self._consensus, time.time)
+        self._dispatcher = Dispatcher(
+            self._store, self._writer, self._consensus, _peer_node_id, time.time, time.monotonic
+        )
+        control = self._control()
+        self._dispatcher.add_to(mtls)
+        add_ControlServicer_to_server(control, mtls)
+        certificates = CertificatesService(self._store, self._writer, self._consensus, self._credentials)
+        add_CertificatesServicer_to_server(certificates, mtls)
+        join = self._server()
+        add_JoinServicer_to_server(JoinService(certificates), join)
+        join.add_secure_port(f"{host}:{port}", self._credentials.join_server_credentials())
+        local = self._server()
+        add_ControlServicer_to_server(control, local)
+        _bind_unix(local, self._paths.manager_socket)
+
+        await self._consensus.start()
+        await mtls.start()
+        self._consensus.on_leadership(self._on_leadership)
+        if bootstrap is not None:
+            await self._bootstrap(bootstrap)
+        await join.start()
+        await local.start()
+        self._paths.manager_socket.chmod(0o660)
+        log.info("manager runs", node=self._me.node_id, addr=self._me.addr)
+        await stop.wait()
+        log.info("manager stops")
+        self._on_leadership(False)
+        await local.stop(0)
+        await join.stop(0)
+        await self._consensus.stop()
+        await mtls.stop(0)
+
+    def _server(self, *interceptors: grpc.aio.ServerInterceptor) -> grpc.aio.Server:
+        limits = [
+            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.so_reuseport", 0),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", 500),
+            ("grpc.http2.max_ping_strikes", 0),
+        ]
+        return grpc.aio.server(interceptors=interceptors, options=limits)
+
+    def _control(self) -> ControlService:
+        return ControlService(
+            self._store,
+            self._writer,
+            self._consensus,
+            self._credentials.open_channel,
+            self._dispatcher.logs,
+            time.time,
+            random_id,
+            demotion_refusal,
+        )
+
+    def _is_blocked(self, node_id: str) -> bool:
+        cluster = self._store.cluster
+        return cluster is not None and node_id in cluster.blocked_certificates
+
+    async def _ask_to_join(self) -> tuple[Member, ...]:
+        """Become a member of consensus through any manager; leaders come and go, so insist."""
+        deadline = time.monotonic() + JOIN_TIMEOUT_S
+        while True:
+            for addr in self._membership.manager_addrs:
+                try:
+                    return await ask_to_join(
+                        self._credentials.open_channel, addr, self._me, deadline - time.monotonic()
+                    )
+                except SwarmError as error:
+                    failure = error
+                    log.info("not a member yet", via=addr, reason=str(error))
+            if time.monotonic() > deadline:
+                raise failure
+            await asyncio.sleep(JOIN_RETRY_S)
+
+    async def _bootstrap(self, bootstrap: Bootstrap) -> None:
+        """Store the first objects of a new swarm."""
+        led = asyncio.Event()
+        self._consensus.on_leadership(lambda leads: led.set() if leads else None)
+        await asyncio.wait_for(led.wait(), JOIN_TIMEOUT_S)
+        if self._store.cluster is None:
+            ingress = Network(id=random_id())
+            ingress.spec.annotations.name = "ingress"
+            ingress.spec.driver = "overlay"
+            ingress.spec.ingress = True
+            ingress.spec.ipam.subnet = INGRESS_SUBNET
+            group: Group = (Create(bootstrap.cluster), Create(bootstrap.node), Create(ingress))
+            await self._writer.commit(group, request_id=f"bootstrap-{bootstrap.cluster.id}")
+
+    def _on_leadership(self, leads: bool) -> None:
+        for task in self._leading:
+            task.cancel()
+        self._leading = []
+        if leads:
+            loops: list[Callable[[], object]] = [
+                LeaderLoop(self._store, self._writer, random_id, time.time).run,
+                RoleManager(self._store, self._writer, self._consensus, time.time).run,
+                self._dispatcher.run,
+            ]
+            self._leading = [asyncio.ensure_future(run()) for run in loops]  # type: ignore[arg-type]
+        log.info("leadership", leads=leads)
+
+
+def _peer_node_id(context: grpc.aio.ServicerContext) -> str:
+    return peer_identity(context).node_id
+
+
+def _bind_unix(server: grpc.aio.Server, path: Path) -> None:
+    path.unlink(missing_ok=True)
+    old_mask = os.umask(0o117)
+    try:
+        server.add_insecure_port(f"unix://{path}")
+    finally:
+        os.umask(old_mask)
+
+
+async def _main(paths: HostPaths) -> int:
+    membership = paths.load_membership()
+    if membership is None:
+        log.error("this host is no member of a swarm", file=str(paths.membership))
+        return 1
+    raw = sys.stdin.buffer.read() if not sys.stdin.isatty() else b""
+    bootstrap = Bootstrap.FromString(raw) if raw else None
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        await Manager(paths, membership).run(bootstrap, stop)
+    except SwarmError as error:
+        log.error("manager cannot run", reason=str(error))
+        return 1
+    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m swarm.manager", description=__doc__)
+    parser.add_argument("--state-dir", type=Path, required=True)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--log-level", default="info")
+    options = parser.parse_args()
+    configure(options.log_level)
+    lock = hold_lock(options.run_dir / "manager.lock")
+    if lock is None:
+        log.error("another manager process runs", run_dir=str(options.run_dir))
+        sys.exit(1)
+    with contextlib.closing(lock):
+        sys.exit(asyncio.run(_main(HostPaths(options.state_dir, options.run_dir))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""A child that outlives its supervisor is adopted, not doubled; one that dies is started again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+from swarm.supervise import Supervisor, holder
+from tests.waiting import until
+
+CHILD = """
+import sys, signal
+from pathlib import Path
+from swarm.supervise import hold_lock
+lock = hold_lock(Path(sys.argv[1]))
+if lock is None: sys.exit(3)
+Path(sys.argv[1] + ".input").write_bytes(sys.stdin.buffer.read())
+signal.pause()
+"""
+
+
+def supervisor(directory: Path) -> Supervisor:
+    lock = directory / "child.lock"
+    return Supervisor("child", [sys.executable, "-c", CHILD, str(lock)], lock, directory / "child.log")
+
+
+async def test_a_dead_child_is_replaced_and_the_first_input_is_given_once(tmp_path: Path) -> None:
+    kept = supervisor(tmp_path)
+    given = tmp_path / "child.lock.input"
+    kept.start(b"secret")
+    await until(lambda: given.exists() and given.read_bytes() == b"secret")
+    first = kept.pid
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: kept.pid not in (0, first) and given.read_bytes() == b"")
+    await kept.stop(5)
+    assert kept.pid == 0
+
+
+async def test_a_new_supervisor_adopts_the_running_child(tmp_path: Path) -> None:
+    before = supervisor(tmp_path)
+    before.start()
+    await until(lambda: before.pid != 0)
+    pid = before.pid
+    assert before._task is not None
+    before._task.cancel()  # the supervisor's process is gone, the child stays
+    after = supervisor(tmp_path)
+    after.start()
+    await asyncio.sleep(0)
+    assert after.pid == pid
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: after.pid not in (0, pid))
+    await after.stop(5)
+    assert holder(tmp_path / "child.lock") == 0
