@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import click
@@ -64,6 +65,14 @@ def up(name: str, managers: int, workers: int) -> None:
 def down(name: str | None) -> None:
     """Remove a lab: no process, namespace, mount, link, rule, cgroup or file of it is left."""
     _guard(lambda: labs.down(name or DEFAULT_NAME))
+
+
+@lab.command("load")
+@click.option("-i", "--input", "archive", required=True, type=click.Path(exists=True, dir_okay=False), help="Archive.")
+def load_image(archive: str) -> None:
+    """Load an image archive into the machine's store, which every host of every lab reads."""
+    for name in _guard(lambda: labs.load_image(Path(archive))):
+        click.echo(f"Loaded image: {name}")
 
 
 @lab.command("ls")

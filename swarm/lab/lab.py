@@ -3,6 +3,7 @@ and daemon, joined by a bridge. Nothing is simulated; a lab is also the base of 
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import shutil
@@ -211,6 +212,18 @@ def _take_down(plan: Plan) -> None:
     shutil.rmtree(plan.state_dir, ignore_errors=True)
 
 
+def load_image(archive: Path) -> list[str]:
+    """Load into the machine's own store; returns the names loaded. Raises LabError."""
+    from node.images import ImageStore
+    from node.interface import ImageFault
+
+    store = ImageStore(Path(hosts.IMAGE_STORE), Path("/run/containers/storage"), (), frozenset())
+    try:
+        return asyncio.run(store.load(archive, "", lambda line: None))
+    except ImageFault as fault:
+        raise LabError(str(fault)) from None
+
+
 def start(plan: Plan, host: Host) -> None:
     """Power on: what `kill` ended runs again."""
     with _locked(plan.name):
@@ -247,4 +260,16 @@ def heal_locked(plan: Plan) -> None:
             )
 
 
-__all__ = ["DEFAULT_NAME", "down", "find_host", "heal", "load", "names", "partition", "start", "up", "wait_ready"]
+__all__ = [
+    "DEFAULT_NAME",
+    "down",
+    "find_host",
+    "heal",
+    "load",
+    "load_image",
+    "names",
+    "partition",
+    "start",
+    "up",
+    "wait_ready",
+]

@@ -1,0 +1,171 @@
+"""The agent process, `pyswarm daemon`: the only place where the host's real parts are built and wired."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+import structlog
+from node.agent import Agent
+from node.conmon import ConmonRuntime
+from node.description import describe
+from node.image_api import ImageApi
+from node.images import ImageStore
+from node.mounts import prepare_mount_namespace
+from node.resolvers import host_resolvers
+from overlay.host import KernelNetwork
+
+from dns.client import NameServerProcess
+from dns.interface import LISTEN_PORT
+from proto.local_pb2 import (
+    InfoReply,
+    InfoRequest,
+    InitReply,
+    InitRequest,
+    JoinReply,
+    JoinRequest,
+    LeaveReply,
+    LeaveRequest,
+)
+from proto.local_pb2_grpc import LocalServicer, add_LocalServicer_to_server
+from swarm.api.status import status_code
+from swarm.config import DaemonConfig
+from swarm.errors import SwarmError
+from swarm.hostfiles import HostPaths, Membership
+from swarm.local import HostMembership
+from swarm.logs import configure
+from swarm.security.certificates import NodeCredentials
+from swarm.supervise import hold_lock
+
+STOP_TIMEOUT_S = 2.0
+TAG_CHARS = 5
+"""Of the node ID, in names of links: with the prefix and a number they must fit 15 characters."""
+
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+
+log = structlog.get_logger()
+
+
+class LocalService(ImageApi, LocalServicer):
+    """The API on the daemon's unix socket: membership and images of this host."""
+
+    def __init__(
+        self, images: ImageStore, runtime: ConmonRuntime, names: NameServerProcess, host: HostMembership
+    ) -> None:
+        ImageApi.__init__(self, images, runtime)
+        self._containers = runtime
+        self._names = names
+        self._host = host
+
+    async def Info(self, request: InfoRequest, context: grpc.aio.ServicerContext) -> InfoReply:
+        reply = await _answer(self._host.info, request, context)
+        reply.containers_running = len(await self._containers.containers())
+        reply.agent_pid = os.getpid()
+        reply.dns_pid = self._names.pid
+        return reply
+
+    async def Init(self, request: InitRequest, context: grpc.aio.ServicerContext) -> InitReply:
+        return await _answer(self._host.init, request, context)
+
+    async def Join(self, request: JoinRequest, context: grpc.aio.ServicerContext) -> JoinReply:
+        return await _answer(self._host.join, request, context)
+
+    async def Leave(self, request: LeaveRequest, context: grpc.aio.ServicerContext) -> LeaveReply:
+        return await _answer(self._host.leave, request, context)
+
+
+async def _answer(
+    call: Callable[[Request], Awaitable[Reply]], request: Request, context: grpc.aio.ServicerContext
+) -> Reply:
+    try:
+        return await call(request)
+    except SwarmError as error:
+        await context.abort(status_code(error), str(error))
+        raise AssertionError("unreachable: abort raises") from None
+
+
+class Daemon:
+    def __init__(self, config: DaemonConfig, paths: HostPaths) -> None:
+        self._config = config
+        self._paths = paths
+        self._images = ImageStore(
+            paths.state / "storage",
+            paths.run / "storage",
+            config.image_stores,
+            frozenset(config.insecure_registries),
+        )
+        self._runtime = ConmonRuntime(paths.state, paths.run, config.cgroup_parent, config.runtime)
+        self._names = NameServerProcess(paths.run, paths.dns_log)
+        self._host = HostMembership(config, paths, self._make_agent)
+
+    async def run(self) -> None:
+        """Until SIGTERM or SIGINT; containers, names and networks go on without us."""
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        server = grpc.aio.server()
+        add_LocalServicer_to_server(LocalService(self._images, self._runtime, self._names, self._host), server)
+        self._paths.daemon_socket.unlink(missing_ok=True)
+        old_mask = os.umask(0o117)
+        server.add_insecure_port(f"unix://{self._paths.daemon_socket}")
+        os.umask(old_mask)
+        await self._host.resume()
+        await server.start()
+        log.info("daemon runs", socket=str(self._paths.daemon_socket), pid=os.getpid())
+        await stop.wait()
+        log.info("daemon stops; containers stay")
+        await server.stop(0)
+        await self._host.stop()
+
+    def _make_agent(self, membership: Membership, credentials: NodeCredentials, host: HostMembership) -> Agent:
+        return Agent(
+            node_id=membership.node_id,
+            state_dir=self._paths.state,
+            runtime=self._runtime,
+            images=self._images,
+            network=KernelNetwork(self._paths.run, membership.node_id[:TAG_CHARS], LISTEN_PORT),
+            names=self._names,
+            open_channel=credentials.open_channel,
+            managers=list(membership.manager_addrs),
+            on_managers=host.on_managers,
+            on_node=host.on_node,
+            describe=lambda: describe(self._config.hostname or socket.gethostname()),
+            advertise_host=membership.advertise_host,
+            data_path_addr=membership.data_path_addr,
+            upstreams=host_resolvers,
+            now=time.time,
+        )
+
+
+def run(config: DaemonConfig) -> None:
+    """The daemon's life, from `pyswarm daemon`. Exits with status 1 and a reason if it cannot start."""
+    configure(config.log_level)
+    paths = HostPaths(config.state_dir, config.run_dir)
+    if os.geteuid() != 0:
+        sys.exit("pyswarm daemon makes namespaces, mounts and cgroups: run it as root")
+    paths.make()
+    lock = hold_lock(config.run_dir / "daemon.lock")
+    if lock is None:
+        sys.exit(f"another pyswarm daemon uses {config.run_dir}: give this one another --run-dir and --state-dir")
+    prepare_mount_namespace(config.run_dir)
+    _close_oom_gap(Path("/proc/self/oom_score_adj"))
+    asyncio.run(Daemon(config, paths).run())
+    lock.close()
+
+
+def _close_oom_gap(path: Path) -> None:
+    """Prefer to lose a container rather than the agent when memory runs out, as dockerd does."""
+    try:
+        path.write_text("-500")
+    except OSError:
+        log.debug("oom_score_adj cannot be lowered here")

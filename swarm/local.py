@@ -1,0 +1,351 @@
+"""This host's membership: becoming, being and ceasing to be a node of a swarm.
+
+`HostMembership` owns the certificates and the manager process of the host and starts the agent when the
+host is a node. It is the shell behind the membership half of the API `Local`; the image half is
+`node.image_api`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import grpc
+import grpc.aio
+import structlog
+
+from proto.control_pb2 import ClusterRequest, ListRequest
+from proto.control_pb2_grpc import ControlStub
+from proto.local_pb2 import (
+    InfoReply,
+    InfoRequest,
+    InitReply,
+    InitRequest,
+    JoinReply,
+    JoinRequest,
+    LeaveReply,
+    LeaveRequest,
+)
+from proto.objects_pb2 import MANAGER, WORKER, Cluster, Node, NodeRole, NodeStatus
+from swarm.addresses import check_listen, choose_advertise_host, host_addresses, split_host_port
+from swarm.config import DaemonConfig
+from swarm.errors import Invalid, NoLeader, SwarmError
+from swarm.hostfiles import HostPaths, Membership
+from swarm.ids import random_id
+from swarm.security.bootstrap import create_cluster, join_cluster
+from swarm.security.certificates import NodeCredentials
+from swarm.supervise import Supervisor
+from swarm.version import __version__
+
+MANAGER_START_TIMEOUT_S = 30.0
+MANAGER_STOP_TIMEOUT_S = 10.0
+ROLE_TIMEOUT_S = 16.0
+"""As long as the reference waits for a role change to arrive (research, section 7)."""
+JOIN_TIMEOUT_S = 20.0
+READY_TIMEOUT_S = 15.0
+POLL_S = 0.05
+DEFAULT_POOL = "10.0.0.0/8"
+DEFAULT_SUBNET_BITS = 24
+DEFAULT_VXLAN_PORT = 4789
+
+log = structlog.get_logger()
+
+
+class RunningAgent(Protocol):
+    """The part of `node.agent.Agent` that membership needs."""
+
+    async def run(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def leave(self) -> None: ...
+
+
+MakeAgent = Callable[[Membership, NodeCredentials, "HostMembership"], RunningAgent]
+
+
+class HostMembership:
+    def __init__(self, config: DaemonConfig, paths: HostPaths, make_agent: MakeAgent) -> None:
+        self._config = config
+        self._paths = paths
+        self._make_agent = make_agent
+        self._membership: Membership | None = None
+        self._credentials: NodeCredentials | None = None
+        self._agent: RunningAgent | None = None
+        self._agent_run: asyncio.Task[None] | None = None
+        self._renewal: asyncio.Task[None] | None = None
+        self._role_change = asyncio.Lock()
+        self._changing = asyncio.Lock()
+        self._node: Node | None = None
+        self._manager = Supervisor(
+            "manager",
+            [sys.executable, "-m", "swarm.manager", "--state-dir", str(paths.state), "--run-dir", str(paths.run)],
+            paths.run / "manager.lock",
+            paths.manager_log,
+        )
+
+    # ---- life of the daemon
+
+    async def resume(self) -> None:
+        """Go on as the node that this host was before, if it was one."""
+        membership = self._paths.load_membership()
+        if membership is None:
+            return
+        self._membership = membership
+        self._credentials = NodeCredentials.load(self._paths.certificates)
+        if self._credentials.identity.role == MANAGER:
+            self._manager.start()
+        self._start_agent()
+
+    async def stop(self) -> None:
+        """End our processes; containers, names and networks stay."""
+        await self._stop_agent()
+        await self._manager.stop(MANAGER_STOP_TIMEOUT_S)
+
+    def _start_agent(self) -> None:
+        assert self._membership is not None
+        assert self._credentials is not None
+        self._agent = self._make_agent(self._membership, self._credentials, self)
+        self._agent_run = asyncio.create_task(self._agent.run())
+        self._renewal = asyncio.create_task(self._keep_certificate())
+
+    async def _stop_agent(self) -> None:
+        if self._agent is not None:
+            await self._agent.stop()
+        for task in (self._agent_run, self._renewal):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        self._agent = self._agent_run = self._renewal = None
+
+    # ---- what the agent hears from managers
+
+    def on_managers(self, addrs: list[str]) -> None:
+        if self._membership is not None and addrs and tuple(addrs) != self._membership.manager_addrs:
+            self._membership = self._membership.knowing(tuple(addrs))
+            self._paths.save_membership(self._membership)
+
+    def on_node(self, node: Node) -> None:
+        """A changed role needs another certificate, and a manager process more or less."""
+        self._node = node
+        if self._credentials is not None and node.role != self._credentials.identity.role:
+            self._role_task = asyncio.create_task(self._change_role(node.role))
+
+    async def _change_role(self, role: NodeRole.ValueType) -> None:
+        async with self._role_change:
+            credentials, membership = self._credentials, self._membership
+            if credentials is None or membership is None or credentials.identity.role == role:
+                return
+            log.info("role changes", role=NodeRole.Name(role))
+            if role == WORKER:
+                await self._manager.stop(MANAGER_STOP_TIMEOUT_S)
+                shutil.rmtree(self._paths.raft, ignore_errors=True)
+            try:
+                await credentials.renew(membership.manager_addrs)
+            except SwarmError as error:
+                log.warning("no certificate for the new role yet", reason=str(error))
+                return  # the session reports the role again when it reconnects
+            if credentials.identity.role == MANAGER:
+                self._manager.start()
+
+    async def _keep_certificate(self) -> None:
+        """Renew before expiry, at a random point of 50 to 80 % of the validity."""
+        assert self._credentials is not None
+        while True:
+            await asyncio.sleep(max(0.0, self._credentials.renew_at - time.time()))
+            assert self._membership is not None
+            try:
+                await self._credentials.renew(self._membership.manager_addrs)
+                log.info("certificate renewed")
+            except SwarmError as error:
+                log.warning("certificate not renewed, trying again in a minute", reason=str(error))
+                await asyncio.sleep(60)
+
+    # ---- the API
+
+    async def info(self, request: InfoRequest) -> InfoReply:
+        reply = InfoReply(version=__version__, state=InfoReply.INACTIVE)
+        if self._membership is not None and self._credentials is not None:
+            reply.state = InfoReply.ACTIVE
+            reply.node_id = self._membership.node_id
+            reply.cluster_id = self._membership.cluster_id
+            reply.role = self._credentials.identity.role
+            reply.node_addr = self._membership.advertise_host
+            reply.manager_addrs.extend(self._membership.manager_addrs)
+            if reply.role == MANAGER:
+                reply.manager_socket = str(self._paths.manager_socket)
+            reply.manager_pid = self._manager.pid
+        return reply
+
+    async def init(self, request: InitRequest) -> InitReply:
+        """`swarm init`. Raises SwarmError and leaves nothing behind."""
+        async with self._changing:
+            self._refuse_if_member()
+            listen_addr = check_listen(request.listen_addr)
+            host = choose_advertise_host(request.advertise_addr, host_addresses())
+            cluster = Cluster(
+                default_addr_pool=request.default_addr_pool or [DEFAULT_POOL],
+                subnet_size=request.subnet_size or DEFAULT_SUBNET_BITS,
+                data_path_port=request.data_path_port or DEFAULT_VXLAN_PORT,
+            )
+            cluster.spec.annotations.name = "default"
+            cluster.spec.task_history_limit = request.task_history_limit or 5
+            cluster.spec.heartbeat_period_s = request.heartbeat_period_s
+            cluster.spec.node_cert_expiry_s = request.node_cert_expiry_s
+            self._check_pools(cluster)
+            bootstrap = create_cluster(cluster, random_id, time.time())
+            node = bootstrap.node
+            node.spec.availability = request.availability
+            node.advertise_host = host
+            node.data_path_addr = request.data_path_addr or host
+            membership = Membership(
+                node_id=node.id,
+                cluster_id=bootstrap.cluster.id,
+                advertise_host=host,
+                listen_addr=listen_addr,
+                data_path_addr=node.data_path_addr,
+            )
+            membership = membership.knowing((membership.manager_addr,))
+            node.manager_addr = membership.manager_addr
+            self._credentials = bootstrap.save(self._paths.certificates)
+            await self._become(membership, bootstrap.message().SerializeToString())
+            return InitReply(node_id=node.id, tokens=bootstrap.cluster.join_tokens, join_addr=membership.join_addr)
+
+    @staticmethod
+    def _check_pools(cluster: Cluster) -> None:
+        import ipaddress
+
+        for pool in cluster.default_addr_pool:
+            try:
+                network = ipaddress.ip_network(pool)
+            except ValueError as error:
+                raise Invalid(f"invalid --default-addr-pool {pool!r}: {error}") from None
+            if not network.prefixlen <= cluster.subnet_size <= 30:
+                raise Invalid(
+                    f"invalid --default-addr-pool-mask-length {cluster.subnet_size}: must be from"
+                    f" {network.prefixlen} (the pool {pool}) to 30"
+                )
+
+    async def join(self, request: JoinRequest) -> JoinReply:
+        """`swarm join`. Raises SwarmError and leaves nothing behind."""
+        async with self._changing:
+            self._refuse_if_member()
+            listen_addr = check_listen(request.listen_addr)
+            advertise = ""
+            if request.advertise_addr:
+                advertise = choose_advertise_host(request.advertise_addr, host_addresses())
+            remote_host, remote_port = split_host_port(request.remote_addr)
+            if not remote_host:
+                raise Invalid("give the address of a manager: pyswarm swarm join --token TOKEN HOST:2377")
+            joined = await join_cluster(
+                f"{remote_host}:{remote_port}",
+                request.token,
+                advertise_host=advertise,
+                availability=request.availability,
+                data_path_addr=request.data_path_addr,
+                hostname=self._config.hostname,
+                timeout_s=JOIN_TIMEOUT_S,
+            )
+            self._credentials = joined.save(self._paths.certificates)
+            membership = Membership(
+                node_id=joined.node_id,
+                cluster_id=self._credentials.identity.cluster_id,
+                advertise_host=joined.advertise_host,
+                listen_addr=listen_addr,
+                data_path_addr=request.data_path_addr or joined.advertise_host,
+                manager_addrs=tuple(joined.manager_addrs),
+            )
+            await self._become(membership, b"")
+            return JoinReply(node_id=joined.node_id, role=joined.role)
+
+    def _refuse_if_member(self) -> None:
+        if self._membership is not None:
+            raise Invalid(
+                "this node is already part of a swarm. "
+                "Use `pyswarm swarm leave` to leave this swarm and join another one"
+            )
+
+    async def _become(self, membership: Membership, bootstrap: bytes) -> None:
+        """Start being this node; returns when it is ready. Undone if it does not get so far."""
+        self._membership = membership
+        self._paths.save_membership(membership)
+        assert self._credentials is not None
+        try:
+            if self._credentials.identity.role == MANAGER:
+                self._manager.start(bootstrap)
+                await self._until(self._manager_answers, MANAGER_START_TIMEOUT_S, "the manager process does not answer")
+            self._start_agent()
+            await self._until(self._session_stands, READY_TIMEOUT_S, "no manager took this node's session")
+        except BaseException:
+            await self._forget()
+            raise
+
+    async def _until(self, check: Callable[[], Awaitable[bool]], timeout_s: float, failure: str) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not await check():
+            if time.monotonic() > deadline:
+                raise NoLeader(f"{failure} within {timeout_s:g} s; see {self._paths.manager_log} and the daemon's log")
+            await asyncio.sleep(POLL_S)
+
+    async def _manager_answers(self) -> bool:
+        if not self._paths.manager_socket.exists():
+            return False
+        async with grpc.aio.insecure_channel(f"unix://{self._paths.manager_socket}") as channel:
+            try:
+                await ControlStub(channel).GetCluster(ClusterRequest(), timeout=2)
+            except grpc.aio.AioRpcError:
+                return False
+        return True
+
+    async def _session_stands(self) -> bool:
+        return self._node is not None and self._node.status.state == NodeStatus.READY
+
+    async def leave(self, request: LeaveRequest) -> LeaveReply:
+        """`swarm leave`: stop every task and forget the swarm. A manager needs --force."""
+        async with self._changing:
+            if self._membership is None or self._credentials is None:
+                raise Invalid("this node is not part of a swarm")
+            if self._credentials.identity.role == MANAGER and not request.force:
+                raise Invalid(await self._why_managers_stay())
+            await self._forget()
+        return LeaveReply()
+
+    async def _why_managers_stay(self) -> str:
+        text = (
+            "you are attempting to leave the swarm on a node that is participating as a manager. "
+            "Demote it first (`pyswarm node demote`), or use --force to leave regardless"
+        )
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            async with grpc.aio.insecure_channel(f"unix://{self._paths.manager_socket}") as channel:
+                nodes = (await ControlStub(channel).ListNodes(ListRequest(), timeout=2)).nodes
+            managers = sum(1 for node in nodes if node.role == MANAGER)
+            if managers == 1:
+                return f"{text}. Removing the last manager erases all current state of the swarm"
+            if managers == 2:
+                return f"{text}. Removing this node leaves 1 of 2 managers: without a quorum the swarm is inaccessible"
+        return text
+
+    async def _forget(self) -> None:
+        """Undo everything that being a node made on this host; volumes and images stay."""
+        agent, self._agent = self._agent, None
+        for task in (self._agent_run, self._renewal):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        self._agent_run = self._renewal = None
+        if agent is not None:
+            await agent.leave()
+        await self._manager.stop(MANAGER_STOP_TIMEOUT_S)
+        shutil.rmtree(self._paths.raft, ignore_errors=True)
+        self._paths.forget_membership()
+        shutil.rmtree(self._paths.certificates, ignore_errors=True)
+        self._paths.manager_socket.unlink(missing_ok=True)
+        self._paths.make()
+        self._membership = self._credentials = self._node = None
