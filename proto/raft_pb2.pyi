@@ -45,34 +45,100 @@ Global___RaftEntry: _TypeAlias = RaftEntry  # noqa: Y015
 
 @_typing.final
 class RaftFrame(_message.Message):
+    """One message; `type` says which fields count (swarm/consensus/frames.py)."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TYPE_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
-    BODY_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
+    COMMIT_INDEX_FIELD_NUMBER: _builtins.int
+    PREV_INDEX_FIELD_NUMBER: _builtins.int
+    PREV_TERM_FIELD_NUMBER: _builtins.int
+    LAST_INDEX_FIELD_NUMBER: _builtins.int
+    LAST_TERM_FIELD_NUMBER: _builtins.int
+    NEXT_INDEX_FIELD_NUMBER: _builtins.int
+    RESET_FIELD_NUMBER: _builtins.int
+    SUCCESS_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
+    GRANTED_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
     type: _builtins.str
-    """request_vote, response_vote, append_entries, next_node_idx, ..."""
+    """request_vote, append_entries, next_node_idx, pre_vote, read_index, hello, ..."""
     term: _builtins.int
-    body: _builtins.bytes
-    """message-specific, encoded by swarm/consensus/frames.py"""
+    commit_index: _builtins.int
+    prev_index: _builtins.int
+    """append_entries: the entry before `entries`"""
+    prev_term: _builtins.int
+    last_index: _builtins.int
+    """votes: the end of the candidate's log"""
+    last_term: _builtins.int
+    next_index: _builtins.int
+    """acknowledgement: the entry wanted next"""
+    reset: _builtins.bool
+    success: _builtins.bool
+    transfer: _builtins.bool
+    """this election was asked for by the leader itself"""
+    granted: _builtins.bool
+    round: _builtins.int
+    """matches replies of pre-votes and read rounds to their question; hello: epoch of the connection"""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___RaftEntry]: ...
+    @_builtins.property
+    def chunk(self) -> Global___SnapshotChunk: ...
     def __init__(
         self,
         *,
         type: _builtins.str = ...,
         term: _builtins.int = ...,
-        body: _builtins.bytes = ...,
         entries: _abc.Iterable[Global___RaftEntry] | None = ...,
+        commit_index: _builtins.int = ...,
+        prev_index: _builtins.int = ...,
+        prev_term: _builtins.int = ...,
+        last_index: _builtins.int = ...,
+        last_term: _builtins.int = ...,
+        next_index: _builtins.int = ...,
+        reset: _builtins.bool = ...,
+        success: _builtins.bool = ...,
+        transfer: _builtins.bool = ...,
+        granted: _builtins.bool = ...,
+        round: _builtins.int = ...,
+        chunk: Global___SnapshotChunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "entries", b"entries", "term", b"term", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "commit_index", b"commit_index", "entries", b"entries", "granted", b"granted", "last_index", b"last_index", "last_term", b"last_term", "next_index", b"next_index", "prev_index", b"prev_index", "prev_term", b"prev_term", "reset", b"reset", "round", b"round", "success", b"success", "term", b"term", "transfer", b"transfer", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RaftFrame: _TypeAlias = RaftFrame  # noqa: Y015
+
+@_typing.final
+class SnapshotChunk(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    offset: _builtins.int
+    """in the snapshot file; 0 starts a transfer anew"""
+    last: _builtins.bool
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+        offset: _builtins.int = ...,
+        last: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "last", b"last", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotChunk: _TypeAlias = SnapshotChunk  # noqa: Y015
 
 @_typing.final
 class Member(_message.Message):
@@ -158,19 +224,25 @@ class LeaderReply(_message.Message):
 
     LEADER_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """who answers"""
     @_builtins.property
     def leader(self) -> Global___Member: ...
     @_builtins.property
-    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]: ...
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
+        """empty: this process has not started consensus yet"""
+
     def __init__(
         self,
         *,
         leader: Global___Member | None = ...,
         members: _abc.Iterable[Global___Member] | None = ...,
+        node_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["leader", b"leader"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leader", b"leader", "members", b"members"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leader", b"leader", "members", b"members", "node_id", b"node_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
