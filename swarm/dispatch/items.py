@@ -1,0 +1,146 @@
+"""From stored objects to the items that nodes are assigned, each with the scopes in which it is seen.
+
+A scope is a group of nodes: "node/<id>" is one node, "net/<id>" all nodes that use a network, "all"
+every node. An item is sent to the nodes that are in one of its scopes (`assignments.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proto.dispatch_pb2 import Item, NetworkEndpoint, NetworkPeer, NetworkService
+from proto.objects_pb2 import (
+    INGRESS,
+    TASK_ASSIGNED,
+    TASK_RUNNING,
+    Network,
+    Node,
+    NodeStatus,
+    Service,
+    Task,
+)
+from swarm.store.store import Store
+
+EVERYWHERE = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Scoped:
+    item: Item
+    scopes: frozenset[str]
+
+
+def node_scope(node_id: str) -> str:
+    return f"node/{node_id}"
+
+
+def network_scope(network_id: str) -> str:
+    return f"net/{network_id}"
+
+
+def is_assigned(task: Task) -> bool:
+    """The node has to know this task: also a finished one, whose container and logs are kept as long as it."""
+    return bool(task.node_id) and task.status.state >= TASK_ASSIGNED
+
+
+def is_live(task: Task) -> bool:
+    """The task holds its addresses."""
+    return bool(task.node_id) and TASK_ASSIGNED <= task.status.state <= TASK_RUNNING
+
+
+def task_name(task: Task) -> str:
+    """wpinst.3.<task id>, or wpinst.<node id>.<task id> for a global service."""
+    return f"{task.service_annotations.name}.{task.slot or task.node_id}.{task.id}"
+
+
+def networks_of(task: Task) -> frozenset[str]:
+    """The networks that the task's node needs for it."""
+    return frozenset(attachment.network_id for attachment in task.networks) if is_live(task) else frozenset()
+
+
+def task_items(task: Task, node_down: bool) -> dict[str, Scoped]:
+    """The task itself for its node, and its endpoints for everyone on its networks."""
+    items: dict[str, Scoped] = {}
+    if is_assigned(task):
+        items[f"task/{task.id}"] = Scoped(Item(task=for_agent(task)), frozenset({node_scope(task.node_id)}))
+    if is_live(task):
+        serving = task.status.state == TASK_RUNNING and task.desired_state <= TASK_RUNNING and not node_down
+        for attachment in task.networks:
+            endpoint = NetworkEndpoint(
+                task_id=task.id,
+                network_id=attachment.network_id,
+                address=attachment.address.partition("/")[0],
+                node_id=task.node_id,
+                service_id=task.service_id,
+                task_name=task_name(task),
+                slot=task.slot,
+                aliases=attachment.aliases,
+                serving=serving,
+            )
+            key = f"endpoint/{attachment.network_id}/{task.id}"
+            items[key] = Scoped(Item(endpoint=endpoint), frozenset({network_scope(attachment.network_id)}))
+    return items
+
+
+def for_agent(task: Task) -> Task:
+    """The task without what only echoes the agent's own reports: else each report would come back as a change.
+    Of the status only the state is left: the final one of a finished task, ASSIGNED for a live one."""
+    copy = Task()
+    copy.CopyFrom(task)
+    copy.ClearField("meta")
+    copy.ClearField("status")
+    copy.status.state = TASK_ASSIGNED if is_live(task) else task.status.state
+    return copy
+
+
+def network_item(network: Network) -> Scoped | None:
+    """Nothing until a VNI and a subnet are allocated: the node could not build it."""
+    if not network.vni:
+        return None
+    copy = Network()
+    copy.CopyFrom(network)
+    copy.ClearField("meta")
+    return Scoped(Item(network=copy), frozenset({network_scope(network.id)}))
+
+
+def peer_item(node: Node) -> Scoped | None:
+    if not node.data_path_addr or not node.index:
+        return None
+    peer = NetworkPeer(node_id=node.id, vtep_addr=node.data_path_addr, index=node.index)
+    return Scoped(Item(peer=peer), frozenset({EVERYWHERE}))
+
+
+def is_down(node: Node | None) -> bool:
+    return node is not None and node.status.state == NodeStatus.DOWN
+
+
+def ingress_network_of(store: Store, service: Service) -> str:
+    """The network whose endpoints receive the service's published traffic: its first that is not internal,
+    else the predefined one; "" when nothing is published by ingress."""
+    if not any(port.mode == INGRESS for port in service.endpoint.spec.ports):
+        return ""
+    for config in service.spec.task.networks:
+        network = store.networks.get(config.network_id)
+        if network is not None and not network.spec.internal:
+            return network.id
+    return next((network.id for network in store.networks if network.spec.ingress), "")
+
+
+def service_item(store: Store, service: Service) -> Scoped:
+    ingress_network_id = ingress_network_of(store, service)
+    allocated = service.endpoint
+    item = NetworkService(
+        service_id=service.id,
+        name=service.spec.annotations.name,
+        mode=service.spec.endpoint.mode,
+        virtual_ips=allocated.virtual_ips,
+        ports=[port for port in allocated.spec.ports if port.mode == INGRESS and port.published_port],
+        ingress_network_id=ingress_network_id,
+        networks=service.spec.task.networks,
+    )
+    seen_on = {config.network_id for config in service.spec.task.networks}
+    seen_on.update(vip.network_id for vip in allocated.virtual_ips)
+    scopes = {network_scope(network_id) for network_id in seen_on}
+    if ingress_network_id:
+        scopes.add(EVERYWHERE)
+    return Scoped(Item(service=item), frozenset(scopes))
