@@ -1,0 +1,108 @@
+"""What the network and the runtime are told of one task (pure)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from node.interface import CreateRequest, ResolvedImage, RuntimeFault
+from node.templates import expanded, task_name, values_for
+from overlay.interface import Attachment, Interface
+from proto.objects_pb2 import VIP, NodeDescription, Task
+
+DEFAULT_STOP_GRACE_S = 10.0
+"""Docker's default."""
+DEFAULT_LOG_MAX_BYTES = 10_000_000
+DEFAULT_LOG_MAX_FILES = 3
+HOSTNAME_LENGTH = 12
+"""Docker names a container's host by the first 12 characters of its ID."""
+
+_SIZE = re.compile(r"(\d+)\s*([kmg]?)b?", re.IGNORECASE)
+_UNIT_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def attachment(task: Task) -> Attachment:
+    """eth0, eth1, ... in the order of the service's networks."""
+    return Attachment(
+        task_id=task.id,
+        interfaces=tuple(Interface(net.network_id, net.address) for net in task.networks),
+        sysctls={k: v for k, v in task.spec.container.sysctls.items() if k.startswith("net.")},
+    )
+
+
+def addresses(task: Task) -> tuple[str, ...]:
+    """Without prefix lengths."""
+    return tuple(net.address.partition("/")[0] for net in task.networks)
+
+
+def network_ids(task: Task) -> frozenset[str]:
+    return frozenset(net.network_id for net in task.networks)
+
+
+def stop_grace_s(task: Task) -> float:
+    spec = task.spec.container
+    return spec.stop_grace_period_s if spec.HasField("stop_grace_period_s") else DEFAULT_STOP_GRACE_S
+
+
+def drains(task: Task, ingress_ids: frozenset[str]) -> bool:
+    """Whether clients reach this task through a balancer: a published port, or a VIP on a network of its
+    own. The ingress network alone serves no names, so nobody calls a VIP there."""
+    if task.endpoint.ports:
+        return True
+    return task.endpoint.mode == VIP and bool(network_ids(task) - ingress_ids)
+
+
+def size_bytes(text: str, option: str) -> int:
+    """ "10m" -> 10485760. Raises RuntimeFault naming the option."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or int(match.group(1)) == 0:
+        raise RuntimeFault(f'log option {option}="{text}" is not a size: write a number with k, m or g, such as 10m')
+    return int(match.group(1)) * _UNIT_BYTES[match.group(2).lower()]
+
+
+def log_limits(options: Mapping[str, str]) -> tuple[int, int]:
+    """(bytes per file, number of files). Raises RuntimeFault."""
+    max_bytes = size_bytes(options["max-size"], "max-size") if "max-size" in options else DEFAULT_LOG_MAX_BYTES
+    files = options.get("max-file", str(DEFAULT_LOG_MAX_FILES))
+    if not files.isdigit() or int(files) < 1:
+        raise RuntimeFault(f'log option max-file="{files}" is not a number of files: write 1 or more')
+    return max_bytes, int(files)
+
+
+def create_request(
+    task: Task,
+    image: ResolvedImage,
+    netns: Path | None,
+    node: NodeDescription,
+    node_labels: Mapping[str, str],
+) -> CreateRequest:
+    """Everything the runtime needs to make the task's container. Raises RuntimeFault (permanent) for a
+    template or an option that cannot be understood."""
+    spec = expanded(task.spec.container, values_for(task, node, node_labels))
+    max_bytes, max_files = log_limits(task.spec.log_options)
+    name = task_name(task)
+    labels = dict(spec.labels) | {
+        "com.docker.swarm.node.id": task.node_id,
+        "com.docker.swarm.service.id": task.service_id,
+        "com.docker.swarm.service.name": task.service_annotations.name,
+        "com.docker.swarm.task": "",
+        "com.docker.swarm.task.id": task.id,
+        "com.docker.swarm.task.name": name,
+    }
+    return CreateRequest(
+        task_id=task.id,
+        name=name,
+        spec=spec,
+        image=image,
+        netns=netns,
+        hostname=spec.hostname or task.id[:HOSTNAME_LENGTH],
+        addresses=addresses(task),
+        limits=task.spec.resources.limits,
+        reservations=task.spec.resources.reservations,
+        search=tuple(spec.dns_search),
+        dns_options=tuple(spec.dns_options) or ("ndots:0",),
+        labels=labels,
+        log_max_bytes=max_bytes,
+        log_max_files=max_files,
+    )

@@ -1,0 +1,48 @@
+"""What waits to be sent to the managers: statuses (latest wins, kept until acknowledged) and log chunks (bounded,
+the reader of the log waits). Outlives sessions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from node.statuses import StatusBook
+from proto.dispatch_pb2 import LogChunk
+
+LOG_CHUNKS_MAX = 16
+"""Of at most 64 KiB each: 1 MiB. Beyond it reading the logs waits, so `logs -f` of a chatty service costs this
+node no more memory."""
+
+
+class Outbox:
+    def __init__(self) -> None:
+        self.statuses = StatusBook()
+        self.wake = asyncio.Event()
+        """Set when there may be something to send."""
+        self._logs: deque[LogChunk] = deque()
+        self._room = asyncio.Event()
+        self._room.set()
+
+    def poke(self) -> None:
+        self.wake.set()
+
+    async def put_log(self, chunk: LogChunk) -> None:
+        """Queue a chunk; waits while LOG_CHUNKS_MAX are queued."""
+        while len(self._logs) >= LOG_CHUNKS_MAX:
+            self._room.clear()
+            await self._room.wait()
+        self._logs.append(chunk)
+        self.wake.set()
+
+    def next_log(self) -> LogChunk | None:
+        if not self._logs:
+            return None
+        chunk = self._logs.popleft()
+        self._room.set()
+        return chunk
+
+    def session_lost(self) -> None:
+        """Statuses under way are sent again; streams of logs belonged to the session."""
+        self.statuses.take_back()
+        self._logs.clear()
+        self._room.set()

@@ -1,0 +1,54 @@
+"""What this host knows at this moment: the mirror, its own node object, the sandboxes and states of its tasks;
+and the two pictures that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dns.interface import Picture, Sandbox
+from node import view
+from node.mirror import Mirror
+from node.steps import State
+from overlay.interface import HostState
+from proto.objects_pb2 import Node, NodeDescription, Task
+
+
+class World:
+    def __init__(
+        self, node_id: str, vtep: str, upstreams: Callable[[], tuple[str, ...]], describe: Callable[[], NodeDescription]
+    ) -> None:
+        self.node_id = node_id
+        self.vtep = vtep
+        self.mirror = Mirror()
+        self.node = Node()
+        """Own node object as the managers last sent it; empty before the first session."""
+        self.vxlan_port = view.DEFAULT_VXLAN_PORT
+        self.description = describe()
+        self.sandboxes: dict[str, Sandbox] = {}
+        self.states: dict[str, State] = {}
+        self._describe = describe
+        self._upstreams = upstreams
+
+    def describe(self) -> NodeDescription:
+        self.description = self._describe()
+        return self.description
+
+    def local(self) -> view.Local:
+        return view.Local(self.node_id, self.vtep, self.node.index, self.vxlan_port, self.states)
+
+    def host_state(self) -> HostState | None:
+        """None until a manager has told what to be: what stands from before a restart stays untouched."""
+        if not self.mirror.known or not self.node.index:
+            return None
+        return view.host_state(self.mirror, self.local())
+
+    def picture(self) -> Picture | None:
+        if not self.mirror.known:
+            return None
+        return view.picture(self.mirror, self.local(), self.sandboxes.values(), self._upstreams())
+
+    def serving(self, task: Task) -> bool:
+        return view.is_serving(self.mirror, task)
+
+    def ingress_ids(self) -> frozenset[str]:
+        return view.ingress_network_ids(self.mirror)
