@@ -1,0 +1,31 @@
+"""What the operator decides about one daemon: read once at start, passed down as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_STATE_DIR = Path("/var/lib/pyswarm")
+DEFAULT_RUN_DIR = Path("/run/pyswarm")
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonConfig:
+    """Options of `pyswarm daemon`. Two daemons on one machine need different state and run directories."""
+
+    state_dir: Path = DEFAULT_STATE_DIR
+    """Survives a reboot: certificates, the Raft log, volumes, writable layers."""
+    run_dir: Path = DEFAULT_RUN_DIR
+    """Sockets, mounts and namespaces: meaningless after a reboot."""
+    hostname: str = ""
+    """"" = the kernel's host name."""
+    cgroup_parent: str = "/pyswarm"
+    """Containers' cgroups are made below this path of each hierarchy."""
+    image_stores: tuple[Path, ...] = ()
+    """Further containers-storage directories, read-only, searched after the daemon's own."""
+    insecure_registries: tuple[str, ...] = ()
+    """host[:port] of registries spoken to over plain HTTP or with an unverified certificate."""
+    runtime: str = "crun"
+    """Name or path of the OCI runtime."""
+    log_level: str = "info"
+    """debug | info | warning | error"""
