@@ -26,7 +26,7 @@ from proto import objects_pb2 as proto_dot_objects__pb2
 from proto import dispatch_pb2 as proto_dot_dispatch__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13proto/control.proto\x12\x07pyswarm\x1a\x13proto/objects.proto\x1a\x14proto/dispatch.proto\"\xf5\x01\n\x06\x46ilter\x12\x0b\n\x03ids\x18\x01 \x03(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12+\n\x06labels\x18\x03 \x03(\x0b\x32\x1b.pyswarm.Filter.LabelsEntry\x12\x13\n\x0bservice_ids\x18\x04 \x03(\t\x12\x10\n\x08node_ids\x18\x05 \x03(\t\x12*\n\x0e\x64\x65sired_states\x18\x06 \x03(\x0e\x32\x12.pyswarm.TaskState\x12 \n\x05roles\x18\x07 \x03(\x0e\x32\x11.pyswarm.NodeRole\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x19\n\nGetRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\".\n\x0bListRequest\x12\x1f\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x0f.pyswarm.Filter\"+\n\rRemoveRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"\x19\n\x0bRemoveReply\x12\n\n\x02id\x18\x01 \x01(\t\"4\n\x0eServiceRequest\x12\"\n\x04spec\x18\x01 \x01(\x0b\x32\x14.pyswarm.ServiceSpec\"W\n\x14ServiceUpdateRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\"\n\x04spec\x18\x03 \x01(\x0b\x32\x14.pyswarm.ServiceSpec\"C\n\x0cServiceReply\x12!\n\x07service\x18\x01 \x01(\x0b\x32\x10.pyswarm.Service\x12\x10\n\x08warnings\x18\x02 \x03(\t\"Y\n\x0bServiceList\x12\"\n\x08services\x18\x01 \x03(\x0b\x32\x10.pyswarm.Service\x12&\n\x06\x63ounts\x18\x02 \x03(\x0b\x32\x16.pyswarm.ServiceCounts\"E\n\rServiceCounts\x12\x12\n\nservice_id\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\x04\x12\x0f\n\x07\x64\x65sired\x18\x03 \x01(\x04\"(\n\x08TaskList\x12\x1c\n\x05tasks\x18\x01 \x03(\x0b\x32\r.pyswarm.Task\"Q\n\x11NodeUpdateRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x1f\n\x04spec\x18\x03 \x01(\x0b\x32\x11.pyswarm.NodeSpec\"(\n\x08NodeList\x12\x1c\n\x05nodes\x18\x01 \x03(\x0b\x32\r.pyswarm.Node\"4\n\x0eNetworkRequest\x12\"\n\x04spec\x18\x01 \x01(\x0b\x32\x14.pyswarm.NetworkSpec\"1\n\x0bNetworkList\x12\"\n\x08networks\x18\x01 \x03(\x0b\x32\x10.pyswarm.Network\"\x10\n\x0e\x43lusterRequest\"5\n\x12RotateTokenRequest\x12\x1f\n\x04role\x18\x01 \x01(\x0e\x32\x11.pyswarm.NodeRole\"\"\n\x0cWatchRequest\x12\x12\n\nservice_id\x18\x01 \x01(\t\"\xaa\x01\n\nWatchEvent\x12\x10\n\x08snapshot\x18\x01 \x01(\x08\x12!\n\x07service\x18\x02 \x01(\x0b\x32\x10.pyswarm.Service\x12\x1c\n\x05tasks\x18\x03 \x03(\x0b\x32\r.pyswarm.Task\x12\x18\n\x10removed_task_ids\x18\x04 \x03(\t\x12\x17\n\x0fservice_removed\x18\x05 \x01(\x08\x12\x16\n\x0enodes_eligible\x18\x06 \x01(\x04\"@\n\x0bLogsRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12$\n\x07options\x18\x02 \x01(\x0b\x32\x13.pyswarm.LogOptions\"=\n\tLogsReply\x12\x1f\n\x05lines\x18\x01 \x03(\x0b\x32\x10.pyswarm.LogLine\x12\x0f\n\x07warning\x18\x02 \x01(\t2\xd9\x08\n\x07\x43ontrol\x12\x37\n\nGetCluster\x12\x17.pyswarm.ClusterRequest\x1a\x10.pyswarm.Cluster\x12@\n\x0fRotateJoinToken\x12\x1b.pyswarm.RotateTokenRequest\x1a\x10.pyswarm.Cluster\x12-\n\x07GetNode\x12\x13.pyswarm.GetRequest\x1a\r.pyswarm.Node\x12\x34\n\tListNodes\x12\x14.pyswarm.ListRequest\x1a\x11.pyswarm.NodeList\x12\x37\n\nUpdateNode\x12\x1a.pyswarm.NodeUpdateRequest\x1a\r.pyswarm.Node\x12:\n\nRemoveNode\x12\x16.pyswarm.RemoveRequest\x1a\x14.pyswarm.RemoveReply\x12?\n\rCreateService\x12\x17.pyswarm.ServiceRequest\x1a\x15.pyswarm.ServiceReply\x12\x33\n\nGetService\x12\x13.pyswarm.GetRequest\x1a\x10.pyswarm.Service\x12:\n\x0cListServices\x12\x14.pyswarm.ListRequest\x1a\x14.pyswarm.ServiceList\x12\x45\n\rUpdateService\x12\x1d.pyswarm.ServiceUpdateRequest\x1a\x15.pyswarm.ServiceReply\x12=\n\rRemoveService\x12\x16.pyswarm.RemoveRequest\x1a\x14.pyswarm.RemoveReply\x12<\n\x0cWatchService\x12\x15.pyswarm.WatchRequest\x1a\x13.pyswarm.WatchEvent0\x01\x12\x34\n\tListTasks\x12\x14.pyswarm.ListRequest\x1a\x11.pyswarm.TaskList\x12-\n\x07GetTask\x12\x13.pyswarm.GetRequest\x1a\r.pyswarm.Task\x12\x32\n\x04Logs\x12\x14.pyswarm.LogsRequest\x1a\x12.pyswarm.LogsReply0\x01\x12:\n\rCreateNetwork\x12\x17.pyswarm.NetworkRequest\x1a\x10.pyswarm.Network\x12\x33\n\nGetNetwork\x12\x13.pyswarm.GetRequest\x1a\x10.pyswarm.Network\x12:\n\x0cListNetworks\x12\x14.pyswarm.ListRequest\x1a\x14.pyswarm.NetworkList\x12=\n\rRemoveNetwork\x12\x16.pyswarm.RemoveRequest\x1a\x14.pyswarm.RemoveReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13proto/control.proto\x12\x07pyswarm\x1a\x13proto/objects.proto\x1a\x14proto/dispatch.proto\"\xf5\x01\n\x06\x46ilter\x12\x0b\n\x03ids\x18\x01 \x03(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12+\n\x06labels\x18\x03 \x03(\x0b\x32\x1b.pyswarm.Filter.LabelsEntry\x12\x13\n\x0bservice_ids\x18\x04 \x03(\t\x12\x10\n\x08node_ids\x18\x05 \x03(\t\x12*\n\x0e\x64\x65sired_states\x18\x06 \x03(\x0e\x32\x12.pyswarm.TaskState\x12 \n\x05roles\x18\x07 \x03(\x0e\x32\x11.pyswarm.NodeRole\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x19\n\nGetRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\".\n\x0bListRequest\x12\x1f\n\x06\x66ilter\x18\x01 \x01(\x0b\x32\x0f.pyswarm.Filter\"+\n\rRemoveRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"\x19\n\x0bRemoveReply\x12\n\n\x02id\x18\x01 \x01(\t\"4\n\x0eServiceRequest\x12\"\n\x04spec\x18\x01 \x01(\x0b\x32\x14.pyswarm.ServiceSpec\"i\n\x14ServiceUpdateRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\"\n\x04spec\x18\x03 \x01(\x0b\x32\x14.pyswarm.ServiceSpec\x12\x10\n\x08rollback\x18\x04 \x01(\x08\"C\n\x0cServiceReply\x12!\n\x07service\x18\x01 \x01(\x0b\x32\x10.pyswarm.Service\x12\x10\n\x08warnings\x18\x02 \x03(\t\"Y\n\x0bServiceList\x12\"\n\x08services\x18\x01 \x03(\x0b\x32\x10.pyswarm.Service\x12&\n\x06\x63ounts\x18\x02 \x03(\x0b\x32\x16.pyswarm.ServiceCounts\"E\n\rServiceCounts\x12\x12\n\nservice_id\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\x04\x12\x0f\n\x07\x64\x65sired\x18\x03 \x01(\x04\"(\n\x08TaskList\x12\x1c\n\x05tasks\x18\x01 \x03(\x0b\x32\r.pyswarm.Task\"Q\n\x11NodeUpdateRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x1f\n\x04spec\x18\x03 \x01(\x0b\x32\x11.pyswarm.NodeSpec\"(\n\x08NodeList\x12\x1c\n\x05nodes\x18\x01 \x03(\x0b\x32\r.pyswarm.Node\"4\n\x0eNetworkRequest\x12\"\n\x04spec\x18\x01 \x01(\x0b\x32\x14.pyswarm.NetworkSpec\"1\n\x0bNetworkList\x12\"\n\x08networks\x18\x01 \x03(\x0b\x32\x10.pyswarm.Network\"\x10\n\x0e\x43lusterRequest\"5\n\x12RotateTokenRequest\x12\x1f\n\x04role\x18\x01 \x01(\x0e\x32\x11.pyswarm.NodeRole\"\"\n\x0cWatchRequest\x12\x12\n\nservice_id\x18\x01 \x01(\t\"\xaa\x01\n\nWatchEvent\x12\x10\n\x08snapshot\x18\x01 \x01(\x08\x12!\n\x07service\x18\x02 \x01(\x0b\x32\x10.pyswarm.Service\x12\x1c\n\x05tasks\x18\x03 \x03(\x0b\x32\r.pyswarm.Task\x12\x18\n\x10removed_task_ids\x18\x04 \x03(\t\x12\x17\n\x0fservice_removed\x18\x05 \x01(\x08\x12\x16\n\x0enodes_eligible\x18\x06 \x01(\x04\"@\n\x0bLogsRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12$\n\x07options\x18\x02 \x01(\x0b\x32\x13.pyswarm.LogOptions\"=\n\tLogsReply\x12\x1f\n\x05lines\x18\x01 \x03(\x0b\x32\x10.pyswarm.LogLine\x12\x0f\n\x07warning\x18\x02 \x01(\t2\xd9\x08\n\x07\x43ontrol\x12\x37\n\nGetCluster\x12\x17.pyswarm.ClusterRequest\x1a\x10.pyswarm.Cluster\x12@\n\x0fRotateJoinToken\x12\x1b.pyswarm.RotateTokenRequest\x1a\x10.pyswarm.Cluster\x12-\n\x07GetNode\x12\x13.pyswarm.GetRequest\x1a\r.pyswarm.Node\x12\x34\n\tListNodes\x12\x14.pyswarm.ListRequest\x1a\x11.pyswarm.NodeList\x12\x37\n\nUpdateNode\x12\x1a.pyswarm.NodeUpdateRequest\x1a\r.pyswarm.Node\x12:\n\nRemoveNode\x12\x16.pyswarm.RemoveRequest\x1a\x14.pyswarm.RemoveReply\x12?\n\rCreateService\x12\x17.pyswarm.ServiceRequest\x1a\x15.pyswarm.ServiceReply\x12\x33\n\nGetService\x12\x13.pyswarm.GetRequest\x1a\x10.pyswarm.Service\x12:\n\x0cListServices\x12\x14.pyswarm.ListRequest\x1a\x14.pyswarm.ServiceList\x12\x45\n\rUpdateService\x12\x1d.pyswarm.ServiceUpdateRequest\x1a\x15.pyswarm.ServiceReply\x12=\n\rRemoveService\x12\x16.pyswarm.RemoveRequest\x1a\x14.pyswarm.RemoveReply\x12<\n\x0cWatchService\x12\x15.pyswarm.WatchRequest\x1a\x13.pyswarm.WatchEvent0\x01\x12\x34\n\tListTasks\x12\x14.pyswarm.ListRequest\x1a\x11.pyswarm.TaskList\x12-\n\x07GetTask\x12\x13.pyswarm.GetRequest\x1a\r.pyswarm.Task\x12\x32\n\x04Logs\x12\x14.pyswarm.LogsRequest\x1a\x12.pyswarm.LogsReply0\x01\x12:\n\rCreateNetwork\x12\x17.pyswarm.NetworkRequest\x1a\x10.pyswarm.Network\x12\x33\n\nGetNetwork\x12\x13.pyswarm.GetRequest\x1a\x10.pyswarm.Network\x12:\n\x0cListNetworks\x12\x14.pyswarm.ListRequest\x1a\x14.pyswarm.NetworkList\x12=\n\rRemoveNetwork\x12\x16.pyswarm.RemoveRequest\x1a\x14.pyswarm.RemoveReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,35 +50,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SERVICEREQUEST']._serialized_start=470
   _globals['_SERVICEREQUEST']._serialized_end=522
   _globals['_SERVICEUPDATEREQUEST']._serialized_start=524
-  _globals['_SERVICEUPDATEREQUEST']._serialized_end=611
-  _globals['_SERVICEREPLY']._serialized_start=613
-  _globals['_SERVICEREPLY']._serialized_end=680
-  _globals['_SERVICELIST']._serialized_start=682
-  _globals['_SERVICELIST']._serialized_end=771
-  _globals['_SERVICECOUNTS']._serialized_start=773
-  _globals['_SERVICECOUNTS']._serialized_end=842
-  _globals['_TASKLIST']._serialized_start=844
-  _globals['_TASKLIST']._serialized_end=884
-  _globals['_NODEUPDATEREQUEST']._serialized_start=886
-  _globals['_NODEUPDATEREQUEST']._serialized_end=967
-  _globals['_NODELIST']._serialized_start=969
-  _globals['_NODELIST']._serialized_end=1009
-  _globals['_NETWORKREQUEST']._serialized_start=1011
-  _globals['_NETWORKREQUEST']._serialized_end=1063
-  _globals['_NETWORKLIST']._serialized_start=1065
-  _globals['_NETWORKLIST']._serialized_end=1114
-  _globals['_CLUSTERREQUEST']._serialized_start=1116
-  _globals['_CLUSTERREQUEST']._serialized_end=1132
-  _globals['_ROTATETOKENREQUEST']._serialized_start=1134
-  _globals['_ROTATETOKENREQUEST']._serialized_end=1187
-  _globals['_WATCHREQUEST']._serialized_start=1189
-  _globals['_WATCHREQUEST']._serialized_end=1223
-  _globals['_WATCHEVENT']._serialized_start=1226
-  _globals['_WATCHEVENT']._serialized_end=1396
-  _globals['_LOGSREQUEST']._serialized_start=1398
-  _globals['_LOGSREQUEST']._serialized_end=1462
-  _globals['_LOGSREPLY']._serialized_start=1464
-  _globals['_LOGSREPLY']._serialized_end=1525
-  _globals['_CONTROL']._serialized_start=1528
-  _globals['_CONTROL']._serialized_end=2641
+  _globals['_SERVICEUPDATEREQUEST']._serialized_end=629
+  _globals['_SERVICEREPLY']._serialized_start=631
+  _globals['_SERVICEREPLY']._serialized_end=698
+  _globals['_SERVICELIST']._serialized_start=700
+  _globals['_SERVICELIST']._serialized_end=789
+  _globals['_SERVICECOUNTS']._serialized_start=791
+  _globals['_SERVICECOUNTS']._serialized_end=860
+  _globals['_TASKLIST']._serialized_start=862
+  _globals['_TASKLIST']._serialized_end=902
+  _globals['_NODEUPDATEREQUEST']._serialized_start=904
+  _globals['_NODEUPDATEREQUEST']._serialized_end=985
+  _globals['_NODELIST']._serialized_start=987
+  _globals['_NODELIST']._serialized_end=1027
+  _globals['_NETWORKREQUEST']._serialized_start=1029
+  _globals['_NETWORKREQUEST']._serialized_end=1081
+  _globals['_NETWORKLIST']._serialized_start=1083
+  _globals['_NETWORKLIST']._serialized_end=1132
+  _globals['_CLUSTERREQUEST']._serialized_start=1134
+  _globals['_CLUSTERREQUEST']._serialized_end=1150
+  _globals['_ROTATETOKENREQUEST']._serialized_start=1152
+  _globals['_ROTATETOKENREQUEST']._serialized_end=1205
+  _globals['_WATCHREQUEST']._serialized_start=1207
+  _globals['_WATCHREQUEST']._serialized_end=1241
+  _globals['_WATCHEVENT']._serialized_start=1244
+  _globals['_WATCHEVENT']._serialized_end=1414
+  _globals['_LOGSREQUEST']._serialized_start=1416
+  _globals['_LOGSREQUEST']._serialized_end=1480
+  _globals['_LOGSREPLY']._serialized_start=1482
+  _globals['_LOGSREPLY']._serialized_end=1543
+  _globals['_CONTROL']._serialized_start=1546
+  _globals['_CONTROL']._serialized_end=2659
 # @@protoc_insertion_point(module_scope)

@@ -206,9 +206,12 @@ class ServiceUpdateRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
+    ROLLBACK_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     version: _builtins.int
     """meta.version that the spec was derived from"""
+    rollback: _builtins.bool
+    """swap with previous_spec; `spec` is not looked at"""
     @_builtins.property
     def spec(self) -> _objects_pb2.ServiceSpec: ...
     def __init__(
@@ -217,10 +220,11 @@ class ServiceUpdateRequest(_message.Message):
         id: _builtins.str = ...,
         version: _builtins.int = ...,
         spec: _objects_pb2.ServiceSpec | None = ...,
+        rollback: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "spec", b"spec", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "rollback", b"rollback", "spec", b"spec", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,6 +12,7 @@ import asyncio
 import functools
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 import grpc
 import structlog
@@ -49,6 +50,7 @@ REGISTER_ATTEMPTS = 10
 DEFAULT_DATA_PATH_PORT = 4789
 
 Context = grpc.aio.ServicerContext[AgentMessage, ManagerMessage]
+AnyContext = grpc.aio.ServicerContext[Any, Any]
 NodeUpdate = Callable[[Node], Node | None]
 
 log = structlog.get_logger(__name__)
@@ -68,13 +70,12 @@ class Dispatcher(DispatcherServicer):
     """`identify` tells the node ID of a session's certificate (or raises Denied); `now` is Unix s, `monotonic`
     seconds of any steady clock."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917  # the parts of a manager, in the order in which they are made
         self,
         store: Store,
         writer: Writer,
         consensus: Consensus,
-        identify: Callable[[Context], str],
-        *,
+        identify: Callable[[AnyContext], str],
         now: Callable[[], float],
         monotonic: Callable[[], float],
     ) -> None:

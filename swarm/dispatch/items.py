@@ -89,6 +89,7 @@ def for_agent(task: Task) -> Task:
     copy.CopyFrom(task)
     copy.ClearField("meta")
     copy.ClearField("status")
+    copy.ClearField("running_at")
     copy.status.state = TASK_ASSIGNED if is_live(task) else task.status.state
     return copy
 

@@ -85,6 +85,10 @@ class Store:
     def cluster(self) -> Cluster | None:
         return next(iter(self.clusters), None)
 
+    def verdict(self, request_id: str) -> pb.Verdict | None:
+        """What became of this request, if it is among the last DEDUPE_LIMIT."""
+        return self._verdicts.get(request_id)
+
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Call `listener` with the events of each applied entry; returns the way to stop that.
         A listener must return at once; after a snapshot was installed it gets an empty sequence,
