@@ -80,7 +80,8 @@ class TaskRunner:
         self._changed.set()
 
     def _note_ending(self) -> None:
-        if not self.assigned or self.task.desired_state >= TASK_SHUTDOWN:
+        gone = not self.assigned or steps.ended(self.status.state)
+        if gone or self.task.desired_state >= TASK_SHUTDOWN:
             self._ending.set()
         else:
             self._ending.clear()

@@ -33,7 +33,7 @@ class TaskSet:
         self.adopted = False
 
     async def adopt(self) -> None:
-        """Take over what stands on this host. Needs no manager. Does nothing the second time, unless stopped between."""
+        """Take over what stands on this host. Needs no manager. Again only after `stop`."""
         if self.adopted:
             return
         async with asyncio.timeout(LIST_DEADLINE_S):

@@ -1,0 +1,305 @@
+"""The mirror as the kernel, the name server and the runtime see it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dns.interface import Sandbox
+from node import inputs, view
+from node.interface import ImageConfig, ResolvedImage, RuntimeFault
+from node.mirror import Mirror
+from node.templates import expand
+from overlay.interface import Interface, OverlayNetwork, Peer, PublishedPort, RemoteEndpoint, Vip
+from proto.dispatch_pb2 import Item, NetworkEndpoint, NetworkPeer, NetworkService
+from proto.objects_pb2 import (
+    DNSRR,
+    HOST,
+    INGRESS,
+    TASK_FAILED,
+    TASK_RUNNING,
+    TASK_SHUTDOWN,
+    TCP,
+    UDP,
+    VIP,
+    EndpointMode,
+    Mount,
+    Network,
+    NodeDescription,
+    Platform,
+    PortConfig,
+    Task,
+)
+
+LOCAL = view.Local(node_id="n1", vtep="192.0.2.1", index=7)
+
+
+def net(network_id: str, **spec: bool) -> dict[str, Item]:
+    made = Network(id=network_id, vni=4096 + int(network_id[-1]))
+    made.ipam.subnet, made.ipam.gateway = f"10.0.{network_id[-1]}.0/24", f"10.0.{network_id[-1]}.1"
+    made.spec.annotations.name = f"{network_id}-name"
+    made.spec.ingress, made.spec.internal = spec.get("ingress", False), spec.get("internal", False)
+    return {f"network/{network_id}": Item(network=made)}
+
+
+def end(
+    task_id: str,
+    address: str,
+    network_id: str = "net1",
+    *,
+    service: str = "svc1",
+    node: str = "n1",
+    serving: bool = True,
+) -> dict[str, Item]:
+    made = NetworkEndpoint(
+        task_id=task_id, network_id=network_id, address=address, node_id=node, service_id=service,
+        task_name=f"web.{task_id[-1]}.{task_id}", serving=serving,
+    )  # fmt: skip
+    return {f"endpoint/{network_id}/{task_id}": Item(endpoint=made)}
+
+
+def svc(
+    service_id: str = "svc1",
+    vip: str = "10.0.1.2",
+    mode: EndpointMode.ValueType = VIP,
+    aliases: tuple[str, ...] = (),
+    ports: tuple[PortConfig, ...] = (),
+) -> dict[str, Item]:
+    made = NetworkService(service_id=service_id, name=f"{service_id}-name", mode=mode, ports=ports)
+    made.ingress_network_id = "net1"
+    made.networks.add(network_id="net1", aliases=aliases)
+    if vip:
+        made.virtual_ips.add(network_id="net1", address=f"{vip}/24")
+    return {f"service/{service_id}": Item(service=made)}
+
+
+def mirror(*items: dict[str, Item]) -> Mirror:
+    return Mirror(known=True, items={key: item for part in items for key, item in part.items()})
+
+
+def port(published: int, target: int, **more: int) -> PortConfig:
+    made = PortConfig(published_port=published, target_port=target, protocol=TCP, mode=INGRESS)
+    for name, value in more.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_networks_peers_and_remote_endpoints() -> None:
+    own = Item(peer=NetworkPeer(node_id="n1", vtep_addr="192.0.2.1", index=7))
+    other = Item(peer=NetworkPeer(node_id="n2", vtep_addr="192.0.2.2", index=8))
+    seen = mirror(
+        net("net1", internal=True),
+        {"network/net9": Item(network=Network(id="net9"))},  # without a VNI: not allocated yet
+        {"peer/n1": own, "peer/n2": other},
+        end("t1", "10.0.1.5"),
+        end("t2", "10.0.1.6", node="n2", serving=False),
+        end("t3", "10.0.9.6", network_id="net9", node="n2"),
+    )
+    state = view.host_state(seen, LOCAL)
+    assert (state.vtep, state.index, state.vxlan_port) == ("192.0.2.1", 7, 4789)
+    assert state.networks == (OverlayNetwork("net1", 4097, "10.0.1.0/24", "10.0.1.1", internal=True),)
+    assert state.peers == (Peer("n2", "192.0.2.2", 8),)
+    assert state.endpoints == (RemoteEndpoint("net1", "10.0.1.6", "n2"),), "reachable before it serves"
+
+
+def test_the_mtu_of_a_network_is_its_option() -> None:
+    items = net("net1")
+    items["network/net1"].network.spec.options[view.MTU_OPTION] = "1400"
+    assert view.host_state(mirror(items), LOCAL).networks[0].mtu_bytes == 1400
+
+
+def test_vip_backends_are_the_serving_endpoints_in_numeric_order() -> None:
+    seen = mirror(
+        net("net1"),
+        svc(),
+        end("t1", "10.0.1.10", node="n2"),
+        end("t2", "10.0.1.9"),
+        end("t3", "10.0.1.3", serving=False),
+        end("t4", "10.0.1.4", service="svc2"),
+    )
+    assert view.host_state(seen, LOCAL).vips == (Vip("net1", "10.0.1.2", ("10.0.1.9", "10.0.1.10")),)
+
+
+def test_a_vip_without_backends_stays_so_that_it_is_refused_at_once() -> None:
+    assert view.host_state(mirror(net("net1"), svc()), LOCAL).vips == (Vip("net1", "10.0.1.2", ()),)
+
+
+def test_dnsrr_services_have_no_vip() -> None:
+    assert view.host_state(mirror(net("net1"), svc(mode=DNSRR), end("t1", "10.0.1.3")), LOCAL).vips == ()
+
+
+def test_a_local_task_that_ended_leaves_the_balancers_before_the_managers_know() -> None:
+    seen = mirror(net("net1"), svc(ports=(port(8000, 80),)), end("t1", "10.0.1.3"), end("t2", "10.0.1.4"))
+    local = view.Local("n1", "192.0.2.1", 7, states={"t1": TASK_FAILED, "t2": TASK_RUNNING})
+    state = view.host_state(seen, local)
+    assert state.vips[0].backends == ("10.0.1.4",)
+    assert state.published[0].backends == (("10.0.1.4", 80),)
+
+
+def test_published_ports_reach_the_tasks_of_the_whole_cluster() -> None:
+    ports = (port(8000, 80), port(53, 5353, protocol=UDP))
+    seen = mirror(net("net1"), svc(ports=ports), end("t1", "10.0.1.3", node="n2"))
+    assert view.host_state(seen, LOCAL).published == (
+        PublishedPort("tcp", 8000, (("10.0.1.3", 80),)),
+        PublishedPort("udp", 53, (("10.0.1.3", 5353),)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("state", "desired", "published"),
+    [
+        (TASK_RUNNING, TASK_RUNNING, (PublishedPort("tcp", 8080, (("10.0.2.5", 80),)),)),
+        (TASK_RUNNING, TASK_SHUTDOWN, ()),
+        (TASK_FAILED, TASK_RUNNING, ()),
+    ],
+)
+def test_host_ports_lead_to_the_running_local_task_on_a_network_with_an_outside(
+    state: int, desired: int, published: tuple[PublishedPort, ...]
+) -> None:
+    made = Task(id="t1")
+    made.desired_state = desired  # type: ignore[assignment]
+    made.networks.add(network_id="net1", address="10.0.1.5/24")
+    made.networks.add(network_id="net2", address="10.0.2.5/24")
+    made.endpoint.ports.append(port(8080, 80, mode=HOST))
+    seen = mirror(net("net1", internal=True), net("net2"), {"task/t1": Item(task=made)})
+    local = view.Local("n1", "192.0.2.1", 7, states={"t1": state})  # type: ignore[dict-item]
+    assert view.host_state(seen, local).published == published
+
+
+def box(task_id: str = "t1", *network_ids: str) -> Sandbox:
+    return Sandbox(task_id, f"/netns/{task_id}", network_ids or ("net1",))
+
+
+def test_names_of_a_network() -> None:
+    seen = mirror(
+        net("net1"),
+        svc(aliases=("db", "svc1-name")),
+        svc("svc2", vip="", mode=DNSRR),
+        end("t1", "10.0.1.3"),
+        end("t2", "10.0.1.4", node="n2", serving=False),
+        end("t3", "10.0.1.5", service="svc2"),
+    )
+    drawn = view.picture(seen, LOCAL, [box()], ("192.0.2.53",))
+    (network,) = drawn.networks
+    assert (network.network_id, network.name) == ("net1", "net1-name")
+    one, two = network.services
+    assert (one.names, one.vip, one.task_addresses) == (("svc1-name", "db"), "10.0.1.2", ("10.0.1.3",))
+    assert (two.names, two.vip, two.task_addresses) == (("svc2-name",), None, ("10.0.1.5",))
+    assert [(t.names, t.address) for t in network.tasks] == [
+        (("web.1.t1", "web.1"), "10.0.1.3"),
+        (("web.2.t2",), "10.0.1.4"),  # not serving: the slot's name belongs to the one that is
+        (("web.3.t3", "web.3"), "10.0.1.5"),
+    ]
+    assert drawn.upstreams == ("192.0.2.53",)
+
+
+def test_a_service_is_named_only_on_its_networks_and_ingress_has_no_names() -> None:
+    seen = mirror(net("net1"), net("net2"), net("net3", ingress=True), svc(), end("t9", "10.0.3.3", "net3"))
+    drawn = view.picture(seen, LOCAL, [box("t1", "net3", "net2", "net1")], ())
+    assert {n.network_id: len(n.services) for n in drawn.networks} == {"net1": 1, "net2": 0}
+    assert drawn.sandboxes[0].network_ids == ("net2", "net1"), "in the order of the task, without ingress"
+
+
+def test_networks_that_no_local_task_sees_are_not_served() -> None:
+    assert view.picture(mirror(net("net1"), net("net2"), svc()), LOCAL, [box()], ()).networks[0].network_id == "net1"
+    assert view.picture(mirror(net("net1")), LOCAL, [], ()).networks == ()
+
+
+# ---------------------------------------------------------------- what the runtime and the network are told
+
+
+def full_task(slot: int = 3) -> Task:
+    made = Task(id="abcdefghijklmnopqrstuvwxy", service_id="svc1", slot=slot, node_id="n1")
+    made.service_annotations.name = "web"
+    made.service_annotations.labels["tier"] = "gold"
+    spec = made.spec.container
+    spec.image = "web"
+    spec.env.extend(["SLOT={{.Task.Slot}}", "ON={{ .Node.Hostname }}", 'T={{index .Service.Labels "tier"}}', "PLAIN=1"])
+    spec.mounts.add(type=Mount.VOLUME, source="data-{{.Task.Slot}}", target="/data")
+    spec.sysctls.update({"net.core.somaxconn": "512", "kernel.msgmax": "1"})
+    made.spec.log_options.update({"max-size": "2m", "max-file": "5"})
+    made.networks.add(network_id="net1", address="10.0.1.5/24")
+    made.networks.add(network_id="net2", address="10.0.2.5/24")
+    return made
+
+
+NODE = NodeDescription(hostname="host1", platform=Platform(os="linux", architecture="x86_64"))
+IMAGE = ResolvedImage("sha256:web", (), ImageConfig())
+
+
+def test_the_request_to_the_runtime() -> None:
+    made = full_task()
+    request = inputs.create_request(made, IMAGE, Path("/netns/t"), NODE, {})
+    assert list(request.spec.env) == ["SLOT=3", "ON=host1", "T=gold", "PLAIN=1"]
+    assert request.spec.mounts[0].source == "data-3"
+    assert request.name == "web.3.abcdefghijklmnopqrstuvwxy"
+    assert request.hostname == "abcdefghijkl"
+    assert request.addresses == ("10.0.1.5", "10.0.2.5")
+    assert (request.nameservers, request.search, request.dns_options) == (("127.0.0.11",), (), ("ndots:0",))
+    assert (request.log_max_bytes, request.log_max_files) == (2 << 20, 5)
+    assert request.labels["com.docker.swarm.task.name"] == request.name
+    assert made.spec.container.env[0] == "SLOT={{.Task.Slot}}", "the assigned task is not changed"
+
+
+def test_a_hostname_of_its_own_is_expanded_and_global_tasks_have_the_node_as_slot() -> None:
+    made = full_task(slot=0)
+    made.spec.container.hostname = "{{.Service.Name}}-{{.Node.Hostname}}"
+    request = inputs.create_request(made, IMAGE, None, NODE, {})
+    assert request.hostname == "web-host1"
+    assert request.name == "web.n1.abcdefghijklmnopqrstuvwxy"
+    assert request.spec.env[0] == "SLOT=n1"
+
+
+def test_the_attachment_keeps_the_order_of_networks_and_takes_only_net_sysctls() -> None:
+    attachment = inputs.attachment(full_task())
+    assert attachment.interfaces == (Interface("net1", "10.0.1.5/24"), Interface("net2", "10.0.2.5/24"))
+    assert attachment.sysctls == {"net.core.somaxconn": "512"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain", "plain"),
+        ("{{.A}}-{{ .A }}", "x-x"),
+        ('{{index .Service.Labels "absent"}}', ""),
+        ("{{.Service.Labels.absent}}", ""),
+        ('{{index .Service.Labels "dotted.key"}}', "y"),
+    ],
+)
+def test_templates(text: str, expected: str) -> None:
+    assert expand(text, {".A": "x", ".Service.Labels.dotted.key": "y"}, "env") == expected
+
+
+@pytest.mark.parametrize("text", ["{{.Nothing}}", "{{env}}", '{{index .Task.Labels "a"}}'])
+def test_an_unknown_template_is_refused_by_name(text: str) -> None:
+    with pytest.raises(RuntimeFault, match=r"in hostname is not known; known are \.A"):
+        expand(text, {".A": "x"}, "hostname")
+
+
+@pytest.mark.parametrize("options", [{"max-size": "x"}, {"max-size": "0"}, {"max-file": "0"}, {"max-file": "two"}])
+def test_a_log_option_that_cannot_be_understood_is_refused_by_name(options: dict[str, str]) -> None:
+    with pytest.raises(RuntimeFault, match=next(iter(options))):
+        inputs.log_limits(options)
+
+
+@pytest.mark.parametrize(
+    ("mode", "ports", "networks", "expected"),
+    [
+        (VIP, 0, ["net1"], True),
+        (VIP, 0, ["ingress"], False),
+        (VIP, 1, ["ingress"], True),
+        (DNSRR, 0, ["net1"], False),
+        (VIP, 0, [], False),
+    ],
+)
+def test_only_tasks_behind_a_balancer_drain(
+    mode: EndpointMode.ValueType, ports: int, networks: list[str], expected: bool
+) -> None:
+    made = Task(id="t1")
+    made.endpoint.mode = mode
+    for number in range(ports):
+        made.endpoint.ports.append(port(8000 + number, 80))
+    for network_id in networks:
+        made.networks.add(network_id=network_id, address="10.0.1.5/24")
+    assert inputs.drains(made, frozenset({"ingress"})) is expected
