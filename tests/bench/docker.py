@@ -41,9 +41,11 @@ class DockerSwarm:
             subprocess.run(["ip", *command.split()], check=True)
         with open(self._root.with_suffix(".log"), "ab") as log:
             self._daemon = subprocess.Popen(
-                ["nsenter", f"--net=/run/netns/{NETNS}", DOCKERD, "--data-root", str(self._root / "data")]
-                + ["--exec-root", str(self._root / "exec"), "-p", str(self._root.with_suffix(".pid"))]
-                + ["-H", f"unix://{self._socket}"],
+                [
+                    *("nsenter", f"--net=/run/netns/{NETNS}", DOCKERD, "-H", f"unix://{self._socket}"),
+                    *("--data-root", str(self._root / "data"), "--exec-root", str(self._root / "exec")),
+                    *("-p", str(self._root.with_suffix(".pid"))),
+                ],
                 stdout=log,
                 stderr=log,
             )

@@ -110,10 +110,9 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(prefix="pyswarm-bench-"))
     try:
         load_web_image(scratch)
-        runs, docker_runs = [], []
+        docker_runs: list[float] = []
         with lab_up("bench", 1, 0) as cluster:
-            for _ in range(chosen.repeat):
-                runs.append(scale_once(cluster))
+            runs = [scale_once(cluster) for _ in range(chosen.repeat)]
         if not chosen.no_docker and DockerSwarm.installed():
             with DockerSwarm(scratch, scratch / "web.tar") as docker:
                 docker_runs = [docker.scale_once(FROM, TO) for _ in range(chosen.repeat)]
