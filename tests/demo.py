@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -140,7 +141,7 @@ def scale_through_failover(cluster: Lab) -> str:
     started_at = time.monotonic()
     scaling = cluster.spawn(other, "service", "scale", f"wpinst={LARGE}")
     wait_for(lambda: len(cluster.running("wpinst", other)) > SMALL, 30, "scaling begins")
-    hosts.kill(hosts.daemon_pids(cluster.host(leader)), __import__("signal").SIGKILL)
+    hosts.kill(hosts.daemon_pids(cluster.host(leader)), signal.SIGKILL)
     say.show(f"leader {leader} killed with {len(cluster.running('wpinst', other))} tasks running")
     scaling.communicate(timeout=90)
     say.check(scaling.returncode == 0, f"`service scale` on {other} finished in {time.monotonic() - started_at:.1f} s")

@@ -1,0 +1,33 @@
+"""Fixtures that more than one module uses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.labs import Lab, lab_up, load_web_image
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs the kernel is skipped, with the reason, where there is no root."""
+    if os.geteuid() == 0:
+        return
+    for item in items:
+        if item.get_closest_marker("root") or item.get_closest_marker("lab"):
+            item.add_marker(pytest.mark.skip(reason="needs root"))
+
+
+@pytest.fixture(scope="session")
+def web_image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The web image in the machine's store; returns its name."""
+    load_web_image(tmp_path_factory.mktemp("image"))
+    return "pyswarm/web:1"
+
+
+@pytest.fixture(scope="module")
+def cluster(web_image: str) -> Iterator[Lab]:
+    """Three managers and two workers, shared by the tests of one module."""
+    with lab_up("test", 3, 2) as made:
+        yield made

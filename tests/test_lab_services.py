@@ -1,0 +1,239 @@
+"""Issue section 1 on a real lab of five hosts: services, names, ports, updates, drain, logs, bad input."""
+
+from __future__ import annotations
+
+import collections
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from swarm.lab import hosts
+from tests.labs import Lab, wait_for
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def service(cluster: Lab, web_image: str) -> Iterator[str]:
+    """`web`: five tasks on `net`, published at 8000; removed afterwards."""
+    cluster.pyswarm("m1", "network", "create", "net")
+    command = [
+        "--name",
+        "web",
+        "--replicas",
+        "5",
+        "--network",
+        "net",
+        "--publish",
+        "8000:80",
+        "--restart-delay",
+        "200ms",
+    ]
+    cluster.pyswarm("m1", "service", "create", *command, "--env", "NODE={{.Node.Hostname}}", web_image)
+    yield "web"
+    remove(cluster, "web")
+    wait_for(lambda: cluster.try_pyswarm("m1", "network", "rm", "net").returncode == 0, 30, "network removed")
+
+
+def remove(cluster: Lab, name: str) -> None:
+    cluster.pyswarm("m1", "service", "rm", name)
+    wait_for(lambda: not any(row["Name"] == name for row in cluster.rows("m1", "service", "ls")), 60, "removed")
+
+
+def inside(cluster: Lab, row: dict[str, str], *argv: str) -> str:
+    """Run a command in the network namespace of a task."""
+    netns = cluster.host(row["Node"]).run_dir / "netns" / f"task-{row['ID']}"
+    argv = ("nsenter", f"--net={netns}", *argv)
+    return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=30).stdout
+
+
+def test_tasks_are_spread_and_every_manager_answers(cluster: Lab, service: str) -> None:
+    spread = collections.Counter(row["Node"] for row in cluster.running(service))
+    assert spread == dict.fromkeys(["m1", "m2", "m3", "w1", "w2"], 1)
+    for manager in ("m1", "m2", "m3"):
+        assert cluster.rows(manager, "service", "ls")[0]["Replicas"] == "5/5"
+
+
+def test_a_published_port_is_balanced_from_every_host(cluster: Lab, service: str) -> None:
+    for host in cluster.hosts:
+        answers = {cluster.get(host, 8000) for _ in range(15)}
+        assert len(answers) == 5, f"{host} reached {answers}"
+        assert cluster.run(host, "curl", "-s", "--max-time", "5", "http://127.0.0.1:8000/")
+
+
+def test_names_and_the_virtual_ip_from_inside_tasks(cluster: Lab, service: str) -> None:
+    rows = cluster.running(service)
+    for row in rows[:2]:
+        (vip,) = inside(cluster, row, "dig", "+short", "@127.0.0.11", "web").split()
+        tasks = inside(cluster, row, "dig", "+short", "@127.0.0.11", "tasks.web").split()
+        assert len(set(tasks)) == 5
+        assert inside(cluster, row, "dig", "+short", "@127.0.0.11", "web.net").split() == [vip]
+        names = {inside(cluster, row, "dig", "+short", "@127.0.0.11", "-x", task).split(".")[0] for task in tasks}
+        assert names == {"web"}
+        answers = {inside(cluster, row, "curl", "-s", "--max-time", "5", f"http://{vip}/").strip() for _ in range(15)}
+        assert len(answers) == 5
+
+
+def test_tasks_reach_the_outside_and_full_size_packets_pass_between_hosts(cluster: Lab, service: str) -> None:
+    one, other = (row for row in cluster.running(service) if row["Node"] in ("w1", "w2"))
+    gateway = cluster.plan.gateway
+    assert "1 received" in inside(cluster, one, "ping", "-c1", "-W3", gateway)
+    address = inside(cluster, other, "ip", "-4", "-o", "addr", "show", "eth0").split()[3].partition("/")[0]
+    assert "1 received" in inside(cluster, one, "ping", "-c1", "-W3", "-M", "do", "-s", "1422", address)
+
+
+def test_scale_down_and_up_answers_with_what_is_left(cluster: Lab, service: str) -> None:
+    cluster.pyswarm("m2", "service", "scale", "web=2")
+    assert len(cluster.running(service)) == 2
+    assert len({cluster.get("w1", 8000) for _ in range(8)}) == 2
+    cluster.pyswarm("m3", "service", "scale", "web=0")
+    with pytest.raises(OSError, match=r"refused|reset"):
+        cluster.get("m1", 8000)
+    cluster.pyswarm("m3", "service", "scale", "web=5")
+    assert len({cluster.get("w1", 8000) for _ in range(15)}) == 5
+
+
+def test_a_task_that_dies_is_replaced_and_stays_in_the_history(cluster: Lab, service: str) -> None:
+    victim = cluster.running(service)[0]
+    host = victim["Node"]
+    pids = [int(pid) for pid in hosts.host_pids(cluster.host(host)) if victim["ID"] in _cgroup(pid)]
+    hosts.kill(pids, signal.SIGKILL)
+    wait_for(lambda: victim["ID"] not in {row["ID"] for row in cluster.running(service)}, 20, "death seen")
+    wait_for(lambda: len(cluster.running(service)) == 5, 20, "replaced")
+    history = cluster.rows("m1", "service", "ps", "--no-trunc", service)
+    dead = next(row for row in history if row["ID"] == victim["ID"])
+    assert dead["CurrentState"].startswith("Failed")
+    assert "non-zero exit (137)" in dead["Error"]
+
+
+def _cgroup(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/cgroup") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def test_update_start_first_replaces_every_task(cluster: Lab, service: str) -> None:
+    before = {row["ID"] for row in cluster.running(service)}
+    command = [
+        "service",
+        "update",
+        "--env-add",
+        "A=2",
+        "--update-order",
+        "start-first",
+        "--update-parallelism",
+        "0",
+        service,
+    ]
+    cluster.pyswarm("m1", *command)
+    running = cluster.running(service)
+    assert len(running) == 5
+    assert not before & {row["ID"] for row in running}
+    inspected = json.loads(cluster.pyswarm("m1", "service", "inspect", service))[0]
+    assert inspected["UpdateStatus"]["State"] == "completed"
+    assert "Name:" in cluster.pyswarm("m1", "service", "inspect", "--pretty", service)
+
+
+def test_drain_moves_tasks_and_active_takes_new_ones(cluster: Lab, service: str) -> None:
+    cluster.pyswarm("m1", "node", "update", "--availability", "drain", "w1")
+    wait_for(
+        lambda: len(cluster.running(service)) == 5 and "w1" not in {row["Node"] for row in cluster.running(service)},
+        30,
+        "w1 is empty",
+    )
+    cluster.pyswarm("m1", "node", "update", "--availability", "active", "w1")
+    cluster.pyswarm("m1", "service", "scale", f"{service}=8")
+    assert "w1" in {row["Node"] for row in cluster.running(service)}
+
+
+def test_logs_come_from_every_host(cluster: Lab, service: str) -> None:
+    for _ in range(15):
+        cluster.get("m1", 8000)
+    wait_for(lambda: len({line.split("|")[0] for line in _logs(cluster, service)}) == 5, 20, "five sources")
+
+
+def _logs(cluster: Lab, service: str) -> list[str]:
+    return cluster.pyswarm("m2", "service", "logs", service).splitlines()
+
+
+def test_a_global_service_runs_once_on_each_matching_node(cluster: Lab, web_image: str) -> None:
+    command = ["--name", "everywhere", "--mode", "global", "--constraint", "node.role==worker", web_image]
+    cluster.pyswarm("m1", "service", "create", *command)
+    assert sorted(row["Node"] for row in cluster.running("everywhere")) == ["w1", "w2"]
+    remove(cluster, "everywhere")
+
+
+def test_a_missing_image_rejects_the_task_with_the_reason(cluster: Lab) -> None:
+    command = ["service", "create", "--detach", "--no-resolve-image", "--name", "ghost", "127.0.0.1:1/no/such:1"]
+    cluster.pyswarm("m1", *command)
+
+    def rejected() -> list[str]:
+        rows = cluster.rows("m1", "service", "ps", "--no-trunc", "ghost")
+        return [row["Error"] for row in rows if row["CurrentState"].startswith("Rejected")]
+
+    errors = wait_for(rejected, 30, "rejected")
+    assert "127.0.0.1:1" in errors[0]
+    remove(cluster, "ghost")
+
+
+def test_an_unsatisfiable_constraint_is_explained(cluster: Lab, web_image: str) -> None:
+    command = ["service", "create", "--detach", "--name", "nowhere", "--constraint", "node.hostname==x", web_image]
+    cluster.pyswarm("m1", *command)
+
+    def reason() -> str:
+        return "".join(row["Error"] for row in cluster.rows("m1", "service", "ps", "--no-trunc", "nowhere"))
+
+    wait_for(lambda: "no suitable node (scheduling constraints not satisfied on 5 nodes)" in reason(), 20, "explained")
+    remove(cluster, "nowhere")
+
+
+BAD_INPUT = [
+    (["service", "inspect", "nosuch"], "no such service: nosuch"),
+    (["service", "scale", "nosuch=3"], "nosuch"),
+    (["service", "rm", "nosuch"], "nosuch"),
+    (["node", "inspect", "nosuch"], "nosuch"),
+    (["network", "inspect", "nosuch"], "nosuch"),
+    (["service", "create", "--network", "nosuch", "IMAGE"], "nosuch"),
+    (["service", "create", "--name", "web", "IMAGE"], "web"),
+    (["service", "create", "--replicas", "-1", "IMAGE"], "replicas"),
+    (["service", "create", "--publish", "70000:80", "IMAGE"], "70000"),
+    (["service", "create", "--publish", "8000:80", "IMAGE"], "8000"),
+    (["service", "create", "--constraint", "node.rol==x", "IMAGE"], "node.rol"),
+    (["service", "create", "--mount", "type=bind,source=/no/such/path,target=/x", "IMAGE"], "/no/such/path"),
+    (["network", "rm", "net"], "in use"),
+    (["network", "create", "net"], "net"),
+    (["service", "create", "127.0.0.1:1/no/such:1"], "127.0.0.1:1"),
+]
+
+
+@pytest.mark.parametrize(("argv", "word"), BAD_INPUT, ids=[" ".join(argv[:4]) for argv, _ in BAD_INPUT])
+def test_bad_input_is_one_clear_line_and_changes_nothing(
+    cluster: Lab, standing: str, web_image: str, argv: list[str], word: str
+) -> None:
+    before = cluster.pyswarm("m1", "service", "ls", "--format", "json")
+    done = cluster.try_pyswarm("m1", *[web_image if item == "IMAGE" else item for item in argv])
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert word in lines[0]
+    assert cluster.pyswarm("m1", "service", "ls", "--format", "json") == before
+
+
+@pytest.fixture(scope="module")
+def standing(cluster: Lab, web_image: str) -> Iterator[str]:
+    """A service that stands while all bad input is tried."""
+    cluster.pyswarm("m1", "network", "create", "net")
+    command = ["--name", "web", "--network", "net", "--publish", "8000:80", web_image]
+    cluster.pyswarm("m1", "service", "create", *command)
+    yield "web"
+    remove(cluster, "web")
+    wait_for(lambda: cluster.try_pyswarm("m1", "network", "rm", "net").returncode == 0, 30, "network removed")
+
+
+def test_unknown_options_are_usage_errors(cluster: Lab) -> None:
+    assert cluster.try_pyswarm("m1", "service", "create", "--no-such-flag", "x").returncode == 2
