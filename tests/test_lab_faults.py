@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-
 import pytest
 
 from swarm.lab import hosts, lab
@@ -14,10 +12,10 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
-def service(cluster: Lab, web_image: str) -> Iterator[str]:
+def service(cluster: Lab, web_image: str) -> str:
     command = ["--name", "web", "--replicas", "10", "--publish", "8000:80", "--restart-delay", "200ms", web_image]
     cluster.pyswarm("m1", "service", "create", *command)
-    yield "web"
+    return "web"
 
 
 def ids(cluster: Lab, service: str, asked: str) -> set[str]:
