@@ -191,13 +191,14 @@ class Session:
             self._said_hello = self._hello()
             with contextlib.suppress(asyncio.InvalidStateError):  # refused already: reading tells why
                 await stream.write(AgentMessage(hello=self._said_hello))
-            first = await stream.read()
-        if not isinstance(first, ManagerMessage):
-            raise TimeoutError("the manager ended the session without a word")
-        if first.WhichOneof("message") != "welcome":
-            raise TimeoutError("the manager did not begin with a welcome")
-        self._period_s = first.welcome.heartbeat_period_s or DEFAULT_PERIOD_S
-        self._handler.on_welcome(first.welcome)
+            welcomed = False
+            while not welcomed:
+                message = await stream.read()
+                if not isinstance(message, ManagerMessage):
+                    raise TimeoutError("the manager ended the session without a welcome")
+                # The own node's change by this very hello may overtake the welcome.
+                self._handle(message)
+                welcomed = message.HasField("welcome")
 
     async def _read(self, stream: Stream) -> None:
         while True:
@@ -209,6 +210,9 @@ class Session:
 
     def _handle(self, message: ManagerMessage) -> None:
         match message.WhichOneof("message"):
+            case "welcome":
+                self._period_s = message.welcome.heartbeat_period_s or DEFAULT_PERIOD_S
+                self._handler.on_welcome(message.welcome)
             case "heartbeat":
                 self._period_s = message.heartbeat.period_s or self._period_s
             case "assignments":

@@ -28,25 +28,6 @@ from node.interface import (
 from overlay.interface import Attachment, HostState, NetworkError
 from proto.dispatch_pb2 import LogLine, LogOptions
 
-EVENTUALLY_S = 10.0
-_TICK_S = 0.005
-
-
-async def eventually(
-    condition: Callable[[], object], what: str = "the condition", timeout_s: float = EVENTUALLY_S
-) -> None:
-    """Return once the condition holds; fails naming it after `timeout_s`."""
-    never = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout_s
-    while not condition():
-        assert loop.time() < deadline, f"{what} did not come true within {timeout_s:g} s"
-        try:
-            async with asyncio.timeout(_TICK_S):
-                await never.wait()
-        except TimeoutError:
-            continue
-
 
 class Gate:
     """Points are "<call>:before" and "<call>:after", such as "create:after"."""

@@ -38,7 +38,8 @@ from proto.objects_pb2 import (
     TaskState,
     TaskStatus,
 )
-from tests.fakes import FakeImages, FakeNames, FakeNetwork, FakeRuntime, Gate, eventually
+from tests.fakes import FakeImages, FakeNames, FakeNetwork, FakeRuntime, Gate
+from tests.waiting import until
 
 State: TypeAlias = "TaskState.ValueType"
 
@@ -105,7 +106,7 @@ class Manager(DispatcherServicer):
         return self.statuses[task_id][-1] if task_id in self.statuses else TaskStatus()
 
     async def reported(self, task_id: str, state: State) -> TaskStatus:
-        await eventually(lambda: self.last(task_id).state == state, f"{task_id} in {TaskState.Name(state)}")
+        await until(lambda: self.last(task_id).state == state, what=f"{task_id} in {TaskState.Name(state)}")
         return self.last(task_id)
 
     # ---- the service
@@ -123,8 +124,8 @@ class Manager(DispatcherServicer):
         reader = asyncio.create_task(self._read(request_iterator))
         self._outgoing = asyncio.Queue()
         try:
+            yield ManagerMessage(node=Node(id="n1", index=7))  # the real one may say this before its welcome, too
             yield ManagerMessage(welcome=Welcome(session_id="s", heartbeat_period_s=self.period_s, data_path_port=4790))
-            yield ManagerMessage(node=Node(id="n1", index=7))
             self.sequence = 100 * self.calls
             changes = [AssignmentChange(key=key, item=item) for key, item in self.items.items()]
             yield ManagerMessage(assignments=Assignments(snapshot=True, result=self.sequence, changes=changes))

@@ -16,8 +16,8 @@ from proto.objects_pb2 import (
     TASK_RUNNING,
     TASK_SHUTDOWN,
 )
-from tests.fakes import eventually
 from tests.fakes_dispatcher import Host, Manager, host_on, serving, standing, task
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ async def test_killed_on_the_way_up_the_task_still_runs_once(host: Host, manager
     host.run(manager.addr)
     await manager.reported("t1", TASK_RUNNING)
     assert host.runtime.made["t1"].starts == 1
-    await eventually(lambda: host.names.sandboxes == {"t1"})
+    await until(lambda: host.names.sandboxes == {"t1"})
 
 
 @pytest.mark.parametrize("point", STARTING_POINTS)
@@ -63,7 +63,7 @@ async def test_killed_on_the_way_up_and_withdrawn_meanwhile_nothing_is_left(
     await host.abandon()
     manager.withdraw("task/t1")
     host.run(manager.addr)
-    await eventually(host.nothing_left, "everything of the task reclaimed")
+    await until(host.nothing_left, what="everything of the task reclaimed")
 
 
 @pytest.mark.parametrize("point", ["stop:before", "stop:after", "detach:before", "detach:after"])
@@ -91,7 +91,7 @@ async def test_killed_while_removing_nothing_is_left(host: Host, manager: Manage
     await host.gate.reached.wait()
     await host.abandon()
     host.run(manager.addr)
-    await eventually(host.nothing_left, "everything of the task reclaimed")
+    await until(host.nothing_left, what="everything of the task reclaimed")
 
 
 async def test_a_stop_that_was_wanted_is_finished_without_any_manager(host: Host, manager: Manager) -> None:
@@ -103,7 +103,7 @@ async def test_a_stop_that_was_wanted_is_finished_without_any_manager(host: Host
     await host.gate.reached.wait()
     await host.abandon()
     agent = host.run()
-    await eventually(lambda: agent.tasks() and agent.tasks()[0].status.state == TASK_SHUTDOWN)
+    await until(lambda: agent.tasks() and agent.tasks()[0].status.state == TASK_SHUTDOWN)
 
 
 async def test_a_restart_touches_no_container_network_or_name(host: Host, manager: Manager) -> None:
@@ -111,13 +111,13 @@ async def test_a_restart_touches_no_container_network_or_name(host: Host, manage
     host.run(manager.addr)
     await manager.reported("t1", TASK_RUNNING)
     await manager.reported("t2", TASK_RUNNING)
-    await eventually(lambda: host.names.sandboxes == {"t1", "t2"})
+    await until(lambda: host.names.sandboxes == {"t1", "t2"})
     await host.abandon()
     pictures, states = len(host.names.pictures), len(host.network.states)
     passed = host.gate.passed.copy()
 
     agent = host.run(manager.addr)
-    await eventually(lambda: len(host.names.pictures) > pictures, "names applied again")
+    await until(lambda: len(host.names.pictures) > pictures, what="names applied again")
     assert all(len(picture.sandboxes) == 2 for picture in host.names.pictures[pictures:]), "no name went away"
     assert all(state.networks for state in host.network.states[states:]), "no network went away"
     for call in ("create", "start", "stop", "remove", "detach"):
@@ -136,9 +136,9 @@ async def test_without_a_manager_what_runs_is_kept_and_an_exit_is_reported_later
 
     states = len(host.network.states)
     agent = host.run("127.0.0.1:1")  # nobody there
-    await eventually(lambda: agent.running_count() == 1, "the exit noticed")
+    await until(lambda: agent.running_count() == 1, what="the exit noticed")
     host.runtime.exit("t2", 0)  # while the managers are away
-    await eventually(lambda: agent.running_count() == 0)
+    await until(lambda: agent.running_count() == 0)
     assert len(host.network.states) == states, "no network changes without a manager's word"
     assert host.runtime.made["t1"].starts == 1, "nothing is restarted by the node"
     await host.abandon()
@@ -174,7 +174,7 @@ async def test_after_a_reboot_running_tasks_have_failed_and_parked_ones_are_prep
     host.network.spaces.clear()
     host.run(manager.addr)
     assert "reboot" in (await manager.reported("t1", TASK_FAILED)).err
-    await eventually(lambda: host.runtime.phase_of("t2") is Phase.CREATED)
+    await until(lambda: host.runtime.phase_of("t2") is Phase.CREATED)
     assert manager.last("t2").state == TASK_READY
 
 
@@ -186,7 +186,7 @@ async def test_a_torn_task_file_is_dropped_and_the_assignment_decides(host: Host
     (host.state_dir / "agent" / "tasks" / "t1.pb").write_bytes(b"")
     (host.state_dir / "agent" / "tasks" / "t9.tmp").write_bytes(b"half")
     agent = host.run(manager.addr)
-    await eventually(lambda: agent.running_count() == 1)
+    await until(lambda: agent.running_count() == 1)
     assert host.runtime.made["t1"].starts == 1, "the container that runs is taken over"
     assert list(host.files()) == ["t1.pb"]
 
@@ -205,14 +205,14 @@ async def test_containers_and_namespaces_of_nobody_are_removed_after_the_first_s
     follower.leads = False
     async with serving(follower):
         host.run(follower.addr)
-        await eventually(lambda: follower.calls >= 2, "a while without a leader")
+        await until(lambda: follower.calls >= 2, what="a while without a leader")
         await host.abandon()
     assert set(host.runtime.made) == {"t1", "t2"}
 
     manager.withdraw("task/t2")
     host.run(manager.addr)
-    await eventually(lambda: set(host.runtime.made) == {"t1"}, "the leftover removed")
-    await eventually(lambda: set(host.network.spaces) == {"t1"})
+    await until(lambda: set(host.runtime.made) == {"t1"}, what="the leftover removed")
+    await until(lambda: set(host.network.spaces) == {"t1"})
 
 
 async def test_stop_leaves_containers_and_leave_removes_all(host: Host, manager: Manager) -> None:
@@ -225,7 +225,7 @@ async def test_stop_leaves_containers_and_leave_removes_all(host: Host, manager:
     assert not host.names.stopped
 
     again = host.run(manager.addr)
-    await eventually(lambda: again.running_count() == 1)
+    await until(lambda: again.running_count() == 1)
     signals = host.runtime.made["t1"].signals
     await again.leave()
     assert signals == ["TERM"]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from node.session import RETRY_MAX_S, backoff_s
 from proto.dispatch_pb2 import Assignments, ManagerList, ManagerMessage
 from proto.objects_pb2 import DRAINED, TASK_RUNNING, Node
-from tests.fakes import eventually
 from tests.fakes_dispatcher import Host, Manager, endpoint, host_on, serving, standing, task
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ async def test_a_follower_redirects_to_the_leader_at_once(host: Host, managers: 
     follower, leader, _ = managers
     follower.leads, follower.leader_addr = False, leader.addr
     agent = host.run(follower.addr)
-    await eventually(lambda: agent.manager == leader.addr)
+    await until(lambda: agent.manager == leader.addr)
     assert (follower.calls, leader.calls) == (1, 1)
     assert leader.hellos[0].description.hostname == "host1"
     assert leader.hellos[0].advertise_host == "192.0.2.1"
@@ -54,13 +54,13 @@ async def test_managers_that_send_each_other_around_are_not_asked_in_a_circle(
     one.leads = two.leads = False
     one.leader_addr, two.leader_addr = two.addr, one.addr
     agent = host.run(one.addr, two.addr, leader.addr)
-    await eventually(lambda: agent.manager == leader.addr)
+    await until(lambda: agent.manager == leader.addr)
     assert one.calls + two.calls <= 8
 
 
 async def test_dead_managers_are_skipped(host: Host, managers: list[Manager]) -> None:
     agent = host.run("127.0.0.1:1", "127.0.0.1:2", managers[0].addr)
-    await eventually(lambda: agent.manager == managers[0].addr)
+    await until(lambda: agent.manager == managers[0].addr)
 
 
 async def test_a_change_of_leader_touches_no_task(host: Host, managers: list[Manager]) -> None:
@@ -74,11 +74,11 @@ async def test_a_change_of_leader_touches_no_task(host: Host, managers: list[Man
 
     old.leads = False
     old.end_session()
-    await eventually(lambda: new.calls + old.calls >= 4 and not agent.manager, "some time without a leader")
+    await until(lambda: new.calls + old.calls >= 4 and not agent.manager, what="some time without a leader")
     assert agent.running_count() == 1
     new.leads = True
     old.leader_addr = new.addr
-    await eventually(lambda: agent.manager == new.addr)
+    await until(lambda: agent.manager == new.addr)
     new.put(task("t2", slot=2))
     await new.reported("t2", TASK_RUNNING)
     for call in ("stop", "remove", "detach"):
@@ -90,14 +90,14 @@ async def test_a_silent_leader_is_left(host: Host, managers: list[Manager]) -> N
     manager = managers[0]
     manager.answers_heartbeats, manager.period_s = False, 0.02
     host.run(manager.addr)
-    await eventually(lambda: manager.calls >= 2, "a second session")
+    await until(lambda: manager.calls >= 2, what="a second session")
     assert manager.heartbeats >= 2
 
 
 async def test_heartbeats_go_on_while_the_leader_answers(host: Host, managers: list[Manager]) -> None:
     managers[0].period_s = 0.02
     host.run(managers[0].addr)
-    await eventually(lambda: managers[0].heartbeats >= 20)
+    await until(lambda: managers[0].heartbeats >= 20)
     assert managers[0].calls == 1
 
 
@@ -106,8 +106,8 @@ async def test_statuses_are_sent_again_until_they_are_acknowledged(host: Host, m
     manager.acknowledges = False
     manager.put(task())
     agent = host.run(manager.addr)
-    await eventually(lambda: agent.running_count() == 1)
-    await eventually(lambda: manager.batches == 1)
+    await until(lambda: agent.running_count() == 1)
+    await until(lambda: manager.batches == 1)
     assert TASK_RUNNING not in manager.states("t1"), "one batch is under way at a time"
     manager.acknowledges = True
     manager.end_session()
@@ -115,7 +115,7 @@ async def test_statuses_are_sent_again_until_they_are_acknowledged(host: Host, m
 
     batches = manager.batches
     manager.end_session()
-    await eventually(lambda: manager.calls >= 3 and manager.in_session)
+    await until(lambda: manager.calls >= 3 and manager.in_session)
     manager.put(task("t2", slot=2))
     await manager.reported("t2", TASK_RUNNING)
     assert manager.batches > batches
@@ -139,7 +139,7 @@ async def test_a_delta_that_does_not_chain_opens_a_new_session(host: Host, manag
     host.run(manager.addr)
     await manager.reported("t1", TASK_RUNNING)
     manager.send(ManagerMessage(assignments=Assignments(base=manager.sequence + 5, result=manager.sequence + 6)))
-    await eventually(lambda: manager.calls == 2 and manager.in_session)
+    await until(lambda: manager.calls == 2 and manager.in_session)
     manager.put(task("t2", slot=2))
     await manager.reported("t2", TASK_RUNNING)
     assert host.runtime.made["t1"].starts == 1
@@ -153,21 +153,21 @@ async def test_a_snapshot_withdraws_what_it_does_not_name(host: Host, managers: 
     await manager.reported("t2", TASK_RUNNING)
     del manager.items["task/t1"]
     manager.end_session()
-    await eventually(lambda: set(host.runtime.made) == {"t2"}, "t1 reclaimed")
+    await until(lambda: set(host.runtime.made) == {"t2"}, what="t1 reclaimed")
 
 
 async def test_managers_and_own_node_are_handed_on(host: Host, managers: list[Manager]) -> None:
     manager = managers[0]
     agent = host.run(manager.addr)
-    await eventually(lambda: manager.in_session)
+    await until(lambda: manager.in_session)
     manager.send(ManagerMessage(managers=ManagerList(addrs=["192.0.2.1:2378", manager.addr])))
     node = Node(id="n1", index=9)
     node.spec.availability = DRAINED
     manager.send(ManagerMessage(node=node))
-    await eventually(lambda: host.seen_nodes and host.seen_nodes[-1].spec.availability == DRAINED)
+    await until(lambda: host.seen_nodes and host.seen_nodes[-1].spec.availability == DRAINED)
     assert host.seen_managers == [["192.0.2.1:2378", manager.addr]]
     assert agent.managers == ["192.0.2.1:2378", manager.addr]
-    await eventually(lambda: host.network.states and host.network.state.index == 9)
+    await until(lambda: host.network.states and host.network.state.index == 9)
     assert host.network.state.vxlan_port == 4790, "the port that the welcome names"
 
 
@@ -178,7 +178,7 @@ async def test_a_remote_change_reaches_the_kernel_and_the_names(host: Host, mana
     await manager.reported("t1", TASK_RUNNING)
     remote = task("t2", slot=2)
     manager.put(items=endpoint(remote, node_id="n2"))
-    await eventually(lambda: [e.address for e in host.network.state.endpoints] == ["10.0.1.3"])
-    await eventually(lambda: [t.address for t in host.names.pictures[-1].networks[0].tasks] == ["10.0.1.3"])
+    await until(lambda: [e.address for e in host.network.state.endpoints] == ["10.0.1.3"])
+    await until(lambda: [t.address for t in host.names.pictures[-1].networks[0].tasks] == ["10.0.1.3"])
     manager.withdraw("endpoint/net1/t2")
-    await eventually(lambda: not host.network.state.endpoints)
+    await until(lambda: not host.network.state.endpoints)

@@ -18,7 +18,7 @@ from overlay.interface import NetworkError
 from proto.agent_pb2 import TaskRecord
 from proto.dispatch_pb2 import AssignmentChange, Assignments, Item
 from proto.objects_pb2 import TASK_READY, TASK_RUNNING, Network, Task, TaskStatus
-from tests.fakes import eventually
+from tests.waiting import until
 
 # ---------------------------------------------------------------- mirror
 
@@ -129,7 +129,7 @@ async def test_pokes_during_an_application_cost_one_more_together() -> None:
     running = asyncio.create_task(applier.run())
     target.wanted = 0
     applier.poke()
-    await eventually(lambda: applier.applications == 1)
+    await until(lambda: applier.applications == 1)
     for value in range(1, 100):
         target.wanted = value
         last = applier.poke()

@@ -24,8 +24,8 @@ from proto.objects_pb2 import (
     TASK_STARTING,
     VIP,
 )
-from tests.fakes import eventually
 from tests.fakes_dispatcher import Host, Manager, State, endpoint, host_on, serving, standing, task
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ async def test_a_task_goes_from_assigned_to_running_and_its_name_server_is_there
     served_at_start: list[bool] = []
     host.runtime.on_start = lambda task_id: served_at_start.append(task_id in host.names.sandboxes)
     agent = host.run(manager.addr)
-    await eventually(lambda: manager.in_session)
+    await until(lambda: manager.in_session)
     manager.put(task())
     status = await manager.reported("t1", TASK_RUNNING)
 
@@ -119,8 +119,8 @@ async def test_an_error_before_the_start_rejects_the_task_with_the_reason(
     status = await manager.reported("t1", TASK_REJECTED)
     assert reason in status.err
     assert status.message == "preparing"
-    await eventually(lambda: not host.network.spaces, "the namespace given back")
-    await eventually(lambda: host.runtime.phase_of("t1") is None, "the container that never ran removed")
+    await until(lambda: not host.network.spaces, what="the namespace given back")
+    await until(lambda: host.runtime.phase_of("t1") is None, what="the container that never ran removed")
 
 
 async def test_an_unknown_template_rejects_the_task_and_names_the_field(host: Host, manager: Manager) -> None:
@@ -136,7 +136,7 @@ async def test_an_error_at_the_start_fails_the_task(host: Host, manager: Manager
     manager.put(task())
     host.run(manager.addr)
     assert (await manager.reported("t1", TASK_FAILED)).err == 'exec: "foo": not found'
-    await eventually(lambda: not host.network.spaces)
+    await until(lambda: not host.network.spaces)
 
 
 async def test_a_temporary_fault_is_tried_again(host: Host, manager: Manager) -> None:
@@ -155,7 +155,7 @@ async def test_shutdown_stops_the_container_and_keeps_it_for_its_logs(host: Host
     await manager.reported("t1", TASK_SHUTDOWN)
     assert host.runtime.made["t1"].signals == ["TERM"]
     assert not host.network.spaces
-    await eventually(lambda: not host.names.sandboxes)
+    await until(lambda: not host.names.sandboxes)
 
 
 async def test_a_container_that_ignores_the_signal_is_killed_after_the_grace_period(
@@ -176,8 +176,8 @@ async def test_a_task_that_is_no_longer_assigned_is_stopped_and_reclaimed(host: 
     agent = host.run(manager.addr)
     await manager.reported("t1", TASK_RUNNING)
     manager.withdraw("task/t1")
-    await eventually(host.nothing_left, "everything of the task reclaimed")
-    await eventually(lambda: not agent.tasks())
+    await until(host.nothing_left, what="everything of the task reclaimed")
+    await until(lambda: not agent.tasks())
 
 
 async def test_a_failing_removal_is_tried_until_it_works(host: Host, manager: Manager) -> None:
@@ -186,7 +186,7 @@ async def test_a_failing_removal_is_tried_until_it_works(host: Host, manager: Ma
     host.run(manager.addr)
     await manager.reported("t1", TASK_RUNNING)
     manager.withdraw("task/t1")
-    await eventually(host.nothing_left, "everything of the task reclaimed")
+    await until(host.nothing_left, what="everything of the task reclaimed")
 
 
 async def test_a_task_assigned_again_while_it_is_removed_is_reported_as_lost(host: Host, manager: Manager) -> None:
@@ -197,7 +197,7 @@ async def test_a_task_assigned_again_while_it_is_removed_is_reported_as_lost(hos
     manager.withdraw("task/t1")
     await host.gate.reached.wait()
     manager.put(task(), task("t2", slot=2))
-    await eventually(lambda: len(agent.tasks()) == 2, "the assignments seen")
+    await until(lambda: len(agent.tasks()) == 2, what="the assignments seen")
     host.gate.open()
     assert "container is gone" in (await manager.reported("t1", TASK_FAILED)).err
 
@@ -209,7 +209,7 @@ async def test_shutdown_during_a_pull_does_not_wait_for_it(host: Host, manager: 
     await host.gate.reached.wait()
     manager.want("t1", TASK_SHUTDOWN)
     await manager.reported("t1", TASK_SHUTDOWN)
-    await eventually(lambda: not host.network.spaces)
+    await until(lambda: not host.network.spaces)
     assert "t1" not in host.runtime.made
 
 
@@ -220,7 +220,7 @@ async def test_a_container_of_a_task_that_the_managers_gave_up_is_stopped(host: 
     lost = task()
     lost.status.state = TASK_ORPHANED
     manager.put(lost)
-    await eventually(lambda: host.runtime.phase_of("t1") is Phase.EXITED, "the orphan stopped")
+    await until(lambda: host.runtime.phase_of("t1") is Phase.EXITED, what="the orphan stopped")
     assert TASK_SHUTDOWN not in manager.states("t1")
 
 
@@ -234,7 +234,7 @@ async def test_a_balanced_task_gets_its_signal_only_after_it_is_out_of_the_balan
     await manager.reported("t1", TASK_RUNNING)
 
     manager.want("t1", TASK_SHUTDOWN)
-    await eventually(lambda: host.files() and manager.heartbeats > 2)
+    await until(lambda: host.files() and manager.heartbeats > 2)
     assert host.runtime.made["t1"].signals == [], "the managers have not yet said that it does not serve"
     manager.put(items=endpoint(made, serving_now=False))
     await manager.reported("t1", TASK_SHUTDOWN)
@@ -244,9 +244,9 @@ async def test_a_balanced_task_gets_its_signal_only_after_it_is_out_of_the_balan
 async def test_a_hundred_tasks_cost_few_applications_and_few_batches(host: Host, manager: Manager) -> None:
     names = [f"t{number:03}" for number in range(100)]
     host.run(manager.addr)
-    await eventually(lambda: manager.in_session)
+    await until(lambda: manager.in_session)
     manager.put(*(task(name, slot=number + 1) for number, name in enumerate(names)))
-    await eventually(lambda: all(manager.last(name).state == TASK_RUNNING for name in names), "100 tasks running")
+    await until(lambda: all(manager.last(name).state == TASK_RUNNING for name in names), what="100 tasks running")
     assert host.runtime.in_flight_max <= 8
     assert len(host.network.states) <= 5
     assert len(host.names.pictures) <= 40
