@@ -1,0 +1,344 @@
+"""The kernel's side of networks and tasks: reads what stands, carries out operations of `overlay/diff.py`.
+
+All of it runs on the namespace thread, synchronously.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from overlay import namespaces, rtnl
+from overlay.addressing import (
+    NODE_RANGE,
+    NODE_RANGE_PREFIX,
+    TASK_LINK_INDEX,
+    is_leg,
+    network_namespace,
+    task_namespace,
+)
+from overlay.diff import (
+    BRIDGE_NAME,
+    LEG_PORT_NAME,
+    VXLAN_NAME,
+    DeleteLeg,
+    MakeBridge,
+    MakeLeg,
+    MakeLink,
+    MakeVxlan,
+    SandboxOperation,
+    SetEntries,
+    SetLeg,
+    SetLink,
+    SetPort,
+    TaskKernel,
+    TaskOperation,
+    wanted_routes,
+)
+from overlay.namespaces import NamespaceThread
+from overlay.netlink import NETLINK_ROUTE, Message, Netlink, acknowledged
+from overlay.plan import Leg, Sandbox, Task, TaskLink, Vxlan, port_alias
+
+TASK_SYSCTLS = {
+    # As Docker: ping and low ports need no privilege inside a container.
+    "net.ipv4.ip_unprivileged_port_start": "0",
+    "net.ipv4.ping_group_range": "0 2147483647",
+    # Answers may come by another of the task's networks than their question left by.
+    "net.ipv4.conf.all.rp_filter": "2",
+    # A published port of this host leads back into the network it was asked from: the host would redirect.
+    "net.ipv4.conf.all.accept_redirects": "0",
+    "net.ipv4.conf.default.accept_redirects": "0",
+}
+NO_IPV6 = "net.ipv6.conf.default.disable_ipv6"
+
+
+def set_optional(name: str, value: str) -> None:
+    """A sysctl that some kernels lack (IPv6 off, no br_netfilter)."""
+    with contextlib.suppress(OSError):
+        namespaces.sysctl(name, value)
+
+
+@dataclass(frozen=True, slots=True)
+class HostKernel:
+    """Links, addresses and routes of the host's namespace."""
+
+    links: dict[str, rtnl.Link]
+    addresses: frozenset[tuple[int, str, int]]
+    routes: tuple[rtnl.Route, ...]
+
+    def legs(self, tag: str) -> dict[str, Leg]:
+        return {
+            name: Leg(
+                name,
+                link.mac,
+                link.mtu_bytes,
+                frozenset((address, prefix) for index, address, prefix in self.addresses if index == link.index),
+            )
+            for name, link in self.links.items()
+            if is_leg(tag, name) and link.up
+        }
+
+    def mtu_of(self, address: str) -> int | None:
+        """MTU of the link that has this address, in bytes."""
+        indices = {index for index, found, _ in self.addresses if found == address}
+        return next((link.mtu_bytes for link in self.links.values() if link.index in indices), None)
+
+    def foreign_prefixes(self, tag: str) -> list[tuple[str, str]]:
+        """(prefix, what it is) of the addresses and routes on links that are not legs."""
+        names = {link.index: link.name for link in self.links.values()}
+        ours = {link.index for link in self.links.values() if is_leg(tag, link.name)}
+        out = [
+            (f"{address}/{prefix}", f"address {address}/{prefix} of {names.get(index, '?')}")
+            for index, address, prefix in self.addresses
+            if index not in ours
+        ]
+        out += [
+            (f"{route.destination}/{route.prefix}", f"the route to it by {names.get(route.link, '?')}")
+            for route in self.routes
+            if route.prefix and route.link not in ours
+        ]
+        return out
+
+
+def read_host() -> HostKernel:
+    with Netlink(NETLINK_ROUTE) as netlink:
+        return HostKernel(rtnl.links(netlink), rtnl.addresses(netlink), tuple(rtnl.routes(netlink)))
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxKernel:
+    picture: Sandbox
+    aliases: dict[str, str]
+    """Port -> alias, of the tasks' ports that exist."""
+
+
+class NamespaceKernel:
+    """Sandboxes and task namespaces under `directory`."""
+
+    def __init__(self, thread: NamespaceThread, directory: Path) -> None:
+        self.thread = thread
+        self.directory = directory
+
+    def network_path(self, network_id: str) -> Path:
+        return self.directory / network_namespace(network_id)
+
+    def task_path(self, task_id: str) -> Path:
+        return self.directory / task_namespace(task_id)
+
+    def task_ids(self) -> frozenset[str]:
+        prefix = task_namespace("")
+        found = self.directory.glob(f"{prefix}*") if self.directory.is_dir() else []
+        return frozenset(path.name.removeprefix(prefix) for path in found if namespaces.exists(path))
+
+    # --- networks ---
+
+    def read_sandbox(self, network_id: str) -> SandboxKernel:
+        """All of it but the leg, whose end is in the host's namespace."""
+        with self.thread.inside(self.network_path(network_id)), Netlink(NETLINK_ROUTE) as netlink:
+            links = rtnl.links(netlink)
+            known = rtnl.neighbours(netlink)
+            entries = rtnl.forwardings(netlink)
+        device, bridge = links.get(VXLAN_NAME), links.get(BRIDGE_NAME)
+        index = device.index if device else 0
+        bridged = {entry.mac for entry in entries if not entry.vtep}
+        info = device.vxlan if device and device.vxlan and device.vxlan.proxy else None
+        master = bridge.index if bridge else -1
+        picture = Sandbox(
+            network_id=network_id,
+            bridge=bridge is not None and bridge.up,
+            vxlan=Vxlan(info.vni, info.port, info.local, device.mtu_bytes) if device and info else None,
+            leg=None,
+            # Both tables must have it; an entry in one only is added again.
+            forwarding=frozenset(
+                (entry.mac, entry.vtep) for entry in entries if entry.link == index and entry.mac in bridged
+            ),
+            neighbours=frozenset((address, mac) for link, address, mac in known if link == index),
+            ports=frozenset(link.name for link in links.values() if link.master == master and link.up),
+        )
+        ours = {LEG_PORT_NAME, VXLAN_NAME, BRIDGE_NAME}
+        ports = [link for link in links.values() if link.kind == "veth" and link.name not in ours]
+        return SandboxKernel(picture, {link.name: link.alias for link in ports})
+
+    def network_identity(self, path: Path) -> str:
+        """The network ID that was written on the bridge; "" if there is none."""
+        with self.thread.inside(path), Netlink(NETLINK_ROUTE) as netlink:
+            bridge = rtnl.links(netlink).get(BRIDGE_NAME)
+        return bridge.alias if bridge else ""
+
+    def make_namespace(self, network_id: str) -> None:
+        path = self.network_path(network_id)
+        self.thread.create(path)
+        with self.thread.inside(path), Netlink(NETLINK_ROUTE) as netlink:
+            set_optional(NO_IPV6, "1")
+            # br_netfilter would send bridged frames through IP hooks for nothing.
+            set_optional("net.bridge.bridge-nf-call-iptables", "0")
+            netlink.batch(acknowledged([rtnl.set_link("lo")]))
+
+    def do_sandbox(self, network_id: str, operations: Iterable[SandboxOperation]) -> None:
+        """Raises NetlinkError."""
+        path = self.network_path(network_id)
+        with Netlink(NETLINK_ROUTE) as outer, self.thread.inside(path) as descriptor, Netlink(NETLINK_ROUTE) as inner:
+            for operation in operations:
+                match operation:
+                    case MakeBridge():
+                        alias = rtnl.set_link(BRIDGE_NAME, alias=network_id)
+                        inner.batch(acknowledged([rtnl.delete_link(BRIDGE_NAME), rtnl.new_bridge(BRIDGE_NAME), alias]))
+                    case MakeVxlan():
+                        self._make_vxlan(outer, inner, descriptor, operation)
+                    case MakeLeg(leg):
+                        near = rtnl.VethEnd(leg.name, leg.mac)
+                        far = rtnl.VethEnd(LEG_PORT_NAME)
+                        outer.batch(
+                            acknowledged(
+                                [rtnl.delete_link(leg.name), rtnl.new_veth(near, far, leg.mtu_bytes, descriptor)]
+                            )
+                        )
+                        self._enslave(inner, LEG_PORT_NAME, leg.mtu_bytes)
+                        self._set_leg(outer, leg, frozenset())
+                    case SetLeg(leg, stale):
+                        self._set_leg(outer, leg, stale)
+                    case DeleteLeg(name):
+                        outer.batch(acknowledged([rtnl.delete_link(name)]))
+                    case SetPort(name, mtu_bytes):
+                        self._enslave(inner, name, mtu_bytes)
+                    case SetEntries():
+                        self._set_entries(inner, operation)
+
+    @staticmethod
+    def _enslave(inner: Netlink, name: str, mtu_bytes: int) -> None:
+        bridge = rtnl.link_index(inner, BRIDGE_NAME)
+        inner.batch(acknowledged([rtnl.set_link(name, master=bridge, mtu_bytes=mtu_bytes)]))
+
+    def _make_vxlan(self, outer: Netlink, inner: Netlink, descriptor: int, operation: MakeVxlan) -> None:
+        vxlan = operation.vxlan
+        if operation.replaces:
+            inner.batch(acknowledged([rtnl.delete_link(VXLAN_NAME)]))
+        made = rtnl.new_vxlan(
+            VXLAN_NAME, vxlan.vni, vxlan.port, vxlan.local, mtu_bytes=vxlan.mtu_bytes, namespace_fd=descriptor
+        )
+        outer.batch(acknowledged([made]))
+        self._enslave(inner, VXLAN_NAME, vxlan.mtu_bytes)
+
+    def _set_leg(self, outer: Netlink, leg: Leg, stale: frozenset[tuple[str, int]]) -> None:
+        index = rtnl.link_index(outer, leg.name)
+        outer.batch(
+            acknowledged(
+                [
+                    *(rtnl.delete_address(index, address, prefix) for address, prefix in sorted(stale)),
+                    rtnl.set_link(index=index, mac=leg.mac, mtu_bytes=leg.mtu_bytes),
+                    *(rtnl.add_address(index, address, prefix) for address, prefix in sorted(leg.addresses)),
+                ]
+            )
+        )
+        with self.thread.home():
+            set_leg_sysctls(leg.name)
+
+    @staticmethod
+    def _set_entries(inner: Netlink, entries: SetEntries) -> None:
+        index = rtnl.link_index(inner, VXLAN_NAME)
+        messages: list[Message] = []
+        for mac in entries.unforward:
+            messages += rtnl.delete_forwarding(index, mac)
+        messages += [rtnl.delete_neighbour(index, address) for address in entries.forget]
+        messages += [rtnl.add_forwarding(index, mac, vtep) for mac, vtep in entries.forward]
+        messages += [rtnl.add_neighbour(index, address, mac) for address, mac in entries.know]
+        inner.batch(acknowledged(messages))
+
+    def remove_sandbox(self, network_id: str, leg_name: str | None) -> None:
+        """The VXLAN device explicitly: the kernel destroys namespaces late, and its VNI may be wanted again now."""
+        path = self.network_path(network_id)
+        if namespaces.exists(path):
+            with self.thread.inside(path), Netlink(NETLINK_ROUTE) as inner:
+                inner.batch(acknowledged([rtnl.delete_link(VXLAN_NAME)]))
+        if leg_name is not None:
+            with Netlink(NETLINK_ROUTE) as outer:
+                outer.batch(acknowledged([rtnl.delete_link(leg_name)]))
+        namespaces.remove(path)
+
+    # --- tasks ---
+
+    def make_task_namespace(self, task_id: str, sysctls: dict[str, str]) -> None:
+        path = self.task_path(task_id)
+        self.thread.create(path)
+        with self.thread.inside(path):
+            for name, value in TASK_SYSCTLS.items():
+                namespaces.sysctl(name, value)
+            set_optional(NO_IPV6, "1")
+            for name, value in sysctls.items():
+                namespaces.sysctl(name, value)
+
+    def read_task(self, task_id: str) -> TaskKernel:
+        with self.thread.inside(self.task_path(task_id)), Netlink(NETLINK_ROUTE) as netlink:
+            links = rtnl.links(netlink)
+            addresses, routes = rtnl.addresses(netlink), rtnl.routes(netlink)
+            known = rtnl.neighbours(netlink)
+        names = {link.index: link.name for link in links.values()}
+        return TaskKernel(
+            links=frozenset((link.name, link.mac, link.mtu_bytes) for link in links.values() if link.up),
+            addresses=frozenset((names.get(index, ""), address, prefix) for index, address, prefix in addresses),
+            routes=frozenset(
+                (names.get(route.link, ""), route.destination, route.prefix, route.gateway) for route in routes
+            ),
+            neighbours=frozenset((names.get(index, ""), address, mac) for index, address, mac in known),
+            present=frozenset((link.name, link.mac) for link in links.values()),
+        )
+
+    def do_task(self, task: Task, operations: Iterable[TaskOperation]) -> None:
+        """Raises NetlinkError."""
+        path = self.task_path(task.task_id)
+        settings: list[TaskLink] = []
+        with self.thread.inside(path) as descriptor, Netlink(NETLINK_ROUTE) as inner:
+            for operation in operations:
+                match operation:
+                    case MakeLink(link, replaces):
+                        if replaces:
+                            inner.batch(acknowledged([rtnl.delete_link(link.name)]))
+                        self._make_link(task, link, descriptor)
+                    case SetLink(link):
+                        settings.append(link)
+            messages = [rtnl.set_link("lo")]
+            for link in settings:
+                messages += _link_settings(link, rtnl.link_index(inner, link.name))
+            inner.batch(acknowledged(messages))
+
+    def _make_link(self, task: Task, link: TaskLink, descriptor: int) -> None:
+        index = TASK_LINK_INDEX + task.links.index(link)
+        near, far = rtnl.VethEnd(link.port), rtnl.VethEnd(link.name, link.mac, index)
+        network = self.network_path(link.network_id)
+        with self.thread.home(), self.thread.inside(network), Netlink(NETLINK_ROUTE) as netlink:
+            bridge = rtnl.link_index(netlink, BRIDGE_NAME)
+            made = rtnl.new_veth(near, far, link.mtu_bytes, descriptor, bridge)
+            alias = rtnl.set_link(link.port, alias=port_alias(task.task_id, link))
+            netlink.batch(acknowledged([rtnl.delete_link(link.port), made, alias]))
+
+    def remove_port(self, network_id: str, port: str) -> None:
+        path = self.network_path(network_id)
+        if namespaces.exists(path):
+            with self.thread.inside(path), Netlink(NETLINK_ROUTE) as netlink:
+                netlink.batch(acknowledged([rtnl.delete_link(port)]))
+
+    def remove_task(self, task_id: str) -> None:
+        namespaces.remove(self.task_path(task_id))
+
+
+def _link_settings(link: TaskLink, index: int) -> list[Message]:
+    messages = [
+        rtnl.set_link(index=index, mtu_bytes=link.mtu_bytes),
+        rtnl.add_address(index, link.address, link.prefix),
+    ]
+    if link.gateway and link.gateway_mac:
+        messages.append(rtnl.add_neighbour(index, link.gateway, link.gateway_mac))
+    for _, destination, prefix, gateway in wanted_routes(link, NODE_RANGE, NODE_RANGE_PREFIX):
+        messages.append(rtnl.add_route(index, destination, prefix, gateway or None))
+    return messages
+
+
+def set_leg_sysctls(name: str) -> None:
+    base = f"net.ipv4.conf.{name}"
+    namespaces.sysctl(f"{base}.rp_filter", "2")
+    # Answers to a client at 127.0.0.1 of a published port come in here.
+    namespaces.sysctl(f"{base}.route_localnet", "1")
+    namespaces.sysctl(f"{base}.forwarding", "1")
+    set_optional(f"net.ipv6.conf.{name}.disable_ipv6", "1")

@@ -1,0 +1,185 @@
+"""Wanted against actual: the operations in between (pure). `overlay/act.py` carries them out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from overlay.plan import Leg, Sandbox, Task, TaskLink, Vxlan
+
+
+@dataclass(frozen=True, slots=True)
+class MakeBridge:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class MakeVxlan:
+    vxlan: Vxlan
+    replaces: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MakeLeg:
+    leg: Leg
+
+
+@dataclass(frozen=True, slots=True)
+class SetLeg:
+    leg: Leg
+    stale: frozenset[tuple[str, int]]
+    """Addresses to take away."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteLeg:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetPort:
+    """Bring a link into the bridge and up."""
+
+    name: str
+    mtu_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetEntries:
+    """Forwarding entries and neighbours of the VXLAN device."""
+
+    forward: frozenset[tuple[str, str]]
+    unforward: frozenset[str]
+    know: frozenset[tuple[str, str]]
+    forget: frozenset[str]
+
+
+SandboxOperation = MakeBridge | MakeVxlan | MakeLeg | SetLeg | DeleteLeg | SetPort | SetEntries
+
+VXLAN_NAME, BRIDGE_NAME, LEG_PORT_NAME = "vx0", "br0", "leg"
+
+
+def settled(wanted: Sandbox) -> Sandbox:
+    """What stands once the operations towards `wanted` are done."""
+    ports = {VXLAN_NAME} | ({LEG_PORT_NAME} if wanted.leg else set())
+    return replace(wanted, ports=frozenset(ports))
+
+
+def empty_sandbox(network_id: str) -> Sandbox:
+    return Sandbox(network_id, bridge=False, vxlan=None, leg=None)
+
+
+def sandbox_operations(wanted: Sandbox, actual: Sandbox, ports: Iterable[str] = ()) -> tuple[SandboxOperation, ...]:
+    """In the order to be done. `ports`: task links that should be in the bridge if they exist at all."""
+    out: list[SandboxOperation] = []
+    vxlan, mtu = wanted.vxlan, wanted.vxlan.mtu_bytes if wanted.vxlan else 0
+    if not actual.bridge:
+        out.append(MakeBridge())
+    entries_lost = False
+    if vxlan is not None and actual.vxlan != vxlan:
+        old = actual.vxlan
+        if old is not None and (old.vni, old.port, old.local) == (vxlan.vni, vxlan.port, vxlan.local):
+            out.append(SetPort(VXLAN_NAME, mtu))
+        else:
+            out.append(MakeVxlan(vxlan, replaces=old is not None))
+            entries_lost = True
+    elif vxlan is not None and VXLAN_NAME not in actual.ports:
+        out.append(SetPort(VXLAN_NAME, mtu))
+    out += _leg_operations(wanted.leg, actual, mtu)
+    out += [SetPort(name, mtu) for name in ports if name not in actual.ports]
+    entries = _entries(wanted, empty_sandbox(wanted.network_id) if entries_lost else actual)
+    return (*out, entries) if entries is not None else tuple(out)
+
+
+def _leg_operations(leg: Leg | None, actual: Sandbox, mtu_bytes: int) -> list[SandboxOperation]:
+    old = actual.leg
+    if leg is None:
+        return [DeleteLeg(old.name)] if old is not None else []
+    if old is None or old.name != leg.name:
+        gone: list[SandboxOperation] = [DeleteLeg(old.name)] if old is not None else []
+        return [*gone, MakeLeg(leg)]
+    out: list[SandboxOperation] = []
+    if old != leg:
+        out.append(SetLeg(leg, old.addresses - leg.addresses))
+    if LEG_PORT_NAME not in actual.ports or old.mtu_bytes != leg.mtu_bytes:
+        out.append(SetPort(LEG_PORT_NAME, mtu_bytes))
+    return out
+
+
+def _entries(wanted: Sandbox, actual: Sandbox) -> SetEntries | None:
+    macs = {mac for mac, _ in wanted.forwarding}
+    known = {address for address, _ in wanted.neighbours}
+    entries = SetEntries(
+        forward=wanted.forwarding - actual.forwarding,
+        unforward=frozenset(mac for mac, _ in actual.forwarding - wanted.forwarding if mac not in macs),
+        know=wanted.neighbours - actual.neighbours,
+        forget=frozenset(address for address, _ in actual.neighbours - wanted.neighbours if address not in known),
+    )
+    return entries if entries.forward or entries.unforward or entries.know or entries.forget else None
+
+
+# --- tasks -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TaskKernel:
+    """What a task's namespace holds, by link name. Only what could be ours."""
+
+    links: frozenset[tuple[str, str, int]] = frozenset()
+    """(name, MAC, MTU) of those that are up."""
+    addresses: frozenset[tuple[str, str, int]] = frozenset()
+    """(link, address, prefix)"""
+    routes: frozenset[tuple[str, str, int, str]] = frozenset()
+    """(link, destination, prefix, gateway or "")"""
+    neighbours: frozenset[tuple[str, str, str]] = frozenset()
+    """(link, address, MAC)"""
+    present: frozenset[tuple[str, str]] = frozenset()
+    """(name, MAC) of all links, down ones as well."""
+
+
+def wanted_routes(link: TaskLink, node_range: str, node_prefix: int) -> list[tuple[str, str, int, str]]:
+    if not link.default or link.gateway is None:
+        return []
+    return [(link.name, "0.0.0.0", 0, link.gateway), (link.name, node_range, node_prefix, "")]
+
+
+@dataclass(frozen=True, slots=True)
+class MakeLink:
+    link: TaskLink
+    replaces: bool
+    """A link of that name but another identity stands in the way."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetLink:
+    link: TaskLink
+
+
+TaskOperation = MakeLink | SetLink
+
+
+def task_operations(wanted: Task, actual: TaskKernel, node_range: str, node_prefix: int) -> tuple[TaskOperation, ...]:
+    """A made link needs its settings too: `SetLink` follows each `MakeLink`."""
+    out: list[TaskOperation] = []
+    names = {name for name, _ in actual.present}
+    for link in wanted.links:
+        if (link.name, link.mac) not in actual.present:
+            out += [MakeLink(link, link.name in names), SetLink(link)]
+        elif not _is_set(link, actual, node_range, node_prefix):
+            out.append(SetLink(link))
+    return tuple(out)
+
+
+def _is_set(link: TaskLink, actual: TaskKernel, node_range: str, node_prefix: int) -> bool:
+    neighbour = (link.name, link.gateway, link.gateway_mac)
+    return (
+        (link.name, link.mac, link.mtu_bytes) in actual.links
+        and (link.name, link.address, link.prefix) in actual.addresses
+        and (link.gateway is None or neighbour in actual.neighbours)
+        and all(_reachable(route, actual) for route in wanted_routes(link, node_range, node_prefix))
+    )
+
+
+def _reachable(route: tuple[str, str, int, str], actual: TaskKernel) -> bool:
+    """Any route to that destination will do: a container with NET_ADMIN (a VPN's) may have put its own there."""
+    return any(route[1:3] == found[1:3] for found in actual.routes)

@@ -1,0 +1,71 @@
+"""`HostNetwork` on the real kernel: each call is handed to the one namespace thread, in sequence."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from overlay.act import NamespaceKernel
+from overlay.addressing import TAG_MAX_CHARS
+from overlay.interface import Attachment, HostState, NetworkError
+from overlay.namespaces import NamespaceThread
+from overlay.reconcile import Reconciler
+
+
+class KernelNetwork:
+    """The overlay networking of one host.
+
+    `run_dir`: namespaces are mounted under `<run_dir>/netns`. `tag`: 1 to 6 characters of a-z and 0-9, this node's
+    own; it is part of the names of links and of the nftables table in the host's namespace. `dns_port`: where the
+    name server listens at `dns_address` in each task's namespace. `host_netns`: the host's namespace if that is not
+    the process's own. Construction touches nothing; raises NetworkError for a tag that cannot be part of a name.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        tag: str,
+        dns_port: int,
+        dns_address: str = "127.0.0.11",
+        *,
+        host_netns: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not re.fullmatch(rf"[a-z0-9]{{1,{TAG_MAX_CHARS}}}", tag):
+            raise NetworkError(f"tag {tag!r} is not 1 to {TAG_MAX_CHARS} characters of a-z and 0-9")
+        self._thread = NamespaceThread(host_netns)
+        kernel = NamespaceKernel(self._thread, run_dir / "netns")
+        self._reconciler = Reconciler(kernel, tag, dns_address, dns_port, clock)
+
+    async def apply(self, state: HostState) -> None:
+        """Make the kernel equal to `state`. Raises NetworkError when the host itself cannot serve (its data path
+        address is gone, nftables refuses); a network that cannot be made fails the `attach` of its tasks only.
+        Called again with an equal state after AUDIT_PERIOD_S it audits the kernel and repairs."""
+        try:
+            await self._thread.run(lambda: self._reconciler.apply(state))
+        except OSError as error:
+            raise NetworkError(f"the kernel refuses this host's networking: {error}") from error
+
+    async def attach(self, attachment: Attachment) -> Path:
+        return await self._thread.run(lambda: self._reconciler.attach(attachment))
+
+    async def detach(self, task_id: str) -> None:
+        try:
+            await self._thread.run(lambda: self._reconciler.detach(task_id))
+        except OSError as error:
+            raise NetworkError(f"task {task_id} cannot be detached: {error}") from error
+
+    async def attached(self) -> frozenset[str]:
+        return await self._thread.run(self._reconciler.attached)
+
+    async def teardown(self) -> None:
+        try:
+            await self._thread.run(self._reconciler.teardown)
+        except OSError as error:
+            raise NetworkError(f"this host's networking cannot be taken down: {error}") from error
+
+    def close(self) -> None:
+        """End the thread; the kernel's state stays as it is. For the end of the process, and for tests."""
+        self._thread.close()

@@ -1,0 +1,317 @@
+"""rtnetlink: messages that make links, addresses, routes and neighbours, and parsers of what stands."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from dataclasses import dataclass
+
+from overlay.netlink import (
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    NLM_F_REPLACE,
+    Message,
+    Netlink,
+    attribute,
+    attributes,
+    nested,
+    text,
+)
+
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
+RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
+RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
+RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
+IFF_UP = 1
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 10, 18, 20
+IFLA_NET_NS_FD, IFLA_EXT_MASK = 28, 29
+RTEXT_FILTER_SKIP_STATS = 8
+VETH_INFO_PEER = 1
+VXLAN_ID, VXLAN_LOCAL, VXLAN_LEARNING, VXLAN_PROXY, VXLAN_PORT = 1, 4, 7, 11, 15
+BRIDGE_MULTICAST_SNOOPING = 23
+NTF_SELF, NTF_MASTER = 2, 4
+NUD_REACHABLE, NUD_NOARP, NUD_PERMANENT = 0x02, 0x40, 0x80
+RT_TABLE_MAIN, RTPROT_STATIC, RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RTN_UNICAST = 254, 4, 0, 253, 1
+AF_BRIDGE = 7
+
+_GONE = frozenset({errno.ENOENT, errno.ESRCH, errno.ENODEV, errno.EADDRNOTAVAIL, errno.ENXIO})
+
+
+def _mac(value: str) -> bytes:
+    return bytes.fromhex(value.replace(":", ""))
+
+
+def _ip(value: str) -> bytes:
+    return socket.inet_aton(value)
+
+
+def _info(index: int = 0, up: bool = False) -> bytes:
+    return struct.pack("=BxHiII", 0, 0, index, IFF_UP if up else 0, IFF_UP if up else 0)
+
+
+# --- links -----------------------------------------------------------------------------------------
+
+
+def new_bridge(name: str) -> Message:
+    kind = nested(IFLA_LINKINFO, attribute(1, "bridge"), nested(2, attribute(BRIDGE_MULTICAST_SNOOPING, b"\0")))
+    body = _info(up=True) + attribute(IFLA_IFNAME, name) + kind
+    return Message(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"make bridge {name}")
+
+
+def new_vxlan(name: str, vni: int, port: int, local: str, *, mtu_bytes: int, namespace_fd: int) -> Message:
+    """Sent in the host's namespace, appears in that of `namespace_fd`: its UDP socket stays in the host's."""
+    data = nested(
+        2,
+        attribute(VXLAN_ID, vni),
+        attribute(VXLAN_LOCAL, _ip(local)),
+        attribute(VXLAN_LEARNING, b"\0"),
+        attribute(VXLAN_PROXY, b"\1"),
+        attribute(VXLAN_PORT, struct.pack(">H", port)),
+    )
+    body = _info() + attribute(IFLA_IFNAME, name) + attribute(IFLA_MTU, mtu_bytes)
+    body += attribute(IFLA_NET_NS_FD, namespace_fd) + nested(IFLA_LINKINFO, attribute(1, "vxlan"), data)
+    return Message(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"make VXLAN device for VNI {vni} on port {port}")
+
+
+@dataclass(frozen=True, slots=True)
+class VethEnd:
+    name: str
+    mac: str | None = None
+    index: int = 0
+    """0 = the kernel chooses."""
+
+
+def new_veth(near: VethEnd, far: VethEnd, mtu_bytes: int, far_namespace_fd: int, master: int = 0) -> Message:
+    """`near` appears here, up and in bridge `master` (an ifindex) if given; `far` in the other namespace, still
+    down: the kernel cannot bring up a peer that is not paired yet."""
+
+    def end(side: VethEnd) -> bytes:
+        mac = attribute(IFLA_ADDRESS, _mac(side.mac)) if side.mac else b""
+        return attribute(IFLA_IFNAME, side.name) + mac + attribute(IFLA_MTU, mtu_bytes)
+
+    peer = attribute(VETH_INFO_PEER, _info(far.index) + end(far) + attribute(IFLA_NET_NS_FD, far_namespace_fd))
+    body = _info(near.index, up=True) + end(near) + (attribute(IFLA_MASTER, master) if master else b"")
+    body += nested(IFLA_LINKINFO, attribute(1, "veth"), attribute(2, peer))
+    return Message(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"make veth {near.name} - {far.name}")
+
+
+def set_link(
+    name: str = "", index: int = 0, *, master: int = 0, mtu_bytes: int = 0, alias: str = "", mac: str = ""
+) -> Message:
+    """Bring it up and set what is given. Found by `index` if given, else by `name`."""
+    body = _info(index, up=True) + (b"" if index else attribute(IFLA_IFNAME, name))
+    body += attribute(IFLA_MASTER, master) if master else b""
+    body += attribute(IFLA_MTU, mtu_bytes) if mtu_bytes else b""
+    body += attribute(IFLA_IFALIAS, alias) if alias else b""
+    body += attribute(IFLA_ADDRESS, _mac(mac)) if mac else b""
+    return Message(RTM_SETLINK, 0, body, f"set up link {name or index}")
+
+
+def delete_link(name: str) -> Message:
+    return Message(RTM_DELLINK, 0, _info() + attribute(IFLA_IFNAME, name), f"delete link {name}", _GONE)
+
+
+# --- addresses, routes, neighbours -------------------------------------------------------------------
+
+
+def _address(kind: int, flags: int, index: int, address: str, prefix: int) -> Message:
+    scope = RT_SCOPE_UNIVERSE
+    body = struct.pack("=BBBBi", socket.AF_INET, prefix, 0, scope, index)
+    body += attribute(1, _ip(address)) + attribute(2, _ip(address))
+    verb = "add" if kind == RTM_NEWADDR else "delete"
+    tolerated = _GONE if kind == RTM_DELADDR else frozenset[int]()
+    return Message(kind, flags, body, f"{verb} address {address}/{prefix}, link {index}", tolerated)
+
+
+def add_address(index: int, address: str, prefix: int) -> Message:
+    return _address(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, index, address, prefix)
+
+
+def delete_address(index: int, address: str, prefix: int) -> Message:
+    return _address(RTM_DELADDR, 0, index, address, prefix)
+
+
+def add_route(index: int, destination: str, prefix: int, gateway: str | None) -> Message:
+    """destination "0.0.0.0"/0 = default; without gateway the destination is on the link."""
+    scope = RT_SCOPE_UNIVERSE if gateway else RT_SCOPE_LINK
+    body = struct.pack("=BBBBBBBBI", socket.AF_INET, prefix, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, scope, RTN_UNICAST, 0)
+    body += (attribute(1, _ip(destination)) if prefix else b"") + attribute(4, index)
+    body += attribute(5, _ip(gateway)) if gateway else b""
+    return Message(
+        RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, f"add route {destination}/{prefix}, gateway {gateway}"
+    )
+
+
+def _neighbour_header(family: int, index: int, state: int, flags: int) -> bytes:
+    return struct.pack("=BxxxiHBB", family, index, state, flags, 0)
+
+
+def add_neighbour(index: int, address: str, mac: str) -> Message:
+    body = _neighbour_header(socket.AF_INET, index, NUD_PERMANENT, 0)
+    body += attribute(1, _ip(address)) + attribute(2, _mac(mac))
+    return Message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body, f"add neighbour {address} at {mac}")
+
+
+def delete_neighbour(index: int, address: str) -> Message:
+    body = _neighbour_header(socket.AF_INET, index, 0, 0) + attribute(1, _ip(address))
+    return Message(RTM_DELNEIGH, 0, body, f"delete neighbour {address}", _GONE)
+
+
+def add_forwarding(index: int, mac: str, vtep: str) -> Message:
+    """MAC -> VTEP in the VXLAN device and MAC -> device in its bridge, in one message.
+
+    SELF is needed (else only the bridge learns of it), and REACHABLE|NOARP is the one state that both take as
+    static: the bridge would read PERMANENT as "mine, deliver here".
+    """
+    body = _neighbour_header(AF_BRIDGE, index, NUD_REACHABLE | NUD_NOARP, NTF_SELF | NTF_MASTER)
+    body += attribute(2, _mac(mac)) + attribute(1, _ip(vtep))
+    return Message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body, f"forward {mac} to {vtep}")
+
+
+def delete_forwarding(index: int, mac: str) -> tuple[Message, ...]:
+    """Two messages: the kernel would skip the device when the bridge no longer has the entry."""
+
+    def one(flags: int) -> Message:
+        body = _neighbour_header(AF_BRIDGE, index, 0, flags) + attribute(2, _mac(mac))
+        return Message(RTM_DELNEIGH, 0, body, f"stop forwarding {mac}", _GONE)
+
+    return one(NTF_MASTER), one(NTF_SELF)
+
+
+# --- what stands -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class VxlanInfo:
+    vni: int
+    local: str
+    port: int
+    proxy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    index: int
+    name: str
+    kind: str
+    mac: str
+    mtu_bytes: int
+    up: bool
+    master: int
+    alias: str
+    vxlan: VxlanInfo | None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    destination: str
+    prefix: int
+    gateway: str
+    link: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarding:
+    link: int
+    mac: str
+    vtep: str
+    """ "" in the bridge's own entries."""
+
+
+def _text_mac(value: bytes) -> str:
+    return value.hex(":")
+
+
+def _vxlan(data: bytes) -> VxlanInfo:
+    found = attributes(data)
+    local = found.get(VXLAN_LOCAL, b"")
+    return VxlanInfo(
+        vni=struct.unpack("=I", found[VXLAN_ID])[0] if VXLAN_ID in found else 0,
+        local=socket.inet_ntoa(local) if len(local) == 4 else "",
+        port=struct.unpack(">H", found[VXLAN_PORT])[0] if VXLAN_PORT in found else 0,
+        proxy=found.get(VXLAN_PROXY, b"\0") != b"\0",
+    )
+
+
+def _link(body: bytes) -> Link:
+    _, _, index, flags, _ = struct.unpack_from("=BxHiII", body)
+    found = attributes(body, 16)
+    info = attributes(found.get(IFLA_LINKINFO, b""))
+    kind = text(info.get(1, b""))
+    return Link(
+        index=index,
+        name=text(found[IFLA_IFNAME]),
+        kind=kind,
+        mac=_text_mac(found.get(IFLA_ADDRESS, b"")),
+        mtu_bytes=struct.unpack("=I", found[IFLA_MTU])[0],
+        up=bool(flags & IFF_UP),
+        master=struct.unpack("=I", found[IFLA_MASTER])[0] if IFLA_MASTER in found else 0,
+        alias=text(found.get(IFLA_IFALIAS, b"")),
+        vxlan=_vxlan(info.get(2, b"")) if kind == "vxlan" else None,
+    )
+
+
+def link_index(netlink: Netlink, name: str) -> int:
+    """Raises NetlinkError (ENODEV) when there is none."""
+    answer = netlink.ask(RTM_GETLINK, _info() + attribute(IFLA_IFNAME, name), f"find link {name}")
+    return int(struct.unpack_from("=BxHi", answer)[2])
+
+
+def links(netlink: Netlink) -> dict[str, Link]:
+    """By name."""
+    body = _info() + attribute(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS)
+    found = [_link(answer) for answer in netlink.dump(RTM_GETLINK, body, "read links")]
+    return {link.name: link for link in found}
+
+
+def addresses(netlink: Netlink) -> frozenset[tuple[int, str, int]]:
+    """(link, IPv4 address, prefix)"""
+    out = set()
+    body = struct.pack("=BBBBi", socket.AF_INET, 0, 0, 0, 0)
+    for answer in netlink.dump(RTM_GETADDR, body, "read addresses"):
+        _, prefix, _, _, index = struct.unpack_from("=BBBBi", answer)
+        found = attributes(answer, 8)
+        out.add((index, socket.inet_ntoa(found.get(2, found.get(1, b"\0\0\0\0"))), prefix))
+    return frozenset(out)
+
+
+def routes(netlink: Netlink) -> list[Route]:
+    """IPv4 routes of the main table (others hold what policy routing chose on purpose)."""
+    out = []
+    body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)
+    for answer in netlink.dump(RTM_GETROUTE, body, "read routes"):
+        _, prefix, _, _, table, _, _, _, _ = struct.unpack_from("=BBBBBBBBI", answer)
+        if table != RT_TABLE_MAIN:
+            continue
+        found = attributes(answer, 12)
+        destination = socket.inet_ntoa(found.get(1, b"\0\0\0\0"))
+        gateway = socket.inet_ntoa(found[5]) if 5 in found else ""
+        link = struct.unpack("=I", found[4])[0] if 4 in found else 0
+        out.append(Route(destination, prefix, gateway, link))
+    return out
+
+
+def neighbours(netlink: Netlink) -> frozenset[tuple[int, str, str]]:
+    """(link, IPv4 address, MAC) of the permanent entries."""
+    out = set()
+    body = _neighbour_header(socket.AF_INET, 0, 0, 0)
+    for answer in netlink.dump(RTM_GETNEIGH, body, "read neighbours"):
+        _, index, state, _, _ = struct.unpack_from("=BxxxiHBB", answer)
+        found = attributes(answer, 12)
+        if state & NUD_PERMANENT and 1 in found and 2 in found:
+            out.add((index, socket.inet_ntoa(found[1]), _text_mac(found[2])))
+    return frozenset(out)
+
+
+def forwardings(netlink: Netlink) -> frozenset[Forwarding]:
+    """Static entries of VXLAN devices (with a VTEP) and of bridges (without)."""
+    out = set()
+    for answer in netlink.dump(RTM_GETNEIGH, _neighbour_header(AF_BRIDGE, 0, 0, 0), "read forwarding entries"):
+        _, index, state, _, _ = struct.unpack_from("=BxxxiHBB", answer)
+        found = attributes(answer, 12)
+        if not state & NUD_NOARP or 2 not in found:
+            continue
+        vtep = socket.inet_ntoa(found[1]) if len(found.get(1, b"")) == 4 else ""
+        out.add(Forwarding(index, _text_mac(found[2]), vtep))
+    return frozenset(out)
