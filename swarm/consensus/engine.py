@@ -1,0 +1,421 @@
+"""One member of the quorum without sockets, timers or event loop: frames and calls in, frames and callbacks out.
+
+`pump` is one turn: it handles what arrived, looks at the clock, lets the kernel work, puts the log on disk, and only
+then lets go of the frames that were said meanwhile. So every acknowledgement and every vote is durable before it
+leaves, and a turn costs one fdatasync however much it carries.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import structlog
+
+from proto.raft_pb2 import RaftFrame
+from swarm.consensus import codec, frames
+from swarm.consensus.bindings import Host
+from swarm.consensus.compaction import Compaction
+from swarm.consensus.config import (
+    PROPOSAL_BYTES_MAX,
+    PROPOSALS_BYTES_MAX,
+    PROPOSALS_MAX,
+    SEND_WINDOW_BYTES,
+    RaftConfig,
+)
+from swarm.consensus.election import Election
+from swarm.consensus.faults import Fatal
+from swarm.consensus.interface import Member, StateMachine
+from swarm.consensus.kernel import DENIED, DISCARDED, MISSING_LEADER, QUEUE_FULL, SUCCESS, Callback, Kernel, Message
+from swarm.consensus.membership import MemberId, member, member_id, node_id_of
+from swarm.consensus.reads import Reads
+from swarm.consensus.sanitizer import View, judge
+from swarm.consensus.storage import Storage
+from swarm.consensus.transport import Network
+from swarm.errors import Busy, Invalid, NoLeader, OutcomeUnknown, SwarmError
+
+TICKS_PER_TURN = 4
+"""A turn lets the kernel work until nothing changes, but no more often than this: the rest waits for the next turn."""
+
+Done = Callable[[bytes | SwarmError], None]
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Proposal:
+    number: int
+    command: bytes
+    done: Done
+
+
+class Engine:
+    """`clock`: monotonic, s. `random`: in [0, 1). `executor` writes snapshots."""
+
+    def __init__(
+        self,
+        *,
+        me: Member,
+        storage: Storage,
+        machine: StateMachine,
+        network: Network,
+        executor: Executor,
+        config: RaftConfig,
+        clock: Callable[[], float],
+        random: Callable[[], float],
+        fatal: Fatal,
+    ) -> None:
+        self.me = me
+        self.config = config
+        self.wal = storage.wal
+        self.paused_because = ""
+        """Not empty: proposals are refused with this reason."""
+        self.strangers: set[str] = set()
+        """Node IDs that spoke to us and are no members we know of (see `introduce`)."""
+        self.turns_wanted = False
+        """Whether something was left for another `pump`."""
+        self._machine = machine
+        self._network = network
+        self._clock = clock
+        self._fatal = fatal
+        self._up: set[str] = set()
+        self._full: set[MemberId] = set()
+        self._acquaintances: dict[str, MemberId] = {}
+        self._names: dict[str, MemberId] = {}
+        self._membership_seen = (-1, -1)
+        self._inbox: deque[tuple[str, RaftFrame]] = deque()
+        self._outbox: list[tuple[str, RaftFrame]] = []
+        self._outbox_bytes: dict[str, int] = {}
+        self._queue: list[_Proposal] = []
+        self._pending: dict[int, _Proposal] = {}
+        self._pending_bytes = 0
+        self._proposed = 0
+        self._lost_leadership = False
+        self._voters: tuple[int, set[MemberId]] = (0, set())
+        self.compaction = Compaction(
+            store=storage.snapshots,
+            start_from=storage.snapshot,
+            wal=storage.wal,
+            machine=machine,
+            executor=executor,
+            config=config,
+            fatal=fatal,
+            window_open=self._window_open,
+            applied=lambda: self.kernel.applied(),  # noqa: PLW0108  # the kernel comes to be after this
+        )
+        newest = storage.snapshots.newest()
+        self.kernel = Kernel(
+            Host(clock, random, storage.wal, self.compaction),
+            me=member_id(me),
+            others=[name for name in storage.wal.members() if node_id_of(name) != me.node_id],
+            config=config,
+            snapshot_path=str(newest or "none"),
+            said=self._said,
+            apply=self._apply,
+            feed=self._feed,
+            on_leading=self._on_leading,
+        )
+        self.election = Election(
+            kernel=self.kernel, log=self.wal, config=config, clock=clock, random=random, say=self.say
+        )
+        self.reads = Reads(self.kernel, config, clock, self.say)
+
+    def start(self) -> None:
+        """Load the snapshot and apply what is known to be committed. A member that is alone leads at once."""
+        self.kernel.tick()
+        self._settle()
+        if self.is_member() and not self.kernel.others():
+            self.kernel.set_deadline(float("-inf"))
+
+    def close(self) -> None:
+        """Flush the log; nothing may be called after it. Callers still waiting are told that the outcome is open."""
+        self._sweep("this manager stops")
+        self.compaction.close()
+        self.wal.close()
+
+    # ---- what it is
+
+    def is_leader(self) -> bool:
+        """Leads, and has applied an entry of its own term: then every earlier one has been applied, too."""
+        return self.kernel.leads() and self.wal.term_at(self.kernel.applied()) == self.kernel.term()
+
+    def members(self) -> tuple[Member, ...]:
+        return tuple(member(name) for name in self.wal.members())
+
+    def is_member(self) -> bool:
+        return any(node_id_of(name) == self.me.node_id for name in self.wal.members())
+
+    def leader(self) -> Member | None:
+        if self.kernel.leads():
+            return self.me
+        name = self.kernel.leader()
+        return member(name) if name is not None and node_id_of(name) != self.me.node_id else None
+
+    def may_change_members(self) -> bool:
+        """One change at a time: the one before must be applied here."""
+        changing = any(proposal.command[:1] == codec.MEMBERSHIP for proposal in self._queue)
+        return self.is_leader() and not changing and self.wal.last_change() <= self.kernel.applied()
+
+    def best_successor(self) -> MemberId | None:
+        """A member that is up and has the whole log."""
+        return next(
+            (
+                name
+                for name in self.kernel.others()
+                if node_id_of(name) in self._up and self.kernel.match(name) == self.wal.last_index
+            ),
+            None,
+        )
+
+    def not_leading(self) -> NoLeader:
+        leader = self.leader()
+        if leader is None:
+            return NoLeader("no manager leads at present (no quorum, or an election is under way); try again")
+        if leader == self.me:
+            return NoLeader("this manager has only just been elected; try again")
+        return NoLeader(f"manager {leader.node_id} at {leader.addr} leads, not this one; ask it", leader.addr)
+
+    # ---- what it is asked
+
+    def propose(self, payload: bytes, done: Done) -> None:
+        """`done` gets what `apply` returned, or an error. Raises NoLeader, Busy, Invalid: nothing was written."""
+        if len(payload) > PROPOSAL_BYTES_MAX:
+            raise Invalid(f"a change of {len(payload)} bytes exceeds the limit of {PROPOSAL_BYTES_MAX}: split it")
+        if not self.is_leader():
+            raise self.not_leading()
+        if self.paused_because:
+            raise Busy(f"{self.paused_because}; try again")
+        if len(self._queue) + len(self._pending) >= PROPOSALS_MAX or self._pending_bytes >= PROPOSALS_BYTES_MAX:
+            raise Busy("too many changes wait for the quorum already; try again in a moment")
+        self._enqueue(codec.entry_command(payload), done)
+
+    def change_members(self, operation: str, name: MemberId, done: Done) -> None:
+        """ "add" or "rem". Raises NoLeader or Busy."""
+        if not self.is_leader():
+            raise self.not_leading()
+        if not self.may_change_members():
+            raise Busy("another change of the managers is under way; try again in a moment")
+        self._enqueue(codec.membership_command(operation, name), done)
+
+    def _enqueue(self, command: bytes, done: Done) -> None:
+        self._proposed += 1
+        self._pending_bytes += len(command)
+        self._queue.append(_Proposal(self._proposed, command, done))
+
+    def introduce(self, members: tuple[Member, ...]) -> None:
+        """A member we trust says that these are members. Our own log does not say so yet: we may be far behind."""
+        known = {node_id_of(name) for name in self.wal.members()}
+        self._acquaintances |= {each.node_id: member_id(each) for each in members if each.node_id not in known}
+        self._membership_seen = (-1, -1)
+        self._settle()
+
+    # ---- the network
+
+    def receive(self, node_id: str, frame: RaftFrame) -> None:
+        self._inbox.append((node_id, frame))
+
+    def peer_up(self, node_id: str) -> None:
+        self._up.add(node_id)
+        self._connect()
+
+    def peer_down(self, node_id: str) -> None:
+        self._up.discard(node_id)
+        name = self._names.get(node_id)
+        if name is not None:
+            self._full.discard(name)
+            self.compaction.forget(name)
+            self.election.leader_gone(name)
+        self._connect()
+
+    def _window_open(self, name: MemberId) -> bool:
+        node_id = node_id_of(name)
+        return self._network.queued_bytes(node_id) + self._outbox_bytes.get(node_id, 0) < SEND_WINDOW_BYTES
+
+    def _connect(self) -> None:
+        """The kernel replicates to members that are up and whose window is open, while it leads."""
+        wanted: set[MemberId] = set()
+        if self.kernel.leads():
+            wanted = {name for name in self.kernel.others() if node_id_of(name) in self._up} - self._full
+        self.kernel.connect(wanted)
+
+    def _said(self, name: MemberId, message: Message) -> None:
+        """The kernel speaks."""
+        match message["type"]:
+            case "apply_command" | "apply_command_response":
+                return  # writes go to the leader through the API, never this way
+            case "next_node_idx":
+                message = message | {"term": self.kernel.term()}
+            case "request_vote":
+                message = message | {"transfer": self.election.by_transfer}
+        self.say(name, message)
+        if message["type"] == "append_entries" and not self._window_open(name) and name not in self._full:
+            self._full.add(name)
+            self._connect()
+
+    def say(self, name: MemberId, message: Message) -> None:
+        """Let a message leave at the end of this turn, when the log is on disk."""
+        node_id = node_id_of(name)
+        frame = frames.encode({"term": self.kernel.term()} | message)
+        self._outbox.append((node_id, frame))
+        self._outbox_bytes[node_id] = self._outbox_bytes.get(node_id, 0) + frame.ByteSize()
+
+    # ---- a turn
+
+    def pump(self) -> None:
+        self.turns_wanted = False
+        if self._full:
+            self._full = {name for name in self._full if self._network.queued_bytes(node_id_of(name)) > 0}
+            self._connect()
+        while self._inbox:
+            self._handle(*self._inbox.popleft())
+        if self.is_member():
+            self.election.step()
+        if self.compaction.is_due():
+            self.kernel.take_snapshot()
+        self._work()
+        self.reads.step(self.is_leader(), self.not_leading)
+        outbox, self._outbox = self._outbox, []
+        self._outbox_bytes.clear()
+        for node_id, frame in outbox:
+            self._network.send(node_id, frame)
+
+    def _work(self) -> None:
+        """The kernel counts its own log as durable when it commits: so the log is synced before each tick."""
+        for _ in range(TICKS_PER_TURN):
+            self.wal.sync()
+            before = (self.wal.last_index, self.kernel.commit(), self.kernel.applied(), self.kernel.leads())
+            self.kernel.tick()
+            self._settle()
+            after = (self.wal.last_index, self.kernel.commit(), self.kernel.applied(), self.kernel.leads())
+            if before == after:
+                break
+        else:
+            self.turns_wanted = True
+        self.wal.sync()
+
+    def _handle(self, node_id: str, frame: RaftFrame) -> None:
+        name = self._names.get(node_id)
+        if name is None:
+            self.strangers.add(node_id)
+            return
+        try:
+            message = frames.decode(frame)
+        except frames.Malformed as error:
+            log.error("a frame was refused", sender=name, reason=str(error))
+            return
+        kind = message["type"]
+        if kind in ("pre_vote", "pre_vote_reply"):
+            self.election.handle(self._view(), name, message)
+        elif kind in ("read_index", "read_reply"):
+            self.reads.handle(self.is_leader(), name, message)
+        elif kind == "higher_term":
+            if message["term"] > self.kernel.term() and name in self.kernel.others():
+                self.kernel.observe_term(name, message["term"])
+        else:
+            self._handle_kernel_message(name, message)
+        self._settle()
+
+    def _handle_kernel_message(self, name: MemberId, message: Message) -> None:
+        verdict = judge(self._view(), self.wal, name, message)
+        if verdict.heard_leader:
+            self.election.heard_leader()
+        if verdict.deliver is not None:
+            if message["type"] == "response_vote":
+                self._voters[1].add(name)
+            self.kernel.deliver(name, verdict.deliver)
+            if message["type"] == "timeout_now":
+                self.election.take_over()
+        elif verdict.reply is None:
+            log.debug("a message was not delivered", sender=name, type=message["type"], reason=verdict.refused)
+        if verdict.reply is not None:
+            self.say(name, verdict.reply)
+
+    def _view(self) -> View:
+        term = self.kernel.term()
+        if self._voters[0] != term:
+            self._voters = (term, set())
+        return View(
+            leads=self.kernel.leads(),
+            leader=self.kernel.leader(),
+            term=term,
+            decided=max(self.kernel.commit(), self.kernel.applied()),
+            others=frozenset(self.kernel.others()),
+            voters=frozenset(self._voters[1]),
+            silence_s=self._clock() - self.election.heard_at_s,
+            sticky_s=self.config.election_min_s,
+        )
+
+    def _settle(self) -> None:
+        """After anything the kernel did: the log decides who is a member, and lost leadership is told."""
+        others = {name for name in self.wal.members() if node_id_of(name) != self.me.node_id}
+        if self.kernel.others() != others:
+            self.kernel.set_others(others)
+        seen = (self.wal.membership_version, len(self._acquaintances))
+        if seen != self._membership_seen:
+            for name in others:
+                self._acquaintances.pop(node_id_of(name), None)
+            self._names = self._acquaintances | {node_id_of(name): name for name in others}
+            self._membership_seen = (self.wal.membership_version, len(self._acquaintances))
+            self._network.set_peers(frozenset(member(name) for name in self._names.values()))
+            self._connect()
+        if self._lost_leadership:
+            self._lost_leadership = False
+            self._sweep("leadership was lost")
+
+    def _on_leading(self, leads: bool) -> None:
+        if not leads:
+            self._lost_leadership = True
+        self._full.clear()
+        self._connect()
+
+    # ---- proposals
+
+    def _feed(self, leads: bool) -> Iterator[tuple[bytes, Callback]]:
+        """The kernel asks for commands."""
+        queue, self._queue = self._queue, []
+        for proposal in queue:
+            if leads:
+                self._pending[proposal.number] = proposal
+                yield proposal.command, partial(self._answered, proposal.number)
+            else:
+                self._finish(proposal, self.not_leading())
+
+    def _answered(self, number: int, result: Any, reason: int) -> None:
+        proposal = self._pending.pop(number, None)
+        if proposal is None:
+            return
+        if reason == SUCCESS:
+            self._finish(proposal, b"" if result is None else result)
+        elif reason in (DISCARDED, MISSING_LEADER):
+            self._finish(proposal, NoLeader("another manager became leader before this was stored; try again"))
+        elif reason in (DENIED, QUEUE_FULL):
+            self._finish(proposal, Busy("the change could not be taken on now; try again"))
+        else:
+            self._finish(proposal, OutcomeUnknown("the leader changed: the change may or may not be stored; retry"))
+
+    def _finish(self, proposal: _Proposal, outcome: bytes | SwarmError) -> None:
+        self._pending_bytes -= len(proposal.command)
+        proposal.done(outcome)
+
+    def _sweep(self, why: str) -> None:
+        """Nobody waits for an answer that may never come."""
+        pending, self._pending = self._pending, {}
+        self.kernel.forget_waiting()
+        for proposal in pending.values():
+            self._finish(
+                proposal, OutcomeUnknown(f"{why} before a quorum answered: the change may or may not be stored; retry")
+            )
+        queue, self._queue = self._queue, []
+        for proposal in queue:
+            self._finish(proposal, NoLeader(f"{why} before the change was stored; try again"))
+
+    def _apply(self, payload: bytes) -> bytes:
+        try:
+            return self._machine.apply(payload)
+        except Exception as error:
+            # Skipping it here, but not elsewhere, would make the managers differ without anyone noticing.
+            self._fatal(f"the state machine failed at entry {self.kernel.applied() + 1}: {error!r}")

@@ -1,0 +1,475 @@
+"""`RaftNode`: consensus on the event loop. Timers, deadlines and futures around the engine.
+
+Everything runs on one thread. Frames and proposals ask for a turn of the engine, which runs as soon as the event loop
+gets to it, so all that arrives together shares one fdatasync; a timer asks for one when nothing happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from proto.raft_pb2 import RaftFrame
+from swarm.consensus.config import RaftConfig, quorum
+from swarm.consensus.engine import Engine
+from swarm.consensus.faults import Fatal, exit_process
+from swarm.consensus.interface import Member, StateMachine
+from swarm.consensus.membership import member_id
+from swarm.consensus.storage import open_storage
+from swarm.consensus.transport import Answer, FrameTransport
+from swarm.errors import Busy, Invalid, NoLeader, OutcomeUnknown, SwarmError
+
+PROBE_TIMEOUT_S = 2.0
+"""For a manager to say who it is: a round trip and a handshake, with room for a loaded machine."""
+PROBE_EVERY_S = 0.1
+ADMISSION_TIMEOUT_S = 30.0
+"""For a manager that was promised membership to start its consensus."""
+STOP_TRANSFER_S = 2.0
+DISK_CHECK_S = 1.0
+LOW_DISK_TRANSFER_S = 5.0
+STRANGER_ASK_S = 1.0
+"""Between two inquiries about who an unknown manager is."""
+
+log = structlog.get_logger()
+
+
+class RaftNode:
+    """Implements `interface.Consensus`. `members` is read only when `directory` is empty: `[me]` founds a cluster,
+    what `ask_to_join` returned joins one; afterwards the log knows. Raises Damaged from `start`.
+    `fatal` ends the process when its disk or its state cannot be trusted."""
+
+    def __init__(
+        self,
+        me: Member,
+        members: Sequence[Member],
+        directory: Path,
+        machine: StateMachine,
+        transport: FrameTransport,
+        config: RaftConfig = RaftConfig(),
+        clock: Callable[[], float] = time.monotonic,
+        randomness: Callable[[], float] = random.random,
+        fatal: Fatal = exit_process,
+    ) -> None:
+        self._me = me
+        self._first_members = tuple(members)
+        self._directory = directory
+        self._machine = machine
+        self._transport = transport
+        self._config = config
+        self._clock = clock
+        self._random = randomness
+        self._fatal = fatal
+        self._engine: Engine | None = None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
+        self._turn: asyncio.Handle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._was_leader = False
+        self._callbacks: list[Callable[[bool], None]] = []
+        self._watchers: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self._changing = asyncio.Lock()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._next_disk_check_s = self._next_inquiry_s = self._next_join_s = 0.0
+
+    # ---- life
+
+    async def start(self) -> None:
+        """Open the log and take part. Raises Damaged."""
+        storage = open_storage(self._directory, self._first_members, self._fatal, config=self._config)
+        self._engine = Engine(
+            self._me,
+            storage,
+            self._machine,
+            self._transport,
+            self._executor,
+            self._config,
+            self._clock,
+            self._random,
+            self._fatal,
+        )
+        self._transport.attach(self)
+        self._engine.start()
+        self._next_join_s = self._clock() + self._config.join_retry_s
+        self._on_timer()
+
+    async def stop(self) -> None:
+        """Transfer leadership if held, flush the log, close. Takes at most about STOP_TRANSFER_S."""
+        engine = self._engine
+        if engine is None:
+            await self._transport.close()
+            return
+        if engine.is_leader() and self._reachable_others():
+            with contextlib.suppress(SwarmError):
+                await self.transfer(STOP_TRANSFER_S)
+        self._engine = None
+        for handle in (self._timer, self._turn):
+            if handle is not None:
+                handle.cancel()
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(self._executor.shutdown)
+        engine.close()
+        await self._transport.close()
+        for _, future in self._watchers:
+            future.cancel()
+        self._tell_leadership(False)
+
+    # ---- turns
+
+    def _running(self) -> Engine:
+        if self._engine is None:
+            raise NoLeader("consensus does not run on this manager (it starts or stops); try again")
+        return self._engine
+
+    def _want_turn(self) -> None:
+        if self._turn is None and self._engine is not None:
+            self._turn = asyncio.get_running_loop().call_soon(self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._turn = None
+        engine = self._engine
+        if engine is None:
+            return
+        try:
+            engine.pump()
+        except Exception as error:
+            log.exception("consensus failed")
+            self._fatal(f"an error inside consensus, after which its memory cannot be trusted: {error!r}")
+        if engine.turns_wanted:
+            self._want_turn()
+        self._tell_leadership(engine.is_leader())
+        for watcher in self._watchers:
+            if not watcher[1].done() and watcher[0]():
+                watcher[1].set_result(None)
+        self._watchers = [watcher for watcher in self._watchers if not watcher[1].done()]
+
+    def _on_timer(self) -> None:
+        if self._engine is None:
+            return
+        self._timer = asyncio.get_running_loop().call_later(self._config.tick_s, self._on_timer)
+        now = self._clock()
+        if now >= self._next_disk_check_s:
+            self._next_disk_check_s = now + DISK_CHECK_S
+            self._check_disk()
+        if self._engine.strangers and now >= self._next_inquiry_s:
+            self._next_inquiry_s = now + STRANGER_ASK_S
+            strangers, self._engine.strangers = self._engine.strangers, set()
+            self._spawn("inquiry", self._inquire(strangers))
+        if now >= self._next_join_s and self._has_heard_nothing():
+            self._next_join_s = now + self._config.join_retry_s
+            self._spawn("join", self._ask_again())
+        self._want_turn()
+
+    def _spawn(self, name: str, work: Awaitable[None]) -> None:
+        """Run in the background, one of each name."""
+        if name in self._tasks:
+            asyncio.ensure_future(work).cancel()
+            return
+
+        async def run() -> None:
+            try:
+                await work
+            except SwarmError as error:
+                log.info("did not succeed", what=name, reason=str(error))
+            finally:
+                del self._tasks[name]
+
+        self._tasks[name] = asyncio.create_task(run())
+
+    def _tell_leadership(self, leads: bool) -> None:
+        if leads == self._was_leader:
+            return
+        self._was_leader = leads
+        for callback in list(self._callbacks):
+            callback(leads)
+
+    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait for something that a turn may change; whether it came true in time."""
+        if condition():
+            return True
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watchers.append((condition, future))
+        try:
+            await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    # ---- what it is
+
+    @property
+    def node_id(self) -> str:
+        return self._me.node_id
+
+    def is_leader(self) -> bool:
+        """True once every entry of earlier terms has been applied here."""
+        return self._engine is not None and self._engine.is_leader()
+
+    def leader(self) -> Member | None:
+        return self._engine.leader() if self._engine is not None else None
+
+    def members(self) -> tuple[Member, ...]:
+        return self._engine.members() if self._engine is not None else ()
+
+    def reachable(self, node_id: str) -> bool:
+        """Whether frames from this member arrive (always true for oneself)."""
+        return node_id == self._me.node_id or self._transport.reachable(node_id)
+
+    def _reachable_others(self) -> list[Member]:
+        return [each for each in self.members() if each.node_id != self._me.node_id and self.reachable(each.node_id)]
+
+    def on_leadership(self, callback: Callable[[bool], None]) -> None:
+        """Call `callback(is_leader)` on each change, and once at registration."""
+        self._callbacks.append(callback)
+        callback(self._was_leader)
+
+    async def wait_ready(self, timeout_s: float) -> bool:
+        """Whether within the time a leader was known, and this manager was told by it (or leads itself)."""
+        return await self._until(
+            lambda: self.leader() is not None and self._engine is not None and self._engine.kernel.applied() > 1,
+            timeout_s,
+        )
+
+    # ---- what it does
+
+    async def propose(self, entry: bytes, timeout_s: float) -> bytes:
+        """Replicate one entry; returns what `apply` returned here.
+        Raises NoLeader, Busy, Invalid (not written), OutcomeUnknown (maybe written)."""
+        engine = self._running()
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        engine.propose(entry, partial(_settle, future))
+        self._want_turn()
+        return await _answer(future, timeout_s)
+
+    async def read_barrier(self, timeout_s: float) -> None:
+        """Return once reads of the local state are as new as any write acknowledged before the call.
+        Leader only; raises NoLeader."""
+        engine = self._running()
+        if not engine.is_leader():
+            raise engine.not_leading()
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        engine.reads.add(partial(_settle, future))
+        self._want_turn()
+        try:
+            await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            raise NoLeader(f"no quorum confirmed within {timeout_s:g} s that this manager leads; try again") from None
+
+    async def transfer(self, timeout_s: float) -> None:
+        """Hand leadership to the most up-to-date reachable member. Raises NoLeader, Invalid, Busy (still leading)."""
+        engine = self._running()
+        if not engine.is_leader():
+            raise engine.not_leading()
+        if not self._reachable_others():
+            raise Invalid("no other manager is reachable, so leadership cannot be handed over")
+        deadline = self._clock() + timeout_s
+        engine.paused_because = "leadership is being handed over"
+        try:
+            while engine.kernel.leads() and self._clock() < deadline:
+                remaining = max(0.0, deadline - self._clock())
+                if await self._until(
+                    lambda: not engine.kernel.leads() or engine.best_successor() is not None, remaining
+                ):
+                    engine.kernel.hand_over()
+                    self._want_turn()
+                    await self._until(lambda: not engine.kernel.leads(), min(remaining, self._config.election_max_s))
+        finally:
+            engine.paused_because = ""
+        if engine.kernel.leads():
+            raise Busy(f"no other manager took over within {timeout_s:g} s; this one still leads")
+        await self._until(lambda: self.leader() is not None, max(0.0, deadline - self._clock()))
+
+    # ---- members
+
+    async def add_member(self, member: Member, timeout_s: float) -> None:
+        """Leader only. The new member must answer at its address, and its consensus must run, before it counts.
+        Adding a known member with its known address is a no-op; with another one, its address is replaced."""
+        deadline = self._clock() + timeout_s
+        async with self._changing:
+            engine = self._running()
+            if not engine.is_leader():
+                raise engine.not_leading()
+            known = {each.node_id: each for each in engine.members()}
+            if known.get(member.node_id) == member:
+                return
+            if member.node_id == self._me.node_id:
+                raise Invalid("the leader's own address cannot change: hand leadership over first")
+            await self._await_running(member, deadline)
+            if member.node_id in known:
+                await self._remove(known[member.node_id], deadline)
+            count = len(engine.members()) + 1
+            reachable = len(self._reachable_others()) + 2
+            if reachable < quorum(count):
+                raise Invalid(
+                    f"adding manager {member.node_id} would leave {reachable} of {count} managers reachable, which is"
+                    " no quorum: bring the unreachable managers back, or remove them first"
+                )
+            await self._change("add", member, deadline)
+
+    async def remove_member(self, node_id: str, timeout_s: float) -> None:
+        """Leader only; an unknown member is a no-op. Raises Invalid when the rest would not have a reachable quorum.
+        A leader asked to remove itself hands leadership over and raises NoLeader: ask the new one."""
+        deadline = self._clock() + timeout_s
+        async with self._changing:
+            engine = self._running()
+            if not engine.is_leader():
+                raise engine.not_leading()
+            target = next((each for each in engine.members() if each.node_id == node_id), None)
+            if target is None:
+                return
+            rest = [each for each in engine.members() if each != target]
+            reachable = [each for each in rest if self.reachable(each.node_id)]
+            if not rest:
+                raise Invalid("the only manager cannot be removed: promote another node first")
+            if len(reachable) < quorum(len(rest)):
+                raise Invalid(
+                    f"removing manager {node_id} would leave {len(reachable)} of {len(rest)} managers reachable, which"
+                    " is no quorum: bring the unreachable managers back, or remove them first"
+                )
+            if target.node_id == self._me.node_id:
+                await self.transfer(timeout_s)
+                raise self._running().not_leading()
+            await self._remove(target, deadline)
+
+    async def _remove(self, target: Member, deadline_s: float) -> None:
+        await self._change("rem", target, deadline_s)
+
+    async def _change(self, operation: str, target: Member, deadline_s: float) -> None:
+        engine = self._running()
+        if not await self._until(
+            lambda: not engine.is_leader() or engine.may_change_members(), deadline_s - self._clock()
+        ):
+            raise Busy("another change of the managers is not finished; try again")
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        engine.change_members(operation, member_id(target), partial(_settle, future))
+        self._want_turn()
+        await _answer(future, max(0.0, deadline_s - self._clock()))
+        log.info("managers changed", change=operation, member=member_id(target))
+
+    async def _await_running(self, member: Member, deadline_s: float) -> None:
+        """A member whose address is dead would cost the cluster its quorum: make sure it answers and takes part."""
+        while True:
+            answer = await self._transport.probe(
+                member.addr, min(PROBE_TIMEOUT_S, max(0.0, deadline_s - self._clock()))
+            )
+            if answer.node_id != member.node_id:
+                raise Invalid(
+                    f"at {member.addr} answers manager {answer.node_id}, not {member.node_id}:"
+                    " check the address that it advertises"
+                )
+            if answer.members:
+                return
+            if self._clock() > deadline_s:
+                raise NoLeader(f"manager {member.node_id} at {member.addr} did not start its consensus in time")
+            await asyncio.sleep(PROBE_EVERY_S)
+
+    # ---- transport.Receiver
+
+    def on_frame(self, node_id: str, frame: RaftFrame) -> None:
+        if self._engine is not None:
+            self._engine.receive(node_id, frame)
+            self._want_turn()
+
+    def on_up(self, node_id: str) -> None:
+        if self._engine is not None:
+            self._engine.peer_up(node_id)
+            self._want_turn()
+
+    def on_down(self, node_id: str) -> None:
+        if self._engine is not None:
+            self._engine.peer_down(node_id)
+            self._want_turn()
+
+    def on_writable(self, node_id: str) -> None:
+        self._want_turn()
+
+    def answer(self) -> Answer:
+        return Answer(self._me.node_id, self.leader(), self.members())
+
+    async def admit(self, member: Member) -> tuple[Member, ...]:
+        """A manager asks to join. It is promised membership at once, and gets it when its consensus runs: so a
+        manager that dies on the way costs nobody a quorum."""
+        engine = self._running()
+        if not engine.is_leader():
+            raise engine.not_leading()
+        answer = await self._transport.probe(member.addr, PROBE_TIMEOUT_S)
+        if answer.node_id != member.node_id:
+            raise Invalid(f"at {member.addr} answers manager {answer.node_id}, not {member.node_id}")
+        forgot = member in engine.members() and not answer.members
+        if forgot:
+            # It has lost its log, and with it what it promised: as the same member it could vote twice.
+            await self.remove_member(member.node_id, ADMISSION_TIMEOUT_S)
+        if member not in engine.members():
+            self._spawn(f"admit {member.node_id}", self.add_member(member, ADMISSION_TIMEOUT_S))
+        rest = tuple(each for each in engine.members() if each.node_id != member.node_id)
+        return (*rest, member)
+
+    async def dismiss(self, node_id: str, timeout_s: float) -> tuple[Member, ...]:
+        await self.remove_member(node_id, timeout_s)
+        return self.members()
+
+    # ---- in the background
+
+    def _has_heard_nothing(self) -> bool:
+        """A manager that was promised membership and waits for the leader's first entry."""
+        engine = self._engine
+        return engine is not None and engine.wal.last_index <= 1 and bool(engine.kernel.others())
+
+    async def _ask_again(self) -> None:
+        for each in self.members():
+            if each.node_id == self._me.node_id:
+                continue
+            with contextlib.suppress(SwarmError):
+                await self._transport.request_join(each.addr, self._me, PROBE_TIMEOUT_S)
+                return
+
+    async def _inquire(self, strangers: set[str]) -> None:
+        """Managers that we do not know speak to us: perhaps we were away for long. Ask those that we do know."""
+        for each in self._reachable_others():
+            with contextlib.suppress(NoLeader):
+                answer = await self._transport.probe(each.addr, PROBE_TIMEOUT_S)
+                if answer.node_id == each.node_id and strangers & {other.node_id for other in answer.members}:
+                    self._running().introduce(answer.members)
+                    return
+
+    def _check_disk(self) -> None:
+        engine = self._running()
+        disk = os.statvfs(self._directory)
+        is_low = disk.f_bavail * disk.f_frsize < self._config.disk_reserve_bytes
+        reason = f"the disk of this manager is nearly full ({self._directory}): free space on it"
+        if is_low and not engine.paused_because:
+            log.error("too little disk space to take on changes", directory=str(self._directory))
+            engine.paused_because = reason
+        elif not is_low and engine.paused_because == reason:
+            engine.paused_because = ""
+        if is_low and engine.is_leader() and self._reachable_others():
+            self._spawn("transfer", self.transfer(LOW_DISK_TRANSFER_S))
+
+
+async def _answer(future: asyncio.Future[bytes], timeout_s: float) -> bytes:
+    try:
+        return await asyncio.wait_for(future, timeout_s)
+    except TimeoutError:
+        raise OutcomeUnknown(
+            f"no quorum answered within {timeout_s:g} s: the change may or may not be stored; retry"
+        ) from None
+
+
+def _settle(future: asyncio.Future[Any], outcome: bytes | SwarmError | None) -> None:
+    if future.done():
+        return  # the caller's deadline has passed
+    if isinstance(outcome, SwarmError):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
