@@ -80,6 +80,13 @@ class LogStream:
         self._sealed = True
         self._changed.set()
 
+    def abandon(self) -> None:
+        """End the stream now, whatever its sources may still have."""
+        for source in list(self._sources.values()):
+            self._relay.cancel(source)
+        self._sources.clear()
+        self.seal()
+
     async def __aenter__(self) -> Self:
         return self
 

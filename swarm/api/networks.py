@@ -1,0 +1,100 @@
+"""Creating and removing networks.
+
+A network is removed by marking it; the reaper deletes it once nothing uses it any more. So a service
+that is created at the same instant cannot lose its network under its feet.
+"""
+
+from __future__ import annotations
+
+from proto.control_pb2 import RemoveReply
+from proto.objects_pb2 import Network, NetworkSpec
+from swarm.allocate.subnets import subnet_conflict
+from swarm.api import validate_network
+from swarm.api.backend import Backend, object_id
+from swarm.api.find import find_network
+from swarm.errors import AlreadyExists, InUse, Invalid, NotFound
+from swarm.store.changes import Create, Group, Update
+from swarm.store.states import has_stopped
+from swarm.store.store import Store
+
+REMOVAL_WAIT_S = 8.0
+"""As for services: `network rm` followed by `network create` works."""
+GONE_WAIT_S = 2.0
+"""An unused network is gone within milliseconds; waiting for that makes the next `network ls` true."""
+
+
+def created(store: Store, network_id: str, spec: NetworkSpec) -> Network:
+    """The new network. Raises AlreadyExists, Invalid."""
+    name = spec.annotations.name
+    holder = store.networks.by_name(name)
+    if holder is not None:
+        state = "is still being removed; try again in a moment" if holder.pending_delete else "already exists"
+        raise AlreadyExists(f"network with name {name} {state}")
+    why = subnet_conflict(store, spec.ipam.subnet) if spec.ipam.subnet else None
+    if why is not None:
+        raise Invalid(why)
+    return Network(id=network_id, spec=spec)
+
+
+def removal_refusal(store: Store, network: Network) -> str | None:
+    """Why the network cannot go, or None. What is being removed itself is no reason."""
+    name = network.spec.annotations.name
+    if network.spec.ingress:
+        return f"network {name} is predefined: published ports and services without a network depend on it"
+    for service in store.services:
+        if not service.pending_delete and any(c.network_id == network.id for c in service.spec.task.networks):
+            return f"network {name} is in use by service {service.spec.annotations.name}: remove or update it first"
+    for task in store.tasks:
+        owner = store.services.get(task.service_id)
+        if owner is not None and owner.pending_delete:
+            continue
+        if not has_stopped(task) and any(attachment.network_id == network.id for attachment in task.networks):
+            return f"network {name} is in use by task {task.id}: wait until it has stopped"
+    return None
+
+
+async def create(backend: Backend, spec: NetworkSpec, request_id: str) -> Network:
+    store = backend.store
+    full = NetworkSpec()
+    full.CopyFrom(spec)
+    full.driver = full.driver or "overlay"
+    validate_network.network_spec(full)
+    network_id = object_id(request_id)
+
+    def removal_is_over() -> bool:
+        holder = store.networks.by_name(full.annotations.name)
+        return holder is None or not holder.pending_delete
+
+    def decide() -> Group:
+        return () if network_id in store.networks else (Create(created(store, network_id, full)),)
+
+    await backend.until(removal_is_over, REMOVAL_WAIT_S)
+    await backend.commit(decide, request_id)
+    network = store.networks.get(network_id)
+    if network is None:
+        raise NotFound(f"network {full.annotations.name} was removed meanwhile")
+    return network
+
+
+async def remove(backend: Backend, ref: str, request_id: str) -> RemoveReply:
+    store = backend.store
+    if backend.is_done(request_id):
+        return RemoveReply(id=ref)
+    network_id = find_network(store, ref).id
+
+    def decide() -> Group:
+        network = store.networks.get(network_id)
+        if network is None or network.pending_delete:
+            return ()
+        why = removal_refusal(store, network)
+        if why is not None:
+            raise InUse(why)
+        marked = Network()
+        marked.CopyFrom(network)
+        marked.pending_delete = True
+        return (Update(marked),)
+
+    await backend.commit(decide, request_id)
+    if not any(network_id in {a.network_id for a in task.networks} for task in store.tasks):
+        await backend.until(lambda: network_id not in store.networks, GONE_WAIT_S)
+    return RemoveReply(id=network_id)

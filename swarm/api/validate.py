@@ -1,0 +1,205 @@
+"""Is this service spec right in itself? Pure; every refusal names the field and the remedy.
+
+What depends on other objects (names, networks, ports in use) is in `services.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import posixpath
+import re
+from collections.abc import Iterable
+
+from proto import objects_pb2 as pb
+from proto.objects_pb2 import (
+    ContainerSpec,
+    EndpointSpec,
+    Mount,
+    PortConfig,
+    Resources,
+    RestartPolicy,
+    ServiceSpec,
+    TaskSpec,
+    UpdateConfig,
+)
+from swarm.api import check
+from swarm.errors import Invalid
+from swarm.schedule.constraints import parse_constraint, parse_spread
+
+REPLICAS_MAX = 100_000
+"""More is a slip of the finger, and the state of that many tasks is more than the managers should hold."""
+NANO_CPUS_MIN = 1_000_000
+MEMORY_BYTES_MIN = 4 << 20
+"""As in the reference: the kernel refuses less, or the container cannot start in it."""
+PORT_MAX = 65_535
+LIST_MAX = 1_000
+"""Entries of one list of a spec; the whole object must stay below 1 MB."""
+
+_ENV_NAME = re.compile(r"[^=\x00]+(=[^\x00]*)?")
+_IMAGE = re.compile(r"[^\s\x00]+")
+_PROPAGATIONS = ("", "private", "rprivate", "shared", "rshared", "slave", "rslave")
+_PROTOCOL = {pb.TCP: "tcp", pb.UDP: "udp", pb.SCTP: "sctp"}
+
+
+def service_spec(spec: ServiceSpec) -> None:
+    """Raises Invalid for the first thing that is wrong."""
+    check.name("service", spec.annotations.name)
+    check.labels("labels", spec.annotations.labels)
+    if spec.WhichOneof("mode") == "replicated" and spec.replicated.replicas > REPLICAS_MAX:
+        raise Invalid(
+            f"replicas: {spec.replicated.replicas} is out of range: use a number from 0 to {REPLICAS_MAX} "
+            "(a negative number is not a number of replicas)"
+        )
+    task_spec(spec.task)
+    if spec.HasField("update"):
+        update_config("update", spec.update)
+    if spec.HasField("rollback"):
+        update_config("rollback", spec.rollback)
+        if spec.rollback.failure_action == pb.ROLLBACK:
+            raise Invalid("rollback failure action: a rollback cannot be rolled back: use pause or continue")
+    endpoint_spec(spec.endpoint)
+    if spec.WhichOneof("mode") == "global" and spec.task.placement.max_replicas_per_node:
+        raise Invalid("max replicas per node has no meaning for a global service: leave it out")
+
+
+def task_spec(spec: TaskSpec) -> None:
+    container_spec(spec.container)
+    limits, reservations = spec.resources.limits, spec.resources.reservations
+    resources("limit", limits)
+    resources("reserve", reservations)
+    if reservations.pids:
+        raise Invalid("reserve pids: processes can only be limited, not reserved")
+    if limits.nano_cpus and reservations.nano_cpus > limits.nano_cpus:
+        raise Invalid("reserve cpu is higher than limit cpu: lower it or raise the limit")
+    if limits.memory_bytes and reservations.memory_bytes > limits.memory_bytes:
+        raise Invalid("reserve memory is higher than limit memory: lower it or raise the limit")
+    restart_policy(spec.restart)
+    for text in spec.placement.constraints:
+        parse_constraint(text)
+    for descriptor in spec.placement.spread:
+        parse_spread(descriptor)
+    _unique("network", (config.network_id for config in spec.networks), "attach a network once")
+
+
+def container_spec(spec: ContainerSpec) -> None:
+    if not spec.image:
+        raise Invalid("image is missing: name the image to run")
+    if not _IMAGE.fullmatch(spec.image):
+        raise Invalid(f"image {spec.image!r} is not an image name: it contains white space")
+    check.labels("container labels", spec.labels)
+    for entry in spec.env:
+        if not _ENV_NAME.fullmatch(entry):
+            raise Invalid(f"env {entry!r}: write NAME=value, with a name before the '='")
+    if spec.HasField("stop_grace_period_s"):
+        check.duration("stop grace period", spec.stop_grace_period_s)
+    for values in (spec.env, spec.mounts, spec.command, spec.args, spec.ulimits, spec.hosts):
+        if len(values) > LIST_MAX:
+            raise Invalid(f"a list of the container spec has {len(values)} entries: use at most {LIST_MAX}")
+    for mount in spec.mounts:
+        _mount(mount)
+    _unique("mount target", (_clean(mount.target) for mount in spec.mounts), "mount one thing per target")
+    for ulimit in spec.ulimits:
+        if not ulimit.name or (ulimit.hard >= 0 and ulimit.soft > ulimit.hard):
+            raise Invalid(f"ulimit {ulimit.name or '(no name)'}: soft {ulimit.soft} must not exceed hard {ulimit.hard}")
+    for host in spec.hosts:
+        if len(host.split()) < 2:
+            raise Invalid(f"host {host!r}: write an address and a name")
+
+
+def _mount(mount: Mount) -> None:
+    check.choice("mount type", mount.type, dict(Mount.Type.items()))
+    target, source = mount.target, mount.source
+    if not target.startswith("/"):
+        raise Invalid(f"mount target {target!r}: it must be an absolute path in the container")
+    if _clean(target) == "/":
+        raise Invalid("mount target '/': the container's root cannot be mounted over")
+    if mount.type == Mount.BIND and not source.startswith("/"):
+        raise Invalid(f"mount source {source!r} for {target}: a bind mount needs an absolute path on the host")
+    if mount.type == Mount.VOLUME and "/" in source:
+        raise Invalid(
+            f"mount source {source!r} for {target}: a volume has a name, not a path; use type=bind for a path"
+        )
+    if mount.type == Mount.TMPFS and source:
+        raise Invalid(f"mount source {source!r} for {target}: a tmpfs has no source")
+    if mount.tmpfs_size_bytes < 0:
+        raise Invalid(f"mount {target}: tmpfs size {mount.tmpfs_size_bytes} must be 0 or more")
+    if mount.propagation not in _PROPAGATIONS:
+        raise Invalid(f"mount {target}: propagation {mount.propagation!r}: use one of {', '.join(_PROPAGATIONS[1:])}")
+
+
+def resources(kind: str, spec: Resources) -> None:
+    """`kind`: "limit" or "reserve", as in the names of the flags."""
+    if spec.nano_cpus and spec.nano_cpus < NANO_CPUS_MIN:
+        raise Invalid(f"invalid {kind} cpu value {spec.nano_cpus / 1e9:g}: must be at least {NANO_CPUS_MIN / 1e9:g}")
+    if spec.memory_bytes and spec.memory_bytes < MEMORY_BYTES_MIN:
+        raise Invalid(f"invalid {kind} memory value {spec.memory_bytes}: must be at least 4MiB")
+    if spec.pids < 0:
+        raise Invalid(f"invalid {kind} pids value {spec.pids}: must be 0 (unlimited) or more")
+
+
+def restart_policy(policy: RestartPolicy) -> None:
+    check.choice("restart condition", policy.condition, dict(pb.RestartCondition.items()))
+    if policy.HasField("delay_s"):
+        check.duration("restart delay", policy.delay_s)
+    check.duration("restart window", policy.window_s)
+
+
+def update_config(kind: str, config: UpdateConfig) -> None:
+    """`kind`: "update" or "rollback"."""
+    check.choice(f"{kind} failure action", config.failure_action, dict(pb.FailureAction.items()))
+    check.choice(f"{kind} order", config.order, dict(pb.UpdateOrder.items()))
+    check.duration(f"{kind} delay", config.delay_s)
+    if config.HasField("monitor_s"):
+        check.duration(f"{kind} monitor", config.monitor_s)
+    ratio = config.max_failure_ratio
+    if math.isnan(ratio) or not 0 <= ratio <= 1:
+        raise Invalid(f"{kind} max failure ratio {ratio:g}: must be between 0 and 1")
+    if config.HasField("parallelism") and config.parallelism > REPLICAS_MAX:
+        raise Invalid(f"{kind} parallelism {config.parallelism}: use a number from 0 (all at once) to {REPLICAS_MAX}")
+
+
+def endpoint_spec(spec: EndpointSpec) -> None:
+    check.choice("endpoint mode", spec.mode, dict(pb.EndpointMode.items()))
+    for port in spec.ports:
+        _port(port)
+    if spec.mode == pb.DNSRR and any(port.mode == pb.INGRESS for port in spec.ports):
+        raise Invalid(
+            "port published with ingress mode can't be used with dnsrr mode: "
+            "publish with mode=host, or use endpoint mode vip"
+        )
+    published = (port_key(port) for port in spec.ports if port.published_port)
+    _unique("published port", (f"{number}/{protocol}" for number, protocol in published), "publish a port once")
+    _unique(
+        "port name",
+        (port.name for port in spec.ports if port.name),
+        "give each published port a name of its own or none",
+    )
+
+
+def _port(port: PortConfig) -> None:
+    check.choice("port protocol", port.protocol, dict(pb.Protocol.items()))
+    check.choice("publish mode", port.mode, dict(pb.PublishMode.items()))
+    if not 1 <= port.target_port <= PORT_MAX:
+        raise Invalid(f"target port {port.target_port} is out of range: use a number from 1 to {PORT_MAX}")
+    if port.published_port > PORT_MAX:
+        raise Invalid(
+            f"published port {port.published_port} is out of range: "
+            f"use a number from 1 to {PORT_MAX}, or 0 to have one chosen"
+        )
+
+
+def port_key(port: PortConfig) -> tuple[int, str]:
+    """What may be taken once: number and protocol."""
+    return port.published_port, _PROTOCOL[port.protocol]
+
+
+def _clean(path: str) -> str:
+    return posixpath.normpath(path)
+
+
+def _unique(what: str, values: Iterable[str], remedy: str) -> None:
+    seen: set[str] = set()
+    for value in values:
+        if value in seen:
+            raise Invalid(f"duplicate {what} {value!r}: {remedy}")
+        seen.add(value)

@@ -1,0 +1,142 @@
+"""Objects as the API shows them: without secrets, with what is computed when read.
+
+Stored objects are never changed; a copy is made only when something has to go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from proto.control_pb2 import Filter, ServiceCounts
+from proto.objects_pb2 import (
+    ACTIVE,
+    MANAGER,
+    TASK_RUNNING,
+    Cluster,
+    Network,
+    Node,
+    NodeStatus,
+    Service,
+    ServiceSpec,
+    Task,
+)
+from swarm.consensus.interface import Consensus
+from swarm.dispatch.items import is_down, task_name
+from swarm.schedule.filters import fits
+from swarm.store.store import Store
+
+
+def shown_cluster(cluster: Cluster) -> Cluster:
+    """Without the CA's key."""
+    copy = Cluster()
+    copy.CopyFrom(cluster)
+    copy.ClearField("root_ca_key_pem")
+    return copy
+
+
+def shown_service(service: Service) -> Service:
+    """Without the credentials of registries."""
+    specs = (service.spec, service.previous_spec)
+    if not any(spec.task.container.registry_auth for spec in specs):
+        return service
+    copy = Service()
+    copy.CopyFrom(service)
+    _forget_auth(copy.spec)
+    if copy.HasField("previous_spec"):
+        _forget_auth(copy.previous_spec)
+    return copy
+
+
+def _forget_auth(spec: ServiceSpec) -> None:
+    if spec.task.container.registry_auth:
+        spec.task.container.ClearField("registry_auth")
+
+
+def shown_task(task: Task) -> Task:
+    """Without the credentials of registries."""
+    if not task.spec.container.registry_auth:
+        return task
+    copy = Task()
+    copy.CopyFrom(task)
+    copy.spec.container.ClearField("registry_auth")
+    return copy
+
+
+def shown_node(node: Node, consensus: Consensus) -> Node:
+    """With the state of the manager that it is, if it is one."""
+    if node.role != MANAGER:
+        return node
+    copy = Node()
+    copy.CopyFrom(node)
+    leader = consensus.leader()
+    copy.manager_status.leader = leader is not None and leader.node_id == node.id
+    copy.manager_status.reachable = consensus.reachable(node.id)
+    copy.manager_status.addr = node.manager_addr
+    return copy
+
+
+# ---------------------------------------------------------------- counting
+
+
+def counts(store: Store, service: Service) -> ServiceCounts:
+    """Running: wanted tasks that run on nodes that are not down. Desired of a global service: the nodes that
+    may run it, and those that run it already."""
+    tasks = [task for task in store.tasks.where("service", service.id) if task.desired_state <= TASK_RUNNING]
+    running = [
+        task for task in tasks if task.status.state == TASK_RUNNING and not is_down(store.nodes.get(task.node_id))
+    ]
+    if service.pending_delete:
+        desired = 0
+    elif service.spec.WhichOneof("mode") == "global":
+        desired = eligible_nodes(store, service)
+    else:
+        desired = service.spec.replicated.replicas
+    return ServiceCounts(service_id=service.id, running=len(running), desired=desired)
+
+
+def eligible_nodes(store: Store, service: Service) -> int:
+    """Nodes on which a task of a global service is wanted: those that take tasks, and paused ones that have one."""
+    wanted = {task.node_id for task in store.tasks.where("service", service.id) if task.desired_state <= TASK_RUNNING}
+    return sum(
+        node.status.state == NodeStatus.READY
+        and (node.spec.availability == ACTIVE or node.id in wanted)
+        and fits(node, service.spec.task)
+        for node in store.nodes
+    )
+
+
+# ---------------------------------------------------------------- filters
+
+
+def service_matches(service: Service, wanted: Filter) -> bool:
+    annotations = service.spec.annotations
+    return _common(service.id, [annotations.name], annotations.labels, wanted)
+
+
+def network_matches(network: Network, wanted: Filter) -> bool:
+    annotations = network.spec.annotations
+    return _common(network.id, [annotations.name], annotations.labels, wanted)
+
+
+def node_matches(node: Node, wanted: Filter) -> bool:
+    """Labels: those of the node and those of its engine."""
+    labels = {**node.description.engine_labels, **node.spec.annotations.labels}
+    names = [node.description.hostname, node.spec.annotations.name]
+    return _common(node.id, names, labels, wanted) and (not wanted.roles or node.role in wanted.roles)
+
+
+def task_matches(task: Task, wanted: Filter) -> bool:
+    """Services and nodes are given by ID."""
+    return (
+        (not wanted.service_ids or task.service_id in wanted.service_ids)
+        and (not wanted.node_ids or task.node_id in wanted.node_ids)
+        and (not wanted.desired_states or task.desired_state in wanted.desired_states)
+        and _common(task.id, [task_name(task)], task.service_annotations.labels, wanted)
+    )
+
+
+def _common(object_id: str, names: Sequence[str], labels: Mapping[str, str], wanted: Filter) -> bool:
+    if wanted.ids and not any(object_id.startswith(prefix) for prefix in wanted.ids):
+        return False
+    if wanted.names and not any(name.startswith(prefix) for name in names if name for prefix in wanted.names):
+        return False
+    return all(key in labels and value in ("", labels[key]) for key, value in wanted.labels.items())
