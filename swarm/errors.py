@@ -47,6 +47,12 @@ class NoLeader(SwarmError):
         """host:port of the leader's mTLS listener; "" = unknown."""
 
 
+class Unreachable(SwarmError):
+    """Nobody answers at an address: the message names it and what to check."""
+
+    retryable = True
+
+
 class Busy(SwarmError):
     """A bounded queue is full: nothing was written, try again."""
 
