@@ -10,22 +10,22 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 import structlog
-from node.agent import Agent
-from node.conmon import ConmonRuntime
-from node.description import describe
 from node.image_api import ImageApi
 from node.images import ImageStore
-from node.mounts import prepare_mount_namespace
-from node.resolvers import host_resolvers
-from overlay.host import KernelNetwork
 
 from dns.client import NameServerProcess
 from dns.interface import LISTEN_PORT
+from node.agent import Agent
+from node.conmon import ConmonRuntime
+from node.description import describe
+from node.mounts import prepare_mount_namespace
+from node.resolvers import host_resolvers
+from overlay.host import KernelNetwork
 from proto.local_pb2 import (
     InfoReply,
     InfoRequest,
@@ -37,7 +37,8 @@ from proto.local_pb2 import (
     LeaveRequest,
 )
 from proto.local_pb2_grpc import LocalServicer, add_LocalServicer_to_server
-from swarm.api.status import status_code
+from proto.objects_pb2 import NodeDescription
+from swarm.api.status import status_of
 from swarm.config import DaemonConfig
 from swarm.errors import SwarmError
 from swarm.hostfiles import HostPaths, Membership
@@ -45,13 +46,16 @@ from swarm.local import HostMembership
 from swarm.logs import configure
 from swarm.security.certificates import NodeCredentials
 from swarm.supervise import hold_lock
+from swarm.version import __version__
 
-STOP_TIMEOUT_S = 2.0
+LINK_PREFIX = "pys"
+"""Of the overlays' links on the host: their addresses are not the machine's own."""
 TAG_CHARS = 5
 """Of the node ID, in names of links: with the prefix and a number they must fit 15 characters."""
 
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
+Context = grpc.aio.ServicerContext[Any, Any]
 
 log = structlog.get_logger()
 
@@ -67,30 +71,30 @@ class LocalService(ImageApi, LocalServicer):
         self._names = names
         self._host = host
 
-    async def Info(self, request: InfoRequest, context: grpc.aio.ServicerContext) -> InfoReply:
+    async def Info(self, request: InfoRequest, context: Context) -> InfoReply:
         reply = await _answer(self._host.info, request, context)
         reply.containers_running = len(await self._containers.containers())
         reply.agent_pid = os.getpid()
         reply.dns_pid = self._names.pid
         return reply
 
-    async def Init(self, request: InitRequest, context: grpc.aio.ServicerContext) -> InitReply:
+    async def Init(self, request: InitRequest, context: Context) -> InitReply:
         return await _answer(self._host.init, request, context)
 
-    async def Join(self, request: JoinRequest, context: grpc.aio.ServicerContext) -> JoinReply:
+    async def Join(self, request: JoinRequest, context: Context) -> JoinReply:
         return await _answer(self._host.join, request, context)
 
-    async def Leave(self, request: LeaveRequest, context: grpc.aio.ServicerContext) -> LeaveReply:
+    async def Leave(self, request: LeaveRequest, context: Context) -> LeaveReply:
         return await _answer(self._host.leave, request, context)
 
 
 async def _answer(
-    call: Callable[[Request], Awaitable[Reply]], request: Request, context: grpc.aio.ServicerContext
+    call: Callable[[Request], Awaitable[Reply]], request: Request, context: grpc.aio.ServicerContext[Any, Any]
 ) -> Reply:
     try:
         return await call(request)
     except SwarmError as error:
-        await context.abort(status_code(error), str(error))
+        await context.abort(status_of(error), str(error))
         raise AssertionError("unreachable: abort raises") from None
 
 
@@ -104,7 +108,7 @@ class Daemon:
             config.image_stores,
             frozenset(config.insecure_registries),
         )
-        self._runtime = ConmonRuntime(paths.state, paths.run, config.cgroup_parent, config.runtime)
+        self._runtime = ConmonRuntime(paths.state, paths.run, config.cgroup_parent, runtime=config.runtime)
         self._names = NameServerProcess(paths.run, paths.dns_log)
         self._host = HostMembership(config, paths, self._make_agent)
 
@@ -139,12 +143,16 @@ class Daemon:
             managers=list(membership.manager_addrs),
             on_managers=host.on_managers,
             on_node=host.on_node,
-            describe=lambda: describe(self._config.hostname or socket.gethostname()),
+            describe=self._describe,
             advertise_host=membership.advertise_host,
             data_path_addr=membership.data_path_addr,
             upstreams=host_resolvers,
             now=time.time,
         )
+
+    def _describe(self) -> NodeDescription:
+        hostname = self._config.hostname or socket.gethostname()
+        return describe(hostname, __version__, lambda link: link.startswith(LINK_PREFIX))
 
 
 def run(config: DaemonConfig) -> None:

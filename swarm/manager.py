@@ -16,8 +16,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import structlog
@@ -32,7 +32,7 @@ from swarm.consensus.grpc_transport import GrpcTransport, ask_to_join
 from swarm.consensus.interface import Member
 from swarm.consensus.raft import RaftNode
 from swarm.dispatch.dispatcher import Dispatcher
-from swarm.errors import SwarmError
+from swarm.errors import Invalid, SwarmError
 from swarm.hostfiles import HostPaths, Membership
 from swarm.ids import random_id
 from swarm.leader import LeaderLoop
@@ -64,25 +64,10 @@ class Manager:
         self._me = Member(membership.node_id, membership.manager_addr)
         self._store = Store()
         self._transport = GrpcTransport(self._me, self._credentials.open_channel, _peer_node_id)
-        self._leading: list[asyncio.Task[None]] = []
-
-    async def run(self, bootstrap: Bootstrap | None, stop: asyncio.Event) -> None:
-        """Until `stop` is set. Raises SwarmError when this manager cannot take part."""
-        mtls = self._server(
-            RoleInterceptor(RULES, self._credentials.identity.cluster_id, self._is_blocked),
-        )
-        self._transport.add_to(mtls)
-        host = self._membership.listen_host
-        port = self._membership.listen_port
-        mtls.add_secure_port(f"{host}:{port + 1}", self._credentials.server_credentials())
-        members = [self._me]
-        if bootstrap is None and not any(self._paths.raft.glob("*")):
-            await mtls.start()  # the leader calls back to see that this address is right
-            members = list(await self._ask_to_join())
         self._consensus = RaftNode(
             me=self._me,
-            members=members,
-            directory=self._paths.raft,
+            members=[self._me],
+            directory=paths.raft,
             machine=self._store,
             transport=self._transport,
         )
@@ -90,26 +75,34 @@ class Manager:
         self._dispatcher = Dispatcher(
             self._store, self._writer, self._consensus, _peer_node_id, time.time, time.monotonic
         )
+        self._leading: list[asyncio.Task[None]] = []
+
+    async def run(self, bootstrap: Bootstrap | None, stop: asyncio.Event) -> None:
+        """Until `stop` is set. Raises SwarmError when this manager cannot take part."""
+        host, port = self._membership.listen_host, self._membership.listen_port
+        mtls = self._server(RoleInterceptor(RULES, self._credentials.identity.cluster_id, self._is_blocked))
+        join, local = self._server(), self._server()
         control = self._control()
+        certificates = CertificatesService(self._store, self._writer, self._consensus, self._credentials)
+        self._transport.add_to(mtls)
         self._dispatcher.add_to(mtls)
         add_ControlServicer_to_server(control, mtls)
-        certificates = CertificatesService(self._store, self._writer, self._consensus, self._credentials)
         add_CertificatesServicer_to_server(certificates, mtls)
-        join = self._server()
         add_JoinServicer_to_server(JoinService(certificates), join)
-        join.add_secure_port(f"{host}:{port}", self._credentials.join_server_credentials())
-        local = self._server()
         add_ControlServicer_to_server(control, local)
+        _bind(mtls, f"{host}:{port + 1}", self._credentials.server_credentials())
+        _bind(join, f"{host}:{port}", self._credentials.join_server_credentials())
         _bind_unix(local, self._paths.manager_socket)
 
+        await mtls.start()  # the leader calls back before it admits this manager
+        if bootstrap is None and not self._has_log():
+            self._consensus.begin_with(await self._ask_to_join())
         await self._consensus.start()
-        await mtls.start()
         self._consensus.on_leadership(self._on_leadership)
         if bootstrap is not None:
             await self._bootstrap(bootstrap)
         await join.start()
         await local.start()
-        self._paths.manager_socket.chmod(0o660)
         log.info("manager runs", node=self._me.node_id, addr=self._me.addr)
         await stop.wait()
         log.info("manager stops")
@@ -141,6 +134,9 @@ class Manager:
             random_id,
             demotion_refusal,
         )
+
+    def _has_log(self) -> bool:
+        return self._paths.raft.is_dir() and any(self._paths.raft.iterdir())
 
     def _is_blocked(self, node_id: str) -> bool:
         cluster = self._store.cluster
@@ -181,17 +177,24 @@ class Manager:
             task.cancel()
         self._leading = []
         if leads:
-            loops: list[Callable[[], object]] = [
-                LeaderLoop(self._store, self._writer, random_id, time.time).run,
-                RoleManager(self._store, self._writer, self._consensus, time.time).run,
-                self._dispatcher.run,
-            ]
-            self._leading = [asyncio.ensure_future(run()) for run in loops]  # type: ignore[arg-type]
+            loops = (
+                LeaderLoop(self._store, self._writer, random_id, time.time).run(),
+                RoleManager(self._store, self._writer, self._consensus, time.time).run(),
+                self._dispatcher.run(),
+            )
+            self._leading = [asyncio.create_task(loop) for loop in loops]
         log.info("leadership", leads=leads)
 
 
-def _peer_node_id(context: grpc.aio.ServicerContext) -> str:
+def _peer_node_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:
     return peer_identity(context).node_id
+
+
+def _bind(server: grpc.aio.Server, addr: str, credentials: grpc.ServerCredentials) -> None:
+    try:
+        server.add_secure_port(addr, credentials)
+    except RuntimeError:
+        raise Invalid(f"cannot listen on {addr}: another program has the port; use another --listen-addr") from None
 
 
 def _bind_unix(server: grpc.aio.Server, path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import structlog
 
 from proto.raft_pb2 import RaftFrame
-from swarm.consensus.config import RaftConfig, quorum
+from swarm.consensus.config import DEFAULTS, RaftConfig, quorum
 from swarm.consensus.engine import Engine
 from swarm.consensus.faults import Fatal, exit_process
 from swarm.consensus.interface import Member, StateMachine
@@ -50,12 +50,13 @@ class RaftNode:
 
     def __init__(
         self,
+        *,
         me: Member,
         members: Sequence[Member],
         directory: Path,
         machine: StateMachine,
         transport: FrameTransport,
-        config: RaftConfig = RaftConfig(),
+        config: RaftConfig = DEFAULTS,
         clock: Callable[[], float] = time.monotonic,
         randomness: Callable[[], float] = random.random,
         fatal: Fatal = exit_process,
@@ -82,19 +83,23 @@ class RaftNode:
 
     # ---- life
 
+    def begin_with(self, members: Sequence[Member]) -> None:
+        """The members for a first start, where they are known only after construction."""
+        self._first_members = tuple(members)
+
     async def start(self) -> None:
         """Open the log and take part. Raises Damaged."""
         storage = open_storage(self._directory, self._first_members, self._fatal, config=self._config)
         self._engine = Engine(
-            self._me,
-            storage,
-            self._machine,
-            self._transport,
-            self._executor,
-            self._config,
-            self._clock,
-            self._random,
-            self._fatal,
+            me=self._me,
+            storage=storage,
+            machine=self._machine,
+            network=self._transport,
+            executor=self._executor,
+            config=self._config,
+            clock=self._clock,
+            random=self._random,
+            fatal=self._fatal,
         )
         self._transport.attach(self)
         self._engine.start()
@@ -165,21 +170,20 @@ class RaftNode:
         if self._engine.strangers and now >= self._next_inquiry_s:
             self._next_inquiry_s = now + STRANGER_ASK_S
             strangers, self._engine.strangers = self._engine.strangers, set()
-            self._spawn("inquiry", self._inquire(strangers))
+            self._spawn("inquiry", partial(self._inquire, strangers))
         if now >= self._next_join_s and self._has_heard_nothing():
             self._next_join_s = now + self._config.join_retry_s
-            self._spawn("join", self._ask_again())
+            self._spawn("join", self._ask_again)
         self._want_turn()
 
-    def _spawn(self, name: str, work: Awaitable[None]) -> None:
+    def _spawn(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         """Run in the background, one of each name."""
         if name in self._tasks:
-            asyncio.ensure_future(work).cancel()
             return
 
         async def run() -> None:
             try:
-                await work
+                await work()
             except SwarmError as error:
                 log.info("did not succeed", what=name, reason=str(error))
             finally:
@@ -411,7 +415,7 @@ class RaftNode:
             # It has lost its log, and with it what it promised: as the same member it could vote twice.
             await self.remove_member(member.node_id, ADMISSION_TIMEOUT_S)
         if member not in engine.members():
-            self._spawn(f"admit {member.node_id}", self.add_member(member, ADMISSION_TIMEOUT_S))
+            self._spawn(f"admit {member.node_id}", partial(self.add_member, member, ADMISSION_TIMEOUT_S))
         rest = tuple(each for each in engine.members() if each.node_id != member.node_id)
         return (*rest, member)
 
@@ -454,7 +458,7 @@ class RaftNode:
         elif not is_low and engine.paused_because == reason:
             engine.paused_because = ""
         if is_low and engine.is_leader() and self._reachable_others():
-            self._spawn("transfer", self.transfer(LOW_DISK_TRANSFER_S))
+            self._spawn("transfer", partial(self.transfer, LOW_DISK_TRANSFER_S))
 
 
 async def _answer(future: asyncio.Future[bytes], timeout_s: float) -> bytes:
