@@ -7,6 +7,7 @@ from pathlib import Path
 
 DEFAULT_STATE_DIR = Path("/var/lib/pyswarm")
 DEFAULT_RUN_DIR = Path("/run/pyswarm")
+DEFAULT_CGROUP_PARENT = "/pyswarm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class DaemonConfig:
     """Sockets, mounts and namespaces: meaningless after a reboot."""
     hostname: str = ""
     """"" = the kernel's host name."""
-    cgroup_parent: str = "/pyswarm"
+    cgroup_parent: str = DEFAULT_CGROUP_PARENT
     """Containers' cgroups are made below this path of each hierarchy."""
     image_stores: tuple[Path, ...] = ()
     """Further containers-storage directories, read-only, searched after the daemon's own."""

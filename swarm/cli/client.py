@@ -24,10 +24,10 @@ from swarm.cli.failure import NOT_A_MANAGER, NOT_IN_SWARM, ApiFailure, Failure, 
 # The C core writes connection attempts to stderr; what a person needs to know we say ourselves.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-import grpc  # noqa: E402
+import grpc
 
-from proto import local_pb2 as local  # noqa: E402
-from proto.objects_pb2 import WORKER  # noqa: E402
+from proto import local_pb2
+from proto.objects_pb2 import WORKER
 
 if TYPE_CHECKING:
     from proto.control_pb2_grpc import ControlStub
@@ -100,8 +100,8 @@ class Client:
         except grpc.RpcError as error:
             raise api_failure(error) from None
 
-    def info(self) -> local.InfoReply:
-        return self.ask(self.local.Info, local.InfoRequest())
+    def info(self) -> local_pb2.InfoReply:
+        return self.ask(self.local.Info, local_pb2.InfoRequest())
 
     @cached_property
     def node_id(self) -> str:
@@ -141,11 +141,11 @@ class Client:
     def diagnose(self) -> None:
         """Nobody listens on the manager's socket: raise Failure if waiting cannot help."""
         info = self.info()
-        if info.state == local.InfoReply.INACTIVE:
+        if info.state == local_pb2.InfoReply.INACTIVE:
             raise Failure(NOT_IN_SWARM)
-        if info.state == local.InfoReply.ERROR:
+        if info.state == local_pb2.InfoReply.ERROR:
             raise Failure(f"this node's membership of the swarm has failed: {info.error}")
-        if info.state == local.InfoReply.ACTIVE and info.role == WORKER and not info.manager_socket:
+        if info.state == local_pb2.InfoReply.ACTIVE and info.role == WORKER and not info.manager_socket:
             raise Failure(NOT_A_MANAGER)
 
     def stream(self, method: grpc.UnaryStreamMultiCallable[Q, R], request: Q, timeout_s: float | None) -> Iterator[R]:

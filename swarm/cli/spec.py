@@ -261,15 +261,21 @@ def check_constraint(text: str, flag: str = "--constraint") -> str:
     try:
         parse_constraint(text)
     except Invalid as error:
-        raise Invalid(f'invalid value "{text}" for {flag}: {error}') from None
+        raise Invalid(f"{flag}: {error}") from None
     return text
 
 
 def parse_preference(text: str, flag: str = "--placement-pref") -> str:
     """ "spread=node.labels.zone" -> "node.labels.zone". Raises Invalid."""
+    from swarm.schedule.constraints import parse_spread
+
     strategy, _, value = text.partition("=")
     if strategy.strip() != "spread" or not value.strip():
         raise Invalid(f'invalid value "{text}" for {flag}: write spread=node.labels.LABEL')
+    try:
+        parse_spread(value.strip())
+    except Invalid as error:
+        raise Invalid(f"{flag}: {error}") from None
     return value.strip()
 
 

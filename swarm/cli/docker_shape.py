@@ -1,0 +1,270 @@
+"""Objects as the JSON that Docker's inspect prints, as far as ours go. Pure.
+
+Durations are nanoseconds and times RFC 3339 there; what is unset is left out or has Docker's default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from proto import objects_pb2 as pb
+from swarm.cli.units import NANO, format_time
+
+Json = dict[str, Any]
+
+RESTART = {pb.RESTART_ANY: "any", pb.RESTART_ON_FAILURE: "on-failure", pb.RESTART_NONE: "none"}
+FAILURE = {pb.PAUSE: "pause", pb.CONTINUE: "continue", pb.ROLLBACK: "rollback"}
+ORDER = {pb.STOP_FIRST: "stop-first", pb.START_FIRST: "start-first"}
+RESTART_DELAY_S = 5.0
+MONITOR_S = 5.0
+PARALLELISM = 1
+STOP_GRACE_S = 10.0
+"""Docker's defaults, shown where the spec leaves a field unset; managers and nodes apply the same."""
+
+
+def service_json(service: pb.Service) -> Json:
+    """As `docker service inspect`."""
+    shape: Json = {
+        **_head(service.id, service.meta),
+        "Spec": service_spec_json(service.spec),
+        "Endpoint": {
+            "Spec": _endpoint_spec(service.endpoint.spec),
+            "Ports": _ports(service.endpoint.spec.ports),
+            "VirtualIPs": [{"NetworkID": v.network_id, "Addr": v.address} for v in service.endpoint.virtual_ips],
+        },
+    }
+    if service.HasField("previous_spec"):
+        shape["PreviousSpec"] = service_spec_json(service.previous_spec)
+    if service.update_status.state != pb.UpdateStatus.NONE:
+        status = service.update_status
+        shape["UpdateStatus"] = {
+            "State": update_state(status.state),
+            "StartedAt": format_time(status.started_at),
+            **({"CompletedAt": format_time(status.completed_at)} if status.completed_at else {}),
+            "Message": status.message,
+        }
+    if service.allocation_error:
+        shape["AllocationError"] = service.allocation_error
+    return shape
+
+
+def update_state(state: pb.UpdateStatus.State.ValueType) -> str:
+    """ROLLBACK_STARTED -> "rollback_started"."""
+    return pb.UpdateStatus.State.Name(state).lower()
+
+
+def service_spec_json(spec: pb.ServiceSpec) -> Json:
+    mode: Json = {"Replicated": {"Replicas": spec.replicated.replicas}}
+    if spec.WhichOneof("mode") == "global":
+        mode = {"Global": {}}
+    return {
+        **_annotations(spec.annotations),
+        "TaskTemplate": task_spec_json(spec.task),
+        "Mode": mode,
+        "UpdateConfig": _update_config(spec.update),
+        "RollbackConfig": _update_config(spec.rollback),
+        "EndpointSpec": _endpoint_spec(spec.endpoint),
+    }
+
+
+def task_spec_json(task: pb.TaskSpec) -> Json:
+    resources = task.resources
+    restart = task.restart
+    return {
+        "ContainerSpec": container_json(task.container),
+        "Resources": {
+            "Limits": _resources(resources.limits),
+            "Reservations": _resources(resources.reservations),
+        },
+        "RestartPolicy": {
+            "Condition": RESTART[restart.condition],
+            "Delay": _ns(restart.delay_s if restart.HasField("delay_s") else RESTART_DELAY_S),
+            "MaxAttempts": restart.max_attempts,
+            **_given("Window", _ns(restart.window_s)),
+        },
+        "Placement": {
+            **_given("Constraints", list(task.placement.constraints)),
+            **_given("Preferences", [{"Spread": {"SpreadDescriptor": s}} for s in task.placement.spread]),
+            **_given("MaxReplicas", task.placement.max_replicas_per_node),
+            **_given("Platforms", [{"Architecture": p.architecture, "OS": p.os} for p in task.placement.platforms]),
+        },
+        **_given("Networks", [_attachment_config(network) for network in task.networks]),
+        **_given("LogDriver", {"Name": "json-file", "Options": dict(task.log_options)} if task.log_options else None),
+        "ForceUpdate": task.force_update,
+        "Runtime": "container",
+    }
+
+
+def container_json(c: pb.ContainerSpec) -> Json:
+    """Credentials are never shown."""
+    grace_s = c.stop_grace_period_s if c.HasField("stop_grace_period_s") else STOP_GRACE_S
+    dns = {
+        **_given("Nameservers", list(c.dns_nameservers)),
+        **_given("Search", list(c.dns_search)),
+        **_given("Options", list(c.dns_options)),
+    }
+    return {
+        "Image": c.image,
+        **_given("Labels", dict(c.labels)),
+        **_given("Command", list(c.command)),
+        **_given("Args", list(c.args)),
+        **_given("Hostname", c.hostname),
+        **_given("Env", list(c.env)),
+        **_given("Dir", c.dir),
+        **_given("User", c.user),
+        **_given("Groups", list(c.groups)),
+        **({"Init": c.init} if c.HasField("init") else {}),
+        **_given("TTY", c.tty),
+        **_given("ReadOnly", c.read_only),
+        **_given("StopSignal", c.stop_signal),
+        "StopGracePeriod": _ns(grace_s),
+        **_given("Mounts", [_mount(mount) for mount in c.mounts]),
+        **_given("Hosts", list(c.hosts)),
+        **_given("DNSConfig", dns),
+        **_given("CapabilityAdd", list(c.capability_add)),
+        **_given("CapabilityDrop", list(c.capability_drop)),
+        **_given("Ulimits", [{"Name": u.name, "Soft": u.soft, "Hard": u.hard} for u in c.ulimits]),
+        **_given("Sysctls", dict(c.sysctls)),
+        **_given("OomScoreAdj", c.oom_score_adj),
+        "Isolation": "default",
+    }
+
+
+def node_json(node: pb.Node) -> Json:
+    """As `docker node inspect`."""
+    description = node.description
+    shape: Json = {
+        **_head(node.id, node.meta),
+        "Spec": {
+            **_annotations(node.spec.annotations),
+            "Role": pb.NodeRole.Name(node.spec.desired_role).lower(),
+            "Availability": {pb.PAUSED: "pause", pb.DRAINED: "drain"}.get(node.spec.availability, "active"),
+        },
+        "Description": {
+            "Hostname": description.hostname,
+            "Platform": {"Architecture": description.platform.architecture, "OS": description.platform.os},
+            "Resources": _resources(description.resources),
+            "Engine": {
+                "EngineVersion": description.engine_version,
+                **_given("Labels", dict(description.engine_labels)),
+            },
+        },
+        "Status": {
+            "State": pb.NodeStatus.State.Name(node.status.state).lower(),
+            **_given("Message", node.status.message),
+            "Addr": node.status.addr or node.advertise_host,
+        },
+    }
+    if node.role == pb.MANAGER:
+        status = node.manager_status
+        shape["ManagerStatus"] = {
+            **({"Leader": True} if status.leader else {}),
+            "Reachability": "reachable" if status.reachable else "unreachable",
+            "Addr": status.addr or node.manager_addr,
+        }
+    return shape
+
+
+def network_json(network: pb.Network) -> Json:
+    """As `docker network inspect`."""
+    spec = network.spec
+    ipam = network.ipam if network.ipam.subnet else spec.ipam
+    config = {
+        **_given("Subnet", ipam.subnet),
+        **_given("Gateway", ipam.gateway),
+        **_given("IPRange", ipam.ip_range),
+    }
+    options = dict(spec.options)
+    if network.vni:
+        options["com.docker.network.driver.overlay.vxlanid_list"] = str(network.vni)
+    return {
+        "Name": spec.annotations.name,
+        "Id": network.id,
+        "Created": format_time(network.meta.created_at),
+        "Scope": "swarm",
+        "Driver": spec.driver or "overlay",
+        "EnableIPv6": False,
+        "IPAM": {"Driver": "default", "Options": None, "Config": [config] if config else []},
+        "Internal": spec.internal,
+        "Attachable": spec.attachable,
+        "Ingress": spec.ingress,
+        "Options": options,
+        "Labels": dict(spec.annotations.labels),
+        **_given("AllocationError", network.allocation_error),
+    }
+
+
+def _head(object_id: str, meta: pb.Meta) -> Json:
+    return {
+        "ID": object_id,
+        "Version": {"Index": meta.version},
+        "CreatedAt": format_time(meta.created_at),
+        "UpdatedAt": format_time(meta.updated_at),
+    }
+
+
+def _annotations(annotations: pb.Annotations) -> Json:
+    return {"Name": annotations.name, "Labels": dict(annotations.labels)}
+
+
+def _given(key: str, value: Any) -> Json:
+    """As Go's omitempty."""
+    return {key: value} if value else {}
+
+
+def _ns(seconds: float) -> int:
+    return round(seconds * NANO)
+
+
+def _resources(resources: pb.Resources) -> Json:
+    return {
+        **_given("NanoCPUs", resources.nano_cpus),
+        **_given("MemoryBytes", resources.memory_bytes),
+        **_given("Pids", resources.pids),
+    }
+
+
+def _update_config(config: pb.UpdateConfig) -> Json:
+    return {
+        "Parallelism": config.parallelism if config.HasField("parallelism") else PARALLELISM,
+        **_given("Delay", _ns(config.delay_s)),
+        "FailureAction": FAILURE[config.failure_action],
+        "Monitor": _ns(config.monitor_s if config.HasField("monitor_s") else MONITOR_S),
+        "MaxFailureRatio": round(config.max_failure_ratio, 6),  # a float on the wire: 0.1 is not 0.10000000149
+        "Order": ORDER[config.order],
+    }
+
+
+def _endpoint_spec(spec: pb.EndpointSpec) -> Json:
+    return {"Mode": "dnsrr" if spec.mode == pb.DNSRR else "vip", **_given("Ports", _ports(spec.ports))}
+
+
+def _ports(ports: Iterable[pb.PortConfig]) -> list[Json]:
+    return [
+        {
+            **_given("Name", port.name),
+            "Protocol": pb.Protocol.Name(port.protocol).lower(),
+            "TargetPort": port.target_port,
+            **_given("PublishedPort", port.published_port),
+            "PublishMode": pb.PublishMode.Name(port.mode).lower(),
+        }
+        for port in ports
+    ]
+
+
+def _attachment_config(network: pb.NetworkAttachmentConfig) -> Json:
+    return {"Target": network.network_id, **_given("Aliases", list(network.aliases))}
+
+
+def _mount(mount: pb.Mount) -> Json:
+    tmpfs = {**_given("SizeBytes", mount.tmpfs_size_bytes), **_given("Mode", mount.tmpfs_mode)}
+    return {
+        "Type": pb.Mount.Type.Name(mount.type).lower(),
+        **_given("Source", mount.source),
+        "Target": mount.target,
+        **_given("ReadOnly", mount.read_only),
+        **_given("BindOptions", _given("Propagation", mount.propagation)),
+        **_given("VolumeOptions", _given("NoCopy", mount.no_copy)),
+        **_given("TmpfsOptions", tmpfs),
+    }
