@@ -36,22 +36,22 @@ class Gate:
         self.passed: Counter[str] = Counter()
         self.reached = asyncio.Event()
         """Some call stands at a closed point."""
-        self._closed: set[str] = set()
-        self._open = asyncio.Event()
+        self._closed: dict[str, asyncio.Event] = {}
 
     def close(self, point: str) -> None:
-        self._closed.add(point)
+        self._closed[point] = asyncio.Event()
         self.reached.clear()
-        self._open.clear()
 
-    def open(self) -> None:
-        self._closed.clear()
-        self._open.set()
+    def open(self, *points: str) -> None:
+        """These points, or all."""
+        for point in points or tuple(self._closed):
+            self._closed.pop(point).set()
 
     async def at(self, point: str) -> None:
-        if point in self._closed:
+        closed = self._closed.get(point)
+        if closed is not None:
             self.reached.set()
-            await self._open.wait()
+            await closed.wait()
         self.passed[point] += 1
 
 

@@ -106,7 +106,11 @@ class Manager(DispatcherServicer):
         return self.statuses[task_id][-1] if task_id in self.statuses else TaskStatus()
 
     async def reported(self, task_id: str, state: State) -> TaskStatus:
-        await until(lambda: self.last(task_id).state == state, what=f"{task_id} in {TaskState.Name(state)}")
+        # Less than the agent's own deadlines: a step that only ends by one of those is a failure.
+        what = f"{task_id} in {TaskState.Name(state)}"
+        await until(lambda: self.last(task_id).state == state, timeout_s=10, what=what)
+            lambda: self.last(task_id).state == state, timeout_s=10, what=f"{task_id} in {TaskState.Name(state)}"
+        )
         return self.last(task_id)
 
     # ---- the service

@@ -103,12 +103,14 @@ async def test_heartbeats_go_on_while_the_leader_answers(host: Host, managers: l
 
 async def test_statuses_are_sent_again_until_they_are_acknowledged(host: Host, managers: list[Manager]) -> None:
     manager = managers[0]
-    manager.acknowledges = False
+    manager.acknowledges, manager.period_s = False, 5.0
+    host.gate.close("start:before")
     manager.put(task())
     agent = host.run(manager.addr)
-    await until(lambda: agent.running_count() == 1)
     await until(lambda: manager.batches == 1)
-    assert TASK_RUNNING not in manager.states("t1"), "one batch is under way at a time"
+    host.gate.open()
+    await until(lambda: agent.running_count() == 1)
+    assert manager.batches == 1, "one batch is under way at a time"
     manager.acknowledges = True
     manager.end_session()
     await manager.reported("t1", TASK_RUNNING)

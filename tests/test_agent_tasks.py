@@ -202,6 +202,44 @@ async def test_a_task_assigned_again_while_it_is_removed_is_reported_as_lost(hos
     assert "container is gone" in (await manager.reported("t1", TASK_FAILED)).err
 
 
+async def test_a_container_is_not_started_before_the_name_server_serves_it(host: Host, manager: Manager) -> None:
+    host.gate.close("names:before")
+    manager.put(task(desired=TASK_READY))
+    host.run(manager.addr)
+    await until(lambda: host.runtime.phase_of("t1") is Phase.CREATED)
+    await until(lambda: manager.heartbeats > 2)
+    assert TASK_READY not in manager.states("t1")
+    host.gate.open()
+    await manager.reported("t1", TASK_READY)
+
+
+async def test_an_ended_task_is_reported_only_after_its_address_is_free(host: Host, manager: Manager) -> None:
+    manager.put(task())
+    host.run(manager.addr)
+    await manager.reported("t1", TASK_RUNNING)
+    host.gate.close("detach:before")
+    host.runtime.exit("t1", 1)
+    await host.gate.reached.wait()
+    assert TaskRecord.FromString(host.files()["t1.pb"]).task.status.state == TASK_RUNNING
+    host.gate.open()
+    await manager.reported("t1", TASK_FAILED)
+
+
+async def test_a_missing_image_leaves_no_attaching_behind(host: Host, manager: Manager) -> None:
+    host.images.known.clear()
+    host.gate.close("attach:before")
+    host.gate.close("ensure:before")
+    manager.put(task())
+    host.run(manager.addr)
+    await until(lambda: host.network.attach_calls == 1 and host.images.asked, what="both under way")
+    host.gate.open("ensure:before")
+    await manager.reported("t1", TASK_REJECTED)
+    host.gate.open()
+    await until(lambda: host.gate.passed["detach:after"] == 1)
+    await until(lambda: manager.heartbeats > 2)
+    assert not host.network.spaces
+
+
 async def test_shutdown_during_a_pull_does_not_wait_for_it(host: Host, manager: Manager) -> None:
     host.gate.close("ensure:before")
     manager.put(task())
