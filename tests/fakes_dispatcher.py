@@ -109,8 +109,6 @@ class Manager(DispatcherServicer):
         # Less than the agent's own deadlines: a step that only ends by one of those is a failure.
         what = f"{task_id} in {TaskState.Name(state)}"
         await until(lambda: self.last(task_id).state == state, timeout_s=10, what=what)
-            lambda: self.last(task_id).state == state, timeout_s=10, what=f"{task_id} in {TaskState.Name(state)}"
-        )
         return self.last(task_id)
 
     # ---- the service
