@@ -64,9 +64,14 @@ class LocalService(ImageApi, LocalServicer):
     """The API on the daemon's unix socket: membership and images of this host."""
 
     def __init__(
-        self, images: ImageStore, runtime: ConmonRuntime, names: NameServerProcess, host: HostMembership
+        self,
+        images: ImageStore,
+        runtime: ConmonRuntime,
+        names: NameServerProcess,
+        host: HostMembership,
+        spool_dir: Path,
     ) -> None:
-        ImageApi.__init__(self, images, runtime)
+        ImageApi.__init__(self, images, runtime.images_in_use, spool_dir)
         self._containers = runtime
         self._names = names
         self._host = host
@@ -118,7 +123,9 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         server = grpc.aio.server()
-        add_LocalServicer_to_server(LocalService(self._images, self._runtime, self._names, self._host), server)
+        add_LocalServicer_to_server(
+            LocalService(self._images, self._runtime, self._names, self._host, self._paths.state), server
+        )
         self._paths.daemon_socket.unlink(missing_ok=True)
         old_mask = os.umask(0o117)
         server.add_insecure_port(f"unix://{self._paths.daemon_socket}")
