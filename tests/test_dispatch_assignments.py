@@ -1,0 +1,332 @@
+"""Assignments: whatever happens, a node that applies the deltas holds what a fresh look at the store says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from proto import objects_pb2 as pb
+from proto import store_pb2
+from proto.dispatch_pb2 import Assignments, Item
+from proto.objects_pb2 import Network, Node, NodeStatus, PortConfig, Service, Task
+from swarm.dispatch import items
+from swarm.dispatch.assignments import AssignmentIndex, View
+from swarm.store.changes import Change, Create, Remove, Update, transaction
+from swarm.store.store import Store
+
+NODES = ("n1", "n2", "n3")
+NETWORKS = ("ingress", "front", "back")
+SERVICES = ("web", "db")
+TASKS = tuple(f"t{number}" for number in range(6))
+STATES = (pb.TASK_PENDING, pb.TASK_ASSIGNED, pb.TASK_STARTING, pb.TASK_RUNNING, pb.TASK_FAILED, pb.TASK_SHUTDOWN)
+
+
+class Mirror:
+    """An agent's side: checks the chain, and applies."""
+
+    def __init__(self) -> None:
+        self.items: dict[str, Item] = {}
+        self.sequence: int | None = None
+
+    def take(self, message: Assignments) -> None:
+        if message.snapshot:
+            self.items.clear()
+        else:
+            assert message.base == self.sequence
+        self.sequence = message.result
+        for change in message.changes:
+            if change.HasField("item"):
+                self.items[change.key] = change.item
+            else:
+                del self.items[change.key]  # only what the node has is ever removed
+
+
+def expected(store: Store, node_id: str) -> dict[str, Item]:
+    """By brute force, straight from the rules: the oracle."""
+    used = {a.network_id for t in store.tasks if t.node_id == node_id and items.is_live(t) for a in t.networks}
+    used |= {items.ingress_network_of(store, service) for service in store.services} - {""}
+    found: dict[str, Item] = {}
+    for task in store.tasks:
+        if task.node_id == node_id and task.status.state >= pb.TASK_ASSIGNED:
+            found[f"task/{task.id}"] = Item(task=items.for_agent(task))
+        if items.is_live(task):
+            owner = store.nodes.get(task.node_id)
+            down = owner is not None and owner.status.state == NodeStatus.DOWN
+            for key, scoped in items.task_items(task, down).items():
+                if key.startswith("endpoint/") and scoped.item.endpoint.network_id in used:
+                    found[key] = scoped.item
+    for network_id in used:
+        network = store.networks.get(network_id)
+        if network is not None and network.vni:
+            copy = Network()
+            copy.CopyFrom(network)
+            copy.ClearField("meta")
+            found[f"network/{network_id}"] = Item(network=copy)
+    for service in store.services:
+        on = {config.network_id for config in service.spec.task.networks}
+        if on & used or items.ingress_network_of(store, service):
+            found[f"service/{service.id}"] = items.service_item(store, service).item
+    for node in store.nodes:
+        peer = items.peer_item(node)
+        if node.id != node_id and peer is not None:
+            found[f"peer/{node.id}"] = peer.item
+    return found
+
+
+def make_task(task_id: str, node_id: str, service_id: str, state: int, networks: frozenset[str]) -> Task:
+    task = Task(id=task_id, service_id=service_id, node_id=node_id, slot=1, desired_state=pb.TASK_RUNNING)
+    task.service_annotations.name = service_id
+    task.status.state = pb.TaskState.ValueType(state)
+    for network_id in sorted(networks):
+        task.networks.add(network_id=network_id, address=f"10.0.{NETWORKS.index(network_id)}.{ord(task_id[1])}/24")
+    return task
+
+
+def make_network(network_id: str, internal: bool = False) -> Network:
+    network = Network(id=network_id, vni=4096 + NETWORKS.index(network_id))
+    network.spec.annotations.name = network_id
+    network.spec.internal = internal
+    network.spec.ingress = network_id == "ingress"
+    return network
+
+
+def make_service(service_id: str, networks: frozenset[str], published: bool) -> Service:
+    service = Service(id=service_id)
+    service.spec.annotations.name = service_id
+    for network_id in sorted(networks):
+        service.spec.task.networks.add(network_id=network_id)
+        service.endpoint.virtual_ips.add(network_id=network_id, address="10.0.9.2/24")
+    if published:
+        service.endpoint.spec.ports.append(PortConfig(target_port=80, published_port=8000))
+    return service
+
+
+def make_node(node_id: str) -> Node:
+    node = Node(id=node_id, index=1 + NODES.index(node_id), data_path_addr=f"192.168.0.{node_id[1]}")
+    node.status.state = NodeStatus.READY
+    return node
+
+
+class Cluster:
+    """A store with an index that follows it, and the mirrors of connected nodes."""
+
+    def __init__(self) -> None:
+        self.store = Store()
+        self.index = AssignmentIndex(self.store)
+        self.store.subscribe(self.index.apply)
+        self.views: dict[str, View] = {}
+        self.mirrors: dict[str, Mirror] = {}
+
+    def apply(self, *changes: Change) -> None:
+        entry = store_pb2.Entry(transactions=[transaction(changes, 1.0)])
+        result = store_pb2.EntryResult.FromString(self.store.apply(entry.SerializeToString()))
+        assert [verdict.code for verdict in result.verdicts] == [store_pb2.Verdict.OK]
+
+    def put(self, record: pb.Task | pb.Node | pb.Service | pb.Network) -> None:
+        table = {Task: self.store.tasks, Node: self.store.nodes, Service: self.store.services}.get(
+            type(record), self.store.networks
+        )
+        existing = table.get(record.id)  # type: ignore[attr-defined]
+        if existing is None:
+            self.apply(Create(record))
+        else:
+            record.meta.CopyFrom(existing.meta)
+            self.apply(Update(record))
+
+    def drop(self, record: pb.Task | pb.Node | pb.Service | pb.Network | None) -> None:
+        if record is not None:
+            self.apply(Remove(record))
+
+    def connect(self, node_id: str) -> None:
+        self.views[node_id] = self.index.attach(node_id)
+        self.mirrors[node_id] = Mirror()
+
+    def flush(self, node_id: str) -> Assignments | None:
+        message = self.views[node_id].take()
+        if message is not None:
+            self.mirrors[node_id].take(message)
+        return message
+
+    def check(self, node_id: str) -> None:
+        self.flush(node_id)
+        assert self.mirrors[node_id].items == expected(self.store, node_id)
+        assert self.flush(node_id) is None, "nothing is said twice"
+
+
+class AnyHistory(RuleBasedStateMachine):
+    @initialize()
+    def start(self) -> None:
+        self.cluster = Cluster()
+        for node_id in NODES:
+            self.cluster.put(make_node(node_id))
+        self.cluster.connect("n1")
+
+    @rule(
+        task_id=st.sampled_from(TASKS),
+        node_id=st.sampled_from(("", *NODES)),
+        service_id=st.sampled_from(SERVICES),
+        state=st.sampled_from(STATES),
+        networks=st.frozensets(st.sampled_from(NETWORKS), max_size=2),
+        wanted=st.sampled_from((pb.TASK_RUNNING, pb.TASK_SHUTDOWN)),
+    )
+    def task(
+        self, task_id: str, node_id: str, service_id: str, state: int, networks: frozenset[str], wanted: int
+    ) -> None:
+        task = make_task(task_id, node_id, service_id, state, networks)
+        task.desired_state = pb.TaskState.ValueType(wanted)
+        self.cluster.put(task)
+
+    @rule(task_id=st.sampled_from(TASKS))
+    def task_removed(self, task_id: str) -> None:
+        self.cluster.drop(self.cluster.store.tasks.get(task_id))
+
+    @rule(network_id=st.sampled_from(NETWORKS), internal=st.booleans())
+    def network(self, network_id: str, internal: bool) -> None:
+        if network_id not in self.cluster.store.networks:  # whether a network is internal never changes
+            self.cluster.put(make_network(network_id, internal and network_id != "ingress"))
+
+    @rule(network_id=st.sampled_from(NETWORKS))
+    def network_removed(self, network_id: str) -> None:
+        self.cluster.drop(self.cluster.store.networks.get(network_id))
+
+    @rule(
+        service_id=st.sampled_from(SERVICES),
+        networks=st.frozensets(st.sampled_from(NETWORKS[1:]), max_size=2),
+        published=st.booleans(),
+    )
+    def service(self, service_id: str, networks: frozenset[str], published: bool) -> None:
+        self.cluster.put(make_service(service_id, networks, published))
+
+    @rule(service_id=st.sampled_from(SERVICES))
+    def service_removed(self, service_id: str) -> None:
+        self.cluster.drop(self.cluster.store.services.get(service_id))
+
+    @rule(node_id=st.sampled_from(NODES), state=st.sampled_from((NodeStatus.READY, NodeStatus.DOWN)))
+    def node(self, node_id: str, state: int) -> None:
+        node = make_node(node_id)
+        node.status.state = NodeStatus.State.ValueType(state)
+        self.cluster.put(node)
+
+    @rule(node_id=st.sampled_from(NODES))
+    def node_removed(self, node_id: str) -> None:
+        self.cluster.drop(self.cluster.store.nodes.get(node_id))
+
+    @rule(node_id=st.sampled_from(NODES))
+    def reconnect(self, node_id: str) -> None:
+        self.cluster.connect(node_id)
+
+    @rule(node_id=st.sampled_from(NODES))
+    def flushed_by_itself(self, node_id: str) -> None:
+        """Some nodes get their deltas at other times than others."""
+        if node_id in self.cluster.views:
+            self.cluster.flush(node_id)
+
+    @rule()
+    def store_replaced(self) -> None:
+        """A snapshot was installed: all is built anew."""
+        self.cluster.store.load(list(self.cluster.store.dump()))
+
+    @invariant()
+    def the_first_node_is_up_to_date(self) -> None:
+        if hasattr(self, "cluster"):
+            self.cluster.check("n1")
+
+    def teardown(self) -> None:
+        if hasattr(self, "cluster"):
+            for node_id in self.cluster.views:
+                self.cluster.check(node_id)
+
+
+AnyHistory.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestAnyHistory = AnyHistory.TestCase
+
+
+def busy_cluster() -> Cluster:
+    cluster = Cluster()
+    for node_id in NODES:
+        cluster.put(make_node(node_id))
+    for network_id in NETWORKS:
+        cluster.put(make_network(network_id))
+    cluster.put(make_service("web", frozenset({"front"}), published=False))
+    cluster.put(make_task("t1", "n1", "web", pb.TASK_RUNNING, frozenset({"front"})))
+    cluster.put(make_task("t2", "n2", "web", pb.TASK_RUNNING, frozenset({"front"})))
+    for node_id in NODES:
+        cluster.connect(node_id)
+        cluster.check(node_id)
+    return cluster
+
+
+def touched(cluster: Cluster, change: Callable[[], None]) -> set[str]:
+    """The nodes that get a message because of the change."""
+    change()
+    return {node_id for node_id in NODES if cluster.flush(node_id) is not None}
+
+
+def test_a_report_of_a_node_is_not_sent_back_to_it() -> None:
+    cluster = busy_cluster()
+    task = make_task("t3", "n1", "web", pb.TASK_ASSIGNED, frozenset({"front"}))
+    assert touched(cluster, lambda: cluster.put(task)) == {"n1", "n2"}
+    preparing = make_task("t3", "n1", "web", pb.TASK_STARTING, frozenset({"front"}))
+    preparing.status.pid = 42
+    assert touched(cluster, lambda: cluster.put(preparing)) == set()
+
+
+def test_a_task_serves_only_while_it_runs_is_wanted_and_its_node_is_up() -> None:
+    cluster = busy_cluster()
+    key = "endpoint/front/t2"
+    serving = [cluster.mirrors["n1"].items[key].endpoint.serving]
+    stopping = make_task("t2", "n2", "web", pb.TASK_RUNNING, frozenset({"front"}))
+    stopping.desired_state = pb.TASK_SHUTDOWN
+    down = make_node("n2")
+    down.status.state = NodeStatus.DOWN
+    for record in (stopping, make_task("t2", "n2", "web", pb.TASK_RUNNING, frozenset({"front"})), down):
+        cluster.put(record)
+        cluster.flush("n1")
+        serving.append(cluster.mirrors["n1"].items[key].endpoint.serving)
+    assert serving == [True, False, True, False]
+
+
+def test_a_network_is_known_only_where_it_is_used_until_a_port_is_published_on_it() -> None:
+    cluster = busy_cluster()
+    assert not any(key.startswith(("network/", "endpoint/", "service/")) for key in cluster.mirrors["n3"].items)
+    cluster.put(make_service("web", frozenset({"front"}), published=True))
+    cluster.check("n3")
+    assert {"network/front", "endpoint/front/t1", "endpoint/front/t2", "service/web"} <= set(
+        cluster.mirrors["n3"].items
+    )
+    assert cluster.mirrors["n3"].items["service/web"].service.ingress_network_id == "front"
+
+
+def test_published_ports_of_a_service_on_internal_networks_go_through_the_ingress_network() -> None:
+    cluster = busy_cluster()
+    cluster.drop(cluster.store.networks.get("back"))
+    cluster.put(make_network("back", internal=True))
+    cluster.put(make_service("db", frozenset({"back"}), published=True))
+    cluster.check("n3")
+    assert cluster.mirrors["n3"].items["service/db"].service.ingress_network_id == "ingress"
+
+
+def test_credentials_reach_only_the_node_of_the_task() -> None:
+    cluster = busy_cluster()
+    task = make_task("t4", "n1", "web", pb.TASK_ASSIGNED, frozenset({"front"}))
+    task.spec.container.registry_auth = "c2VjcmV0"
+    cluster.put(task)
+    message = cluster.flush("n1")
+    assert message is not None
+    assert b"c2VjcmV0" in message.SerializeToString()
+    other = cluster.flush("n2")
+    assert other is not None
+    assert b"c2VjcmV0" not in other.SerializeToString()
+
+
+def test_a_slow_node_gets_the_latest_state_once() -> None:
+    cluster = busy_cluster()
+    for state in (pb.TASK_ASSIGNED, pb.TASK_STARTING, pb.TASK_RUNNING):
+        cluster.put(make_task("t5", "n2", "web", state, frozenset({"front"})))
+    message = cluster.flush("n1")
+    assert message is not None
+    assert [change.key for change in message.changes] == ["endpoint/front/t5"]
+    assert message.changes[0].item.endpoint.serving
