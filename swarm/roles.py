@@ -192,7 +192,7 @@ class RoleManager:
         elif plan.transfer:
             log.info("handing leadership over: this manager is to be demoted")
             await self._consensus.transfer(TRANSFER_TIMEOUT_S)
-        return bool(plan.updates or plan.remove or plan.transfer)
+        return bool(plan.updates or plan.remove)  # after a transfer somebody else goes on
 
     async def _write(self, records: Iterable[Node | Cluster]) -> None:
         groups: list[Group] = [(Update(record),) for record in records]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import swarm  # noqa: F401 - first: it pins TLS 1.3, which must happen before grpc is imported
 from tests.labs import Lab, lab_up, load_web_image
 
 

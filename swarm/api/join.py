@@ -69,6 +69,8 @@ class CertificatesService(CertificatesServicer):
         self._consensus = consensus
         self._credentials = credentials
         self._now = now
+        self.waiting = 0
+        """Calls that found no leader and wait for one."""
 
     @property
     def root_ca_pem(self) -> bytes:
@@ -126,7 +128,11 @@ class CertificatesService(CertificatesServicer):
                 failure = f"the leader {leader.addr if leader else ''} does not answer: {error.details()}"
             if time.monotonic() > deadline:
                 raise NoLeader(failure)
-            await asyncio.sleep(LEADER_POLL_S)
+            self.waiting += 1
+            try:
+                await asyncio.sleep(LEADER_POLL_S)
+            finally:
+                self.waiting -= 1
 
     # ---- on the leader
 

@@ -1,0 +1,102 @@
+"""Credentials on disk: the pair is swapped by one rename, and every process notices by itself."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proto.objects_pb2 import MANAGER, WORKER, NodeRole
+from swarm.errors import Invalid, NotFound
+from swarm.security import ca, files
+from swarm.security.certificates import RENEW_RETRY_MAX_S, NodeCredentials, renewal_time, retry_delay_s
+from swarm.security.identity import Identity
+
+ROOT = ca.create_root(time.time())
+
+
+def pair(role: NodeRole.ValueType = WORKER, node_id: str = "n1", root: ca.RootCa = ROOT) -> files.Pair:
+    key_pem, csr_pem = ca.new_key_and_csr()
+    certificate_pem = ca.sign_node(root, csr_pem, Identity(node_id, role, "c1"), time.time())
+    return files.check_pair(root.certificate_pem, certificate_pem, key_pem)
+
+
+def test_what_is_written_is_read_and_the_key_is_private(tmp_path: Path) -> None:
+    made = pair()
+    directory = tmp_path / "certificates"
+    files.write_pair(directory, made)
+    assert files.read_pair(directory) == made
+    assert (directory / files.KEY_FILE).stat().st_mode & 0o777 == 0o600
+    assert (directory / files.CERTIFICATE_FILE).read_bytes() == made.certificate_pem
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "swarm-node.crt",
+        "swarm-node.key",
+        "swarm-root-ca.crt",
+    ]
+
+
+def test_killed_between_the_renames_the_pair_still_fits(tmp_path: Path) -> None:
+    """The key file alone is believed: whichever of the two copies of the certificate is older does not matter."""
+    old, new = pair(), pair(MANAGER)
+    files.write_pair(tmp_path, old)
+    files.write_pair(tmp_path, new)
+    (tmp_path / files.CERTIFICATE_FILE).write_bytes(old.certificate_pem)
+    assert files.read_pair(tmp_path) == new
+
+
+def test_a_host_that_is_no_member_says_so(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="no credentials of a swarm"):
+        NodeCredentials.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key_file", "why"),
+    [
+        (b"", "cannot be read"),
+        (pair().key_pem, "cannot be read"),
+        (pair().key_pem + pair().certificate_pem, "for another key"),
+    ],
+)
+def test_a_damaged_key_file_is_refused_with_the_remedy(tmp_path: Path, key_file: bytes, why: str) -> None:
+    files.write_pair(tmp_path, pair())
+    (tmp_path / files.KEY_FILE).write_bytes(key_file)
+    with pytest.raises(Invalid, match=f"{why}.*join again"):
+        NodeCredentials.load(tmp_path)
+
+
+def test_credentials_of_another_ca_are_not_saved(tmp_path: Path) -> None:
+    foreign = pair(root=ca.create_root(time.time()))
+    with pytest.raises(Invalid, match="not signed by the cluster's root CA"):
+        NodeCredentials.save(tmp_path, ROOT.certificate_pem, foreign.certificate_pem, foreign.key_pem)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_process_notices_a_renewal_and_survives_a_damaged_one(tmp_path: Path) -> None:
+    files.write_pair(tmp_path, pair())
+    held = NodeCredentials.load(tmp_path)
+    assert held.identity.role == WORKER
+    before = held.refresh()
+    files.write_pair(tmp_path, pair(MANAGER))
+    assert held.identity.role == MANAGER
+    assert held.refresh() == before + 1
+    (tmp_path / files.KEY_FILE).write_bytes(b"damaged")
+    assert held.identity.role == MANAGER
+    os.unlink(tmp_path / files.KEY_FILE)
+    assert held.identity.role == MANAGER
+
+
+@given(start=st.floats(0, 2e9), validity_s=st.floats(3_600, 1e9), share=st.floats(0, 1, exclude_max=True))
+def test_renewal_falls_between_half_and_four_fifths_of_the_validity(
+    start: float, validity_s: float, share: float
+) -> None:
+    at = renewal_time(start, start + validity_s, share)
+    assert start + 0.499 * validity_s <= at <= start + 0.801 * validity_s
+
+
+@given(attempt=st.integers(1, 10_000), share=st.floats(0, 1))
+def test_retries_of_a_renewal_are_bounded(attempt: int, share: float) -> None:
+    assert 0 < retry_delay_s(attempt, share) <= RENEW_RETRY_MAX_S
