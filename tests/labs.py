@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.images import build_web_image
+
 from swarm.lab import hosts, lab
 from swarm.lab.plan import Host, Plan
-from tests.images import build_web_image
 
 WEB_IMAGE = "pyswarm/web:1"
 COMMAND_TIMEOUT_S = 120
@@ -94,7 +95,7 @@ class Lab:
         """Tasks that run and are wanted."""
         return [
             row
-            for row in self.rows(asked, "service", "ps", service, "--filter", "desired-state=running")
+            for row in self.rows(asked, "service", "ps", "--no-trunc", service, "--filter", "desired-state=running")
             if row["CurrentState"].startswith("Running")
         ]
 
