@@ -7,3 +7,5 @@ import os
 # entry needs a pre-shared key, which nobody has, leaves TLS 1.2 without a usable cipher. TLS 1.3 has its own,
 # fixed suites. `security.peers` refuses anything else once more, should this ever come too late.
 os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-CHACHA20-POLY1305"
+# Failed handshakes and lost peers are reported by us; gRPC's own lines on standard error would be noise.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -211,3 +211,34 @@ async def test_an_open_channel_uses_the_new_certificate_and_streams_go_on(cluste
         cluster.credentials("n1", MANAGER)
         assert await ask(b"", timeout=CALL_TIMEOUT_S) == b"n1"
         assert await session.read() == b"n1"
+
+
+async def test_a_peer_that_falls_silent_is_noticed(cluster: SecuredCluster) -> None:
+    """The connection stays open and nothing comes any more, as when a host loses power. The call itself would wait."""
+    host, port = cluster.leader.addr.split(":")
+    silent = asyncio.Event()
+    copying: list[asyncio.Task[None]] = []
+
+    async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        while data := await source.read(65_536):
+            if silent.is_set():
+                await asyncio.Event().wait()
+            sink.write(data)
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(host, int(port))
+        copying.extend([asyncio.create_task(copy(reader, back)), asyncio.create_task(copy(there, writer))])
+
+    server = await asyncio.start_server(relay, "127.0.0.1", 0)
+    addr = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with cluster.credentials("m9", MANAGER).open_channel(addr) as channel:
+        ask = unary(channel, CONTROL)
+        assert await ask(b"", timeout=CALL_TIMEOUT_S) == b"m9"
+        silent.set()
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await ask(b"", timeout=60)
+    assert failure.value.code() == grpc.StatusCode.UNAVAILABLE, "found by keepalive, not by the deadline"
+    server.close()
+    for task in copying:
+        task.cancel()
+    await asyncio.gather(*copying, return_exceptions=True)

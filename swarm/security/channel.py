@@ -28,6 +28,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     # gRPC's own threads answer pings: a busy event loop is not mistaken for a dead host.
     ("grpc.keepalive_time_ms", 1_000),
     ("grpc.keepalive_timeout_ms", 1_500),
+    ("grpc.http2.ping_timeout_ms", 1_500),  # grpcio 1.85 waits for this one, and its default is a minute
     ("grpc.http2.max_pings_without_data", 0),
     # Back within a second of a peer's return; an attempt to connect may take 2 s (which is what gRPC means by
     # its minimal backoff).
