@@ -189,7 +189,7 @@ class NamespaceKernel:
                         self._make_vxlan(outer, inner, descriptor, operation)
                     case MakeLeg(leg):
                         near = rtnl.VethEnd(leg.name, leg.mac)
-                        far = rtnl.VethEnd(LEG_PORT_NAME)
+                        far = rtnl.VethEnd(LEG_PORT_NAME, in_group=True)
                         outer.batch(
                             acknowledged(
                                 [rtnl.delete_link(leg.name), rtnl.new_veth(near, far, leg.mtu_bytes, descriptor)]
@@ -246,15 +246,13 @@ class NamespaceKernel:
         messages += [rtnl.add_neighbour(index, address, mac) for address, mac in entries.know]
         inner.batch(acknowledged(messages))
 
-    def remove_sandbox(self, network_id: str, leg_name: str | None) -> None:
-        """The VXLAN device explicitly: the kernel destroys namespaces late, and its VNI may be wanted again now."""
+    def remove_sandbox(self, network_id: str) -> None:
+        """The links explicitly: the kernel destroys namespaces late, and the VNI may be wanted again now. With
+        the leg's end here goes its end in the host's namespace."""
         path = self.network_path(network_id)
         if namespaces.exists(path):
             with self.thread.inside(path), Netlink(NETLINK_ROUTE) as inner:
-                inner.batch(acknowledged([rtnl.delete_link(VXLAN_NAME)]))
-        if leg_name is not None:
-            with Netlink(NETLINK_ROUTE) as outer:
-                outer.batch(acknowledged([rtnl.delete_link(leg_name)]))
+                inner.batch(acknowledged([rtnl.delete_group()]))
         namespaces.remove(path)
 
     # --- tasks ---
@@ -305,7 +303,7 @@ class NamespaceKernel:
 
     def _make_link(self, task: Task, link: TaskLink, descriptor: int) -> None:
         index = TASK_LINK_INDEX + task.links.index(link)
-        near, far = rtnl.VethEnd(link.port), rtnl.VethEnd(link.name, link.mac, index)
+        near, far = rtnl.VethEnd(link.port, in_group=True), rtnl.VethEnd(link.name, link.mac, index)
         network = self.network_path(link.network_id)
         with self.thread.home(), self.thread.inside(network), Netlink(NETLINK_ROUTE) as netlink:
             bridge = rtnl.link_index(netlink, BRIDGE_NAME)
@@ -313,11 +311,12 @@ class NamespaceKernel:
             alias = rtnl.set_link(link.port, alias=port_alias(task.task_id, link))
             netlink.batch(acknowledged([rtnl.delete_link(link.port), made, alias]))
 
-    def remove_port(self, network_id: str, port: str) -> None:
-        path = self.network_path(network_id)
-        if namespaces.exists(path):
-            with self.thread.inside(path), Netlink(NETLINK_ROUTE) as netlink:
-                netlink.batch(acknowledged([rtnl.delete_link(port)]))
+    def open_network(self, path: Path) -> Netlink | None:
+        """A socket in a network's namespace, to be closed by the caller; None when there is no such namespace."""
+        if not namespaces.exists(path):
+            return None
+        with self.thread.inside(path):
+            return Netlink(NETLINK_ROUTE)
 
     def remove_task(self, task_id: str) -> None:
         namespaces.remove(self.task_path(task_id))

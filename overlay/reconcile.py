@@ -6,7 +6,7 @@ repairs what somebody else changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +72,19 @@ class Attached:
         return tuple(interface.network_id for interface in self.interfaces)
 
 
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A task's link in a network's bridge, and a socket in that network's namespace."""
+
+    netlink: Netlink
+    name: str
+
+    def delete(self) -> None:
+        """From any thread; closes the socket. No such link: fine."""
+        with self.netlink:
+            self.netlink.batch(acknowledged([delete_link(self.name)]))
+
+
 class Reconciler:
     def __init__(
         self, kernel: NamespaceKernel, tag: str, dns_address: str, dns_port: int, clock: Callable[[], float]
@@ -109,6 +122,8 @@ class Reconciler:
         if old is None:
             self._adopt()
         self._state = state
+        # Before anything is made: a new network may have the VNI or the subnet of one that goes.
+        self._remove_unused()
         self._sandboxes.apply(state, self._mtu_bytes)
         self._publish(state)
         self._share_vips(state)
@@ -117,7 +132,6 @@ class Reconciler:
         changes = Changes()
         for task_id, attached in self._tasks.items():
             self._guarded(f"task {task_id}", self._give, task_id, attached, changes)
-        self._remove_unused()
         self._complete = True
 
     def _guarded(self, what: str, action: Callable[..., object], *arguments: object) -> bool:
@@ -176,8 +190,10 @@ class Reconciler:
         log.info("overlay_adopted", networks=len(self._sandboxes.standing()), tasks=len(self._tasks))
 
     def _remove_unused(self) -> None:
-        used = {network_id for attached in self._tasks.values() for network_id in attached.network_ids()}
-        for network_id in self._sandboxes.standing() - self._sandboxes.networks.keys() - used:
+        """A network that left the state stays until the last of its tasks has been detached."""
+        kept = {network.network_id for network in self._state.networks} if self._state else set()
+        kept |= {network_id for attached in self._tasks.values() for network_id in attached.network_ids()}
+        for network_id in self._sandboxes.standing() - kept if self._state else ():
             self._guarded(f"network {network_id}", self._sandboxes.remove, network_id)
 
     # --- services ------------------------------------------------------------------------------------
@@ -272,7 +288,7 @@ class Reconciler:
                     balance.table.load(netlink, {}, fresh=True)
                 give(balance, self._vips, attached.network_ids(), self._current_loads())
         except FAILURES:
-            self._discard(task_id, attached.network_ids())
+            self._discard(task_id)
             raise
         self._tasks[task_id] = attached
 
@@ -288,9 +304,10 @@ class Reconciler:
             known = Attached(interfaces, None, TaskBalance(task_table(self._task_layout)))
             self._tasks[task.task_id] = known
         wanted = {interface.network_id for interface in interfaces}
-        for network_id in known.network_ids():
-            if network_id not in wanted:
-                self._kernel.remove_port(network_id, port_name(task.task_id))
+        for network_id in set(known.network_ids()) - wanted:
+            netlink = self._kernel.open_network(self._kernel.network_path(network_id))
+            if netlink is not None:
+                Port(netlink, port_name(task.task_id)).delete()
         if known.task != task or known.interfaces != interfaces:
             self._repair_links(task)
         known.task, known.interfaces = task, interfaces
@@ -300,18 +317,23 @@ class Reconciler:
             else:
                 give(known.balance, self._vips, known.network_ids(), Changes())
 
-    def detach(self, task_id: str) -> None:
-        known = self._tasks.get(task_id)
-        self._discard(task_id, known.network_ids() if known else ())
-        self._tasks.pop(task_id, None)
+    def begin_detach(self, task_id: str) -> list[Port]:
+        """Forget the task; returns its ports, which are then deleted on any thread: each deletion waits about
+        18 ms for packets under way, and this thread has better to do."""
+        known = self._tasks.pop(task_id, None)
+        names = {self._kernel.network_path(item).name for item in known.network_ids()} if known else set()
+        paths = [path for path in self._sandboxes.paths() if not names or path.name in names]
+        opened = [self._kernel.open_network(path) for path in paths]
+        return [Port(netlink, port_name(task_id)) for netlink in opened if netlink is not None]
+
+    def end_detach(self, task_id: str) -> None:
+        """After its ports: until here a crash leaves the task in `attached`, to be detached again."""
+        self._kernel.remove_task(task_id)
         self._remove_unused()
 
-    def _discard(self, task_id: str, network_ids: Iterable[str]) -> None:
-        """The ports first: the kernel may destroy a namespace late, and its address may be used again now."""
-        names = {self._kernel.network_path(item).name for item in network_ids}
-        for path in self._sandboxes.paths():
-            if not names or path.name in names:
-                self._kernel.remove_port(path.name.removeprefix("net-"), port_name(task_id))
+    def _discard(self, task_id: str) -> None:
+        for port in self.begin_detach(task_id):
+            port.delete()
         self._kernel.remove_task(task_id)
 
     def attached(self) -> frozenset[str]:
@@ -372,9 +394,9 @@ class Reconciler:
     def teardown(self) -> None:
         """Leave nothing. Works in a new process too: everything is found by its name."""
         for task_id in self._kernel.task_ids():
-            self._discard(task_id, ())
+            self._discard(task_id)
         for path in self._sandboxes.paths():
-            self._kernel.remove_sandbox(path.name.removeprefix("net-"), None)
+            self._kernel.remove_sandbox(path.name.removeprefix("net-"))
         legs = [delete_link(name) for name in read_host().links if is_leg(self._tag, name)]
         with Netlink(NETLINK_ROUTE) as netlink:
             netlink.batch(acknowledged(legs))

@@ -25,7 +25,10 @@ RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 IFF_UP = 1
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 10, 18, 20
-IFLA_NET_NS_FD, IFLA_EXT_MASK = 28, 29
+IFLA_GROUP, IFLA_NET_NS_FD, IFLA_EXT_MASK = 27, 28, 29
+LINK_GROUP = 7901
+"""Of all links that we put into a network's namespace: one message then deletes them all, and waits once (18 ms)
+for packets under way instead of once per link."""
 RTEXT_FILTER_SKIP_STATS = 8
 VETH_INFO_PEER = 1
 VXLAN_ID, VXLAN_LOCAL, VXLAN_LEARNING, VXLAN_PROXY, VXLAN_PORT = 1, 4, 7, 11, 15
@@ -70,7 +73,8 @@ def new_vxlan(name: str, vni: int, port: int, local: str, *, mtu_bytes: int, nam
         attribute(VXLAN_PORT, struct.pack(">H", port)),
     )
     body = _info() + attribute(IFLA_IFNAME, name) + attribute(IFLA_MTU, mtu_bytes)
-    body += attribute(IFLA_NET_NS_FD, namespace_fd) + nested(IFLA_LINKINFO, attribute(1, "vxlan"), data)
+    body += attribute(IFLA_GROUP, LINK_GROUP) + attribute(IFLA_NET_NS_FD, namespace_fd)
+    body += nested(IFLA_LINKINFO, attribute(1, "vxlan"), data)
     return Message(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"make VXLAN device for VNI {vni} on port {port}")
 
 
@@ -80,6 +84,7 @@ class VethEnd:
     mac: str | None = None
     index: int = 0
     """0 = the kernel chooses."""
+    in_group: bool = False
 
 
 def new_veth(near: VethEnd, far: VethEnd, mtu_bytes: int, far_namespace_fd: int, master: int = 0) -> Message:
@@ -88,7 +93,8 @@ def new_veth(near: VethEnd, far: VethEnd, mtu_bytes: int, far_namespace_fd: int,
 
     def end(side: VethEnd) -> bytes:
         mac = attribute(IFLA_ADDRESS, _mac(side.mac)) if side.mac else b""
-        return attribute(IFLA_IFNAME, side.name) + mac + attribute(IFLA_MTU, mtu_bytes)
+        group = attribute(IFLA_GROUP, LINK_GROUP) if side.in_group else b""
+        return attribute(IFLA_IFNAME, side.name) + mac + attribute(IFLA_MTU, mtu_bytes) + group
 
     peer = attribute(VETH_INFO_PEER, _info(far.index) + end(far) + attribute(IFLA_NET_NS_FD, far_namespace_fd))
     body = _info(near.index, up=True) + end(near) + (attribute(IFLA_MASTER, master) if master else b"")
@@ -110,6 +116,11 @@ def set_link(
 
 def delete_link(name: str) -> Message:
     return Message(RTM_DELLINK, 0, _info() + attribute(IFLA_IFNAME, name), f"delete link {name}", _GONE)
+
+
+def delete_group() -> Message:
+    """All links of LINK_GROUP in this namespace."""
+    return Message(RTM_DELLINK, 0, _info() + attribute(IFLA_GROUP, LINK_GROUP), "delete a network's links", _GONE)
 
 
 # --- addresses, routes, neighbours -------------------------------------------------------------------

@@ -139,8 +139,7 @@ class Sandboxes:
         self._applied[network_id] = wanted
 
     def remove(self, network_id: str) -> None:
-        leg = self._applied[network_id].leg
-        self.kernel.remove_sandbox(network_id, leg.name if leg else None)
+        self.kernel.remove_sandbox(network_id)
         self.forget(network_id)
 
     def forget(self, network_id: str) -> None:
