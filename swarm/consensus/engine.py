@@ -206,10 +206,21 @@ class Engine:
         self._pending_bytes += len(command)
         self._queue.append(_Proposal(self._proposed, command, done))
 
+    def is_up(self, node_id: str) -> bool:
+        """Whether frames to this peer are delivered."""
+        return node_id in self._up
+
     def introduce(self, members: tuple[Member, ...]) -> None:
-        """A member we trust says that these are members. Our own log does not say so yet: we may be far behind."""
+        """Connect to these managers and listen to them, although our log does not count them as members (yet): a
+        member says they are, and we may be far behind; or they are about to be added."""
         known = {node_id_of(name) for name in self.wal.members()}
         self._acquaintances |= {each.node_id: member_id(each) for each in members if each.node_id not in known}
+        self._membership_seen = (-1, -1)
+        self._settle()
+
+    def forget(self, node_id: str) -> None:
+        """Undo `introduce`."""
+        self._acquaintances.pop(node_id, None)
         self._membership_seen = (-1, -1)
         self._settle()
 

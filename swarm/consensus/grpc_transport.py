@@ -12,6 +12,7 @@ import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -25,7 +26,7 @@ from swarm.errors import Busy, Denied, Invalid, NoLeader, OutcomeUnknown, SwarmE
 
 OpenChannel = Callable[[str], grpc.aio.Channel]
 """host:port -> a channel, which the caller closes."""
-PeerId = Callable[[grpc.aio.ServicerContext], str]
+PeerId = Callable[["grpc.aio.ServicerContext[Any, Any]"], str]
 """The node ID in the caller's certificate, "" if it is no manager's."""
 
 PING_EVERY_S = 0.5
@@ -68,6 +69,7 @@ class _Peer:
         self._queue: deque[pb.RaftFrame] = deque()
         self._filled = asyncio.Event()
         self._sent_at_s = 0.0
+        self._is_closed = False
         self.task = asyncio.create_task(self._run())
 
     def send(self, frame: pb.RaftFrame) -> None:
@@ -77,16 +79,23 @@ class _Peer:
         self.queued_bytes += frame.ByteSize()
         self._filled.set()
 
+    def close(self) -> None:
+        """`task` ends soon. A cancellation alone may be swallowed where it meets the end of the stream."""
+        self._is_closed = True
+        self.task.cancel()
+
     async def _run(self) -> None:
         backoff_s = RECONNECT_MIN_S
-        while True:
+        while not self._is_closed:
             started_s = time.monotonic()
             try:
                 await self._connect_once()
-            except grpc.aio.AioRpcError as error:
-                log.debug("no stream", peer=self.member.addr, reason=error.details())
+            except* (TimeoutError, grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as ends:
+                log.debug("no stream", peer=self.member.addr, reason=_first(ends))
             finally:
                 self._down()
+            if self._is_closed:
+                return
             if time.monotonic() - started_s > DEAD_AFTER_S:
                 backoff_s = RECONNECT_MIN_S
             await asyncio.sleep(backoff_s * (0.5 + random.random()))
@@ -102,8 +111,6 @@ class _Peer:
                 group.create_task(self._read(call))
                 group.create_task(self._write(call))
                 group.create_task(self._watch(call))
-        except (TimeoutError, ExceptionGroup, grpc.aio.UsageError, asyncio.InvalidStateError) as error:
-            log.debug("stream ended", peer=self.member.addr, reason=str(error))
         finally:
             await channel.close()
 
@@ -188,7 +195,7 @@ class GrpcTransport(RaftServicer):
         for node_id, peer in list(self._peers.items()):
             if peer.member not in peers:
                 del self._peers[node_id]
-                peer.task.cancel()
+                peer.close()
                 self._closing.add(peer.task)
                 peer.task.add_done_callback(self._closing.discard)
         for member in peers:
@@ -222,6 +229,7 @@ class GrpcTransport(RaftServicer):
             self._receiver.on_up(node_id)
 
     def down(self, node_id: str) -> None:
+        self._heard_at_s.pop(node_id, None)
         if self._receiver is not None:
             self._receiver.on_down(node_id)
 
@@ -306,17 +314,24 @@ class GrpcTransport(RaftServicer):
             reply.leader.CopyFrom(_to_proto(answer.leader))
         return reply
 
-    async def _caller(self, context: grpc.aio.ServicerContext) -> str:  # type: ignore[type-arg]
+    async def _caller(self, context: grpc.aio.ServicerContext[Any, Any]) -> str:
         node_id = self._peer_id(context)
         if not node_id:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "only managers speak here; the certificate is none's")
         return node_id
 
-    async def _attached(self, context: grpc.aio.ServicerContext) -> Receiver:  # type: ignore[type-arg]
+    async def _attached(self, context: grpc.aio.ServicerContext[Any, Any]) -> Receiver:
         if self._receiver is None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "consensus has not started here")
         assert self._receiver is not None
         return self._receiver
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> str:
+    first = errors.exceptions[0]
+    if isinstance(first, BaseExceptionGroup):
+        return _first(first)
+    return (first.details() or "") if isinstance(first, grpc.aio.AioRpcError) else str(first)
 
 
 # ---- clients
@@ -370,8 +385,8 @@ def _error(error: grpc.aio.AioRpcError, addr: str) -> SwarmError:
     return NoLeader(f"the manager at {addr} does not answer ({error.code().name}: {error.details()})")
 
 
-async def _abort(context: grpc.aio.ServicerContext, error: SwarmError) -> None:  # type: ignore[type-arg]
-    trailing = ()
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: SwarmError) -> None:
+    trailing: tuple[tuple[str, str], ...] = ()
     if isinstance(error, NoLeader) and error.leader_addr:
         trailing = ((LEADER_ADDR_KEY, error.leader_addr),)
     await context.abort(_STATUS.get(type(error), grpc.StatusCode.UNKNOWN), str(error), trailing)

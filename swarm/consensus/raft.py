@@ -15,25 +15,20 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import structlog
 
 from proto.raft_pb2 import RaftFrame
-from swarm.consensus.config import DEFAULTS, RaftConfig, quorum
+from swarm.consensus.changes import PROBE_TIMEOUT_S, MemberChanges
+from swarm.consensus.config import DEFAULTS, RaftConfig
 from swarm.consensus.engine import Engine
 from swarm.consensus.faults import Fatal, exit_process
+from swarm.consensus.futures import answer, settle
 from swarm.consensus.interface import Member, StateMachine
-from swarm.consensus.membership import member_id
 from swarm.consensus.storage import open_storage
 from swarm.consensus.transport import Answer, FrameTransport
-from swarm.errors import Busy, Invalid, NoLeader, OutcomeUnknown, SwarmError
+from swarm.errors import Busy, Invalid, NoLeader, SwarmError
 
-PROBE_TIMEOUT_S = 2.0
-"""For a manager to say who it is: a round trip and a handshake, with room for a loaded machine."""
-PROBE_EVERY_S = 0.1
-ADMISSION_TIMEOUT_S = 30.0
-"""For a manager that was promised membership to start its consensus."""
 STOP_TRANSFER_S = 2.0
 DISK_CHECK_S = 1.0
 LOW_DISK_TRANSFER_S = 5.0
@@ -77,7 +72,7 @@ class RaftNode:
         self._was_leader = False
         self._callbacks: list[Callable[[bool], None]] = []
         self._watchers: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
-        self._changing = asyncio.Lock()
+        self._changes = MemberChanges(self, me, transport, clock)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._next_disk_check_s = self._next_inquiry_s = self._next_join_s = 0.0
 
@@ -112,7 +107,7 @@ class RaftNode:
         if engine is None:
             await self._transport.close()
             return
-        if engine.is_leader() and self._reachable_others():
+        if engine.is_leader() and self.reachable_others():
             with contextlib.suppress(SwarmError):
                 await self.transfer(STOP_TRANSFER_S)
         self._engine = None
@@ -132,12 +127,13 @@ class RaftNode:
 
     # ---- turns
 
-    def _running(self) -> Engine:
+    def running(self) -> Engine:
+        """Raises NoLeader while this manager starts or stops."""
         if self._engine is None:
             raise NoLeader("consensus does not run on this manager (it starts or stops); try again")
         return self._engine
 
-    def _want_turn(self) -> None:
+    def want_turn(self) -> None:
         if self._turn is None and self._engine is not None:
             self._turn = asyncio.get_running_loop().call_soon(self._take_turn)
 
@@ -152,7 +148,7 @@ class RaftNode:
             log.exception("consensus failed")
             self._fatal(f"an error inside consensus, after which its memory cannot be trusted: {error!r}")
         if engine.turns_wanted:
-            self._want_turn()
+            self.want_turn()
         self._tell_leadership(engine.is_leader())
         for watcher in self._watchers:
             if not watcher[1].done() and watcher[0]():
@@ -170,13 +166,13 @@ class RaftNode:
         if self._engine.strangers and now >= self._next_inquiry_s:
             self._next_inquiry_s = now + STRANGER_ASK_S
             strangers, self._engine.strangers = self._engine.strangers, set()
-            self._spawn("inquiry", partial(self._inquire, strangers))
+            self.spawn("inquiry", partial(self._inquire, strangers))
         if now >= self._next_join_s and self._has_heard_nothing():
             self._next_join_s = now + self._config.join_retry_s
-            self._spawn("join", self._ask_again)
-        self._want_turn()
+            self.spawn("join", self._ask_again)
+        self.want_turn()
 
-    def _spawn(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+    def spawn(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         """Run in the background, one of each name."""
         if name in self._tasks:
             return
@@ -198,7 +194,7 @@ class RaftNode:
         for callback in list(self._callbacks):
             callback(leads)
 
-    async def _until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+    async def until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
         """Wait for something that a turn may change; whether it came true in time."""
         if condition():
             return True
@@ -230,7 +226,7 @@ class RaftNode:
         """Whether frames from this member arrive (always true for oneself)."""
         return node_id == self._me.node_id or self._transport.reachable(node_id)
 
-    def _reachable_others(self) -> list[Member]:
+    def reachable_others(self) -> list[Member]:
         return [each for each in self.members() if each.node_id != self._me.node_id and self.reachable(each.node_id)]
 
     def on_leadership(self, callback: Callable[[bool], None]) -> None:
@@ -240,7 +236,7 @@ class RaftNode:
 
     async def wait_ready(self, timeout_s: float) -> bool:
         """Whether within the time a leader was known, and this manager was told by it (or leads itself)."""
-        return await self._until(
+        return await self.until(
             lambda: self.leader() is not None and self._engine is not None and self._engine.kernel.applied() > 1,
             timeout_s,
         )
@@ -250,21 +246,21 @@ class RaftNode:
     async def propose(self, entry: bytes, timeout_s: float) -> bytes:
         """Replicate one entry; returns what `apply` returned here.
         Raises NoLeader, Busy, Invalid (not written), OutcomeUnknown (maybe written)."""
-        engine = self._running()
+        engine = self.running()
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        engine.propose(entry, partial(_settle, future))
-        self._want_turn()
-        return await _answer(future, timeout_s)
+        engine.propose(entry, partial(settle, future))
+        self.want_turn()
+        return await answer(future, timeout_s)
 
     async def read_barrier(self, timeout_s: float) -> None:
         """Return once reads of the local state are as new as any write acknowledged before the call.
         Leader only; raises NoLeader."""
-        engine = self._running()
+        engine = self.running()
         if not engine.is_leader():
             raise engine.not_leading()
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        engine.reads.add(partial(_settle, future))
-        self._want_turn()
+        engine.reads.add(partial(settle, future))
+        self.want_turn()
         try:
             await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
@@ -272,152 +268,66 @@ class RaftNode:
 
     async def transfer(self, timeout_s: float) -> None:
         """Hand leadership to the most up-to-date reachable member. Raises NoLeader, Invalid, Busy (still leading)."""
-        engine = self._running()
+        engine = self.running()
         if not engine.is_leader():
             raise engine.not_leading()
-        if not self._reachable_others():
+        if not self.reachable_others():
             raise Invalid("no other manager is reachable, so leadership cannot be handed over")
         deadline = self._clock() + timeout_s
         engine.paused_because = "leadership is being handed over"
         try:
             while engine.kernel.leads() and self._clock() < deadline:
                 remaining = max(0.0, deadline - self._clock())
-                if await self._until(
+                if await self.until(
                     lambda: not engine.kernel.leads() or engine.best_successor() is not None, remaining
                 ):
                     engine.kernel.hand_over()
-                    self._want_turn()
-                    await self._until(lambda: not engine.kernel.leads(), min(remaining, self._config.election_max_s))
+                    self.want_turn()
+                    await self.until(lambda: not engine.kernel.leads(), min(remaining, self._config.election_max_s))
         finally:
             engine.paused_because = ""
         if engine.kernel.leads():
             raise Busy(f"no other manager took over within {timeout_s:g} s; this one still leads")
-        await self._until(lambda: self.leader() is not None, max(0.0, deadline - self._clock()))
+        await self.until(lambda: self.leader() is not None, max(0.0, deadline - self._clock()))
 
     # ---- members
 
     async def add_member(self, member: Member, timeout_s: float) -> None:
         """Leader only. The new member must answer at its address, and its consensus must run, before it counts.
-        Adding a known member with its known address is a no-op; with another one, its address is replaced."""
-        deadline = self._clock() + timeout_s
-        async with self._changing:
-            engine = self._running()
-            if not engine.is_leader():
-                raise engine.not_leading()
-            known = {each.node_id: each for each in engine.members()}
-            if known.get(member.node_id) == member:
-                return
-            if member.node_id == self._me.node_id:
-                raise Invalid("the leader's own address cannot change: hand leadership over first")
-            await self._await_running(member, deadline)
-            if member.node_id in known:
-                await self._remove(known[member.node_id], deadline)
-            count = len(engine.members()) + 1
-            reachable = len(self._reachable_others()) + 2
-            if reachable < quorum(count):
-                raise Invalid(
-                    f"adding manager {member.node_id} would leave {reachable} of {count} managers reachable, which is"
-                    " no quorum: bring the unreachable managers back, or remove them first"
-                )
-            await self._change("add", member, deadline)
+        Adding a known member with its known address is a no-op; with another one, its address is replaced.
+        Raises NoLeader, Invalid, Busy, OutcomeUnknown."""
+        await self._changes.add(member, timeout_s)
 
     async def remove_member(self, node_id: str, timeout_s: float) -> None:
         """Leader only; an unknown member is a no-op. Raises Invalid when the rest would not have a reachable quorum.
         A leader asked to remove itself hands leadership over and raises NoLeader: ask the new one."""
-        deadline = self._clock() + timeout_s
-        async with self._changing:
-            engine = self._running()
-            if not engine.is_leader():
-                raise engine.not_leading()
-            target = next((each for each in engine.members() if each.node_id == node_id), None)
-            if target is None:
-                return
-            rest = [each for each in engine.members() if each != target]
-            reachable = [each for each in rest if self.reachable(each.node_id)]
-            if not rest:
-                raise Invalid("the only manager cannot be removed: promote another node first")
-            if len(reachable) < quorum(len(rest)):
-                raise Invalid(
-                    f"removing manager {node_id} would leave {len(reachable)} of {len(rest)} managers reachable, which"
-                    " is no quorum: bring the unreachable managers back, or remove them first"
-                )
-            if target.node_id == self._me.node_id:
-                await self.transfer(timeout_s)
-                raise self._running().not_leading()
-            await self._remove(target, deadline)
-
-    async def _remove(self, target: Member, deadline_s: float) -> None:
-        await self._change("rem", target, deadline_s)
-
-    async def _change(self, operation: str, target: Member, deadline_s: float) -> None:
-        engine = self._running()
-        if not await self._until(
-            lambda: not engine.is_leader() or engine.may_change_members(), deadline_s - self._clock()
-        ):
-            raise Busy("another change of the managers is not finished; try again")
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        engine.change_members(operation, member_id(target), partial(_settle, future))
-        self._want_turn()
-        await _answer(future, max(0.0, deadline_s - self._clock()))
-        log.info("managers changed", change=operation, member=member_id(target))
-
-    async def _await_running(self, member: Member, deadline_s: float) -> None:
-        """A member whose address is dead would cost the cluster its quorum: make sure it answers and takes part."""
-        while True:
-            answer = await self._transport.probe(
-                member.addr, min(PROBE_TIMEOUT_S, max(0.0, deadline_s - self._clock()))
-            )
-            if answer.node_id != member.node_id:
-                raise Invalid(
-                    f"at {member.addr} answers manager {answer.node_id}, not {member.node_id}:"
-                    " check the address that it advertises"
-                )
-            if answer.members:
-                return
-            if self._clock() > deadline_s:
-                raise NoLeader(f"manager {member.node_id} at {member.addr} did not start its consensus in time")
-            await asyncio.sleep(PROBE_EVERY_S)
+        await self._changes.remove(node_id, timeout_s)
 
     # ---- transport.Receiver
 
     def on_frame(self, node_id: str, frame: RaftFrame) -> None:
         if self._engine is not None:
             self._engine.receive(node_id, frame)
-            self._want_turn()
+            self.want_turn()
 
     def on_up(self, node_id: str) -> None:
         if self._engine is not None:
             self._engine.peer_up(node_id)
-            self._want_turn()
+            self.want_turn()
 
     def on_down(self, node_id: str) -> None:
         if self._engine is not None:
             self._engine.peer_down(node_id)
-            self._want_turn()
+            self.want_turn()
 
     def on_writable(self, node_id: str) -> None:
-        self._want_turn()
+        self.want_turn()
 
     def answer(self) -> Answer:
         return Answer(self._me.node_id, self.leader(), self.members())
 
     async def admit(self, member: Member) -> tuple[Member, ...]:
-        """A manager asks to join. It is promised membership at once, and gets it when its consensus runs: so a
-        manager that dies on the way costs nobody a quorum."""
-        engine = self._running()
-        if not engine.is_leader():
-            raise engine.not_leading()
-        answer = await self._transport.probe(member.addr, PROBE_TIMEOUT_S)
-        if answer.node_id != member.node_id:
-            raise Invalid(f"at {member.addr} answers manager {answer.node_id}, not {member.node_id}")
-        forgot = member in engine.members() and not answer.members
-        if forgot:
-            # It has lost its log, and with it what it promised: as the same member it could vote twice.
-            await self.remove_member(member.node_id, ADMISSION_TIMEOUT_S)
-        if member not in engine.members():
-            self._spawn(f"admit {member.node_id}", partial(self.add_member, member, ADMISSION_TIMEOUT_S))
-        rest = tuple(each for each in engine.members() if each.node_id != member.node_id)
-        return (*rest, member)
+        return await self._changes.admit(member)
 
     async def dismiss(self, node_id: str, timeout_s: float) -> tuple[Member, ...]:
         await self.remove_member(node_id, timeout_s)
@@ -440,15 +350,15 @@ class RaftNode:
 
     async def _inquire(self, strangers: set[str]) -> None:
         """Managers that we do not know speak to us: perhaps we were away for long. Ask those that we do know."""
-        for each in self._reachable_others():
+        for each in self.reachable_others():
             with contextlib.suppress(NoLeader):
                 answer = await self._transport.probe(each.addr, PROBE_TIMEOUT_S)
                 if answer.node_id == each.node_id and strangers & {other.node_id for other in answer.members}:
-                    self._running().introduce(answer.members)
+                    self.running().introduce(answer.members)
                     return
 
     def _check_disk(self) -> None:
-        engine = self._running()
+        engine = self.running()
         disk = os.statvfs(self._directory)
         is_low = disk.f_bavail * disk.f_frsize < self._config.disk_reserve_bytes
         reason = f"the disk of this manager is nearly full ({self._directory}): free space on it"
@@ -457,23 +367,5 @@ class RaftNode:
             engine.paused_because = reason
         elif not is_low and engine.paused_because == reason:
             engine.paused_because = ""
-        if is_low and engine.is_leader() and self._reachable_others():
-            self._spawn("transfer", partial(self.transfer, LOW_DISK_TRANSFER_S))
-
-
-async def _answer(future: asyncio.Future[bytes], timeout_s: float) -> bytes:
-    try:
-        return await asyncio.wait_for(future, timeout_s)
-    except TimeoutError:
-        raise OutcomeUnknown(
-            f"no quorum answered within {timeout_s:g} s: the change may or may not be stored; retry"
-        ) from None
-
-
-def _settle(future: asyncio.Future[Any], outcome: bytes | SwarmError | None) -> None:
-    if future.done():
-        return  # the caller's deadline has passed
-    if isinstance(outcome, SwarmError):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)
+        if is_low and engine.is_leader() and self.reachable_others():
+            self.spawn("transfer", partial(self.transfer, LOW_DISK_TRANSFER_S))

@@ -77,9 +77,10 @@ class Reads:
                 self._say(sender, {"type": "read_reply", "round": message["round"]})
             return
         current = self._round
-        if is_leader and current is not None and sender in self._kernel.others():
-            if (message["term"], message["round"]) == (self._kernel.term(), current.number):
-                current.confirmed.add(sender)
+        if not is_leader or current is None or sender not in self._kernel.others():
+            return
+        if (message["term"], message["round"]) == (self._kernel.term(), current.number):
+            current.confirmed.add(sender)
 
     def _finish(self) -> None:
         current = self._round

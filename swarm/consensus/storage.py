@@ -1,4 +1,4 @@
-"""Opening what survived: the log and the snapshots of one member, brought into agreement before the kernel sees them."""
+"""Opening what survived: one member's log and snapshots, brought into agreement before the kernel sees them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from typing import Any
 from pysyncobj.journal import Journal
 
 from swarm.consensus import codec, membership, wal_format
-from swarm.consensus.config import RaftConfig
+from swarm.consensus.config import DEFAULTS, RaftConfig
 from swarm.consensus.faults import Damaged, Fatal
 from swarm.consensus.files import sync_directory, write_whole
 from swarm.consensus.membership import MemberId
@@ -48,7 +48,7 @@ class Wal(Journal):  # type: ignore[misc]  # pysyncobj has no types
         self,
         directory: Path,
         fatal: Fatal,
-        config: RaftConfig = RaftConfig(),
+        config: RaftConfig = DEFAULTS,
         datasync: Callable[[int], None] = os.fdatasync,
     ) -> None:
         self._directory = directory
