@@ -60,6 +60,10 @@ def find_runtime(asked: str, layout: cgroups.CgroupLayout) -> str:
     raise RuntimeFault(f"no container runtime on this host: install {order[0]} (apt install crun conmon)")
 
 
+class _FilterRefused(RuntimeFault):
+    """The compiled seccomp program did not do; it has been given up and the creation can be repeated."""
+
+
 class ConmonRuntime:
     """Implements `node.interface.Runtime`. `state_dir` survives reboots, `run_dir` holds mounts; see
     `node.mounts.prepare_mount_namespace`, which the process calls before. `cgroup_driver`: cgroupfs or systemd.
@@ -136,7 +140,11 @@ class ConmonRuntime:
             if record is not None:
                 await self._reclaim(request.task_id)
             try:
-                await self._create(request)
+                try:
+                    await self._create(request)
+                except _FilterRefused:
+                    await self._reclaim(request.task_id)
+                    await self._create(request)  # now with the filter compiled by the runtime
             except BaseException as error:
                 await asyncio.shield(self._reclaim(request.task_id))
                 if isinstance(error, OSError):
@@ -162,9 +170,15 @@ class ConmonRuntime:
         mounts = await self._place_mounts(paths, request)
         seccomp_key, compiled = await asyncio.to_thread(self._configure, paths, request, mounts)
         record = self._write(replace(record, step=Step.CREATING))
-        process, container = await monitor.launch(
-            self._programs, paths, self._host_id + ":" + request.name, request.spec.tty
-        )
+        try:
+            process, container = await monitor.launch(
+                self._programs, paths, f"{self._host_id}:{request.name}", request.spec.tty
+            )
+        except RuntimeFault as fault:
+            if not compiled or "seccomp" not in str(fault):
+                raise
+            self._filters.distrust()
+            raise _FilterRefused(str(fault), permanent=False) from None
         record = replace(record, step=Step.CREATED, monitor=process, container=container)
         self._check_filter(record, seccomp_key, compiled)
         self._write(record)
@@ -220,7 +234,7 @@ class ConmonRuntime:
             return  # gone; starting it will say why
         if compiled:
             self._filters.distrust()
-            raise RuntimeFault("starting container failed: it came up without its seccomp filter", permanent=False)
+            raise _FilterRefused("starting container failed: it came up without its seccomp filter", permanent=False)
         # Without CAP_SYS_ADMIN in use the runtime sets the filter at the last moment: nothing to learn then.
 
     async def start(self, task_id: str) -> ContainerStatus:

@@ -215,6 +215,17 @@ def resolve(snapshot: Snapshot, image: ImageRecord) -> ResolvedImage:
     return ResolvedImage(image.image_id, layers, config)
 
 
+def pinning_digest(image: ImageRecord) -> str:
+    """The digest to pin the image by: its manifest list's if there is one, which serves nodes of every
+    architecture, else its manifest's. Blocking."""
+    for digest in image.digests:
+        with contextlib.suppress(OSError, ValueError):
+            manifest = json.loads(big_data_file(image.store, image.image_id, f"manifest-{digest}").read_text())
+            if "manifests" in manifest:
+                return digest
+    return image.digest or image.digests[0]
+
+
 def describe(snapshot: Snapshot, image: ImageRecord) -> StoredImage:
     size = 0
     with contextlib.suppress(ImageFault):

@@ -104,8 +104,7 @@ class ImageStore:
             return _pinned(reference, await self._remote_digest(reference, registry_auth)), False
         if reference.tagged not in image.names or not image.digests or reference.domain == "localhost":
             return name, True
-        # The last is the manifest list's where there is one: it serves nodes of every architecture.
-        return _pinned(reference, image.digests[-1]), True
+        return _pinned(reference, await asyncio.to_thread(storage.pinning_digest, image)), True
 
     async def stored(self) -> list[StoredImage]:
         snapshot = await self._snapshot()

@@ -69,12 +69,14 @@ class Joiner:
         self._wanted = {False: options.stdout or both, True: options.stderr or both}
         self._since = options.since
         self._pieces: dict[bool, bytes] = {False: b"", True: b""}
+        self._last_s = 0.0
 
     def feed(self, line: bytes) -> LogLine | None:
         """A finished line, without its newline."""
         entry = parse(line)
         if entry is None or not self._wanted[entry.stderr]:
             return None
+        self._last_s = entry.timestamp_s
         data = self._pieces[entry.stderr] + entry.text
         if entry.partial and len(data) < LINE_BYTES_MAX:
             self._pieces[entry.stderr] = data
@@ -84,10 +86,28 @@ class Joiner:
             return None
         return LogLine(task_id=self._task_id, timestamp=entry.timestamp_s, stderr=entry.stderr, data=data)
 
-    def counts(self, line: bytes) -> bool:
-        """Whether the line ends a line of output that is wanted; for counting from the end."""
-        entry = parse(line)
-        return entry is not None and self._wanted[entry.stderr] and not entry.partial
+    def flush(self) -> list[LogLine]:
+        """Output that never got its newline, once all has been read."""
+        lines = []
+        for stderr, data in self._pieces.items():
+            if data and self._last_s >= self._since:
+                lines.append(LogLine(task_id=self._task_id, timestamp=self._last_s, stderr=stderr, data=data))
+            self._pieces[stderr] = b""
+        return lines
+
+    def counter(self) -> Callable[[bytes], bool]:
+        """For counting from the end: whether an entry is the last piece of a wanted line of output."""
+        begun: set[bool] = set()
+
+        def counts(line: bytes) -> bool:
+            entry = parse(line)
+            if entry is None or not self._wanted[entry.stderr]:
+                return False
+            unfinished = entry.stderr not in begun  # a piece at the very end stands for a line
+            begun.add(entry.stderr)
+            return not entry.partial or unfinished
+
+        return counts
 
 
 def log_files(log: Path, files_max: int = 100) -> list[Path]:
@@ -238,7 +258,7 @@ def _open_cursor(log: Path, options: LogOptions, joiner: Joiner) -> _Cursor | No
     files = _open_all(log)
     if not files:
         return None
-    index, offset = (0, 0) if options.tail < 0 else tail_start(files, options.tail, joiner.counts)
+    index, offset = (0, 0) if options.tail < 0 else tail_start(files, options.tail, joiner.counter())
     for file in files[:index] + files[index + 1 :]:
         file.close()
     return _Cursor(log, files[index], offset)
@@ -279,6 +299,8 @@ async def read_log(
                     for line in lines:
                         yield line
                 if last_round:
+                    for line in joiner.flush():
+                        yield line
                     return
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(FOLLOW_CHECK_S):

@@ -98,6 +98,7 @@ async def launch(programs: Programs, paths: TaskPaths, name: str, tty: bool) -> 
                 env=environ,
                 pass_fds=(write_fd,),
                 errors_to=errors_fd,
+                cwd=paths.state,  # conmon drops a file "oom" where it stands
             )
             os.close(write_fd)
             write_fd = -1

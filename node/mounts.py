@@ -12,15 +12,14 @@ import ctypes
 import errno
 import os
 import re
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from node.cgroups import UNIFIED, CgroupLayout, read_layout
 
 MS_NODEV, MS_NOSUID, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE, MS_SHARED = 4, 2, 8, 4096, 16384, 1 << 18, 1 << 20
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
-CLONE_NEWNS, CLONE_FS = 0x20000, 0x200
+CLONE_NEWNS = 0x20000
 
 MOUNT_OPTIONS_BYTES_MAX = 4095
 """The kernel copies one page of mount options; a longer string is cut off silently."""
@@ -123,11 +122,17 @@ def mount_overlay(target: Path, layers: Sequence[Path], upper: Path, work: Path)
     if len(options) + len(",volatile") <= MOUNT_OPTIONS_BYTES_MAX:
         _mount_volatile(target, options)
         return
-    common = os.path.commonpath([str(layer) for layer in layers])
-    options = overlay_options([os.path.relpath(layer, common) for layer in layers], str(upper), str(work))
-    if len(options) + len(",volatile") > MOUNT_OPTIONS_BYTES_MAX:
-        raise OSError(errno.ENAMETOOLONG, f"the image has {len(layers)} layers: more than one mount takes")
-    _in_directory(common, lambda: _mount_volatile(target, options))
+    # Descriptors have short names, whatever the layers are called.
+    descriptors: list[int] = []
+    try:
+        descriptors.extend(os.open(layer, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for layer in layers)
+        options = overlay_options([f"/proc/self/fd/{fd}" for fd in descriptors], str(upper), str(work))
+        if len(options) + len(",volatile") > MOUNT_OPTIONS_BYTES_MAX:
+            raise OSError(errno.ENAMETOOLONG, f"the image has {len(layers)} layers: more than one mount takes")
+        _mount_volatile(target, options)
+    finally:
+        for fd in descriptors:
+            os.close(fd)
 
 
 def _mount_volatile(target: Path, options: str) -> None:
@@ -139,22 +144,3 @@ def _mount_volatile(target: Path, options: str) -> None:
         if error.errno != errno.EINVAL:
             raise
         mount("overlay", target, "overlay", 0, options)  # kernels before 5.10
-
-
-def _in_directory(directory: str, act: Callable[[], None]) -> None:
-    """Call `act` in a thread that has a working directory of its own; the process's is everybody's."""
-    failure: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            _check(_libc.unshare(CLONE_FS), "leaving the shared working directory")
-            os.chdir(directory)
-            act()
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=body)
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]

@@ -13,6 +13,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 OUTPUT_BYTES_MAX = 4_000_000
 """Kept of each stream; the rest is read and dropped, so that a talkative child cannot fill our memory."""
@@ -81,6 +82,7 @@ class _Child:
         pass_fds: tuple[int, ...],
         on_line: Callable[[str], None] | None,
         errors_to: int | None,
+        cwd: Path | None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         try:
@@ -90,6 +92,7 @@ class _Child:
                 stdout=subprocess.PIPE if errors_to is None else subprocess.DEVNULL,
                 stderr=subprocess.PIPE if errors_to is None else errors_to,
                 env=None if env is None else dict(env),
+                cwd=cwd,
                 pass_fds=pass_fds,
                 start_new_session=True,  # so that a kill reaches its own children too
             )
@@ -133,10 +136,11 @@ async def run(
     pass_fds: tuple[int, ...] = (),
     on_line: Callable[[str], None] | None = None,
     errors_to: int | None = None,
+    cwd: Path | None = None,
 ) -> Finished:
     """Run `argv` to its end. `errors_to` is a file descriptor for stderr; nothing is captured then.
     Raises CommandTimeout (the child and its process group have been killed) and CommandMissing."""
-    child = _Child(argv, env, pass_fds, on_line, errors_to)
+    child = _Child(argv, env, pass_fds, on_line, errors_to, cwd)
     try:
         async with asyncio.timeout(timeout_s):
             await child.exited.wait()

@@ -118,5 +118,6 @@ def find_account(user: str, extra_groups: tuple[str, ...], passwd: str, group: s
         gid = _group_id(group_name, groups)
     elif row is not None:
         additional = [int(entry[2]) for entry in groups if len(entry) > 3 and row[0] in entry[3].split(",")]
-    additional += [_group_id(extra, groups) for extra in extra_groups]
+    # The primary group too, as Docker does since CVE-2022-36109: else a process could shed it and with it a denial.
+    additional += [gid, *(_group_id(extra, groups) for extra in extra_groups)]
     return Account(uid, gid, tuple(sorted(set(additional))), home)
