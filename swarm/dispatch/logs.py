@@ -21,7 +21,7 @@ from proto.dispatch_pb2 import LogChunk, LogOptions, LogRequest, ManagerMessage
 
 QUEUE_BYTES_MAX = 4_000_000
 """Lines waiting for one reader: some seconds of a busy service, and small beside the manager itself."""
-STALL_S = 5.0
+STALL_S = 1.5
 """How long a session may wait for a reader that does not read; its statuses wait as well meanwhile."""
 ALIVE_EVERY_S = 0.25
 """While a session waits for a reader it is we who are slow: the node keeps counting as alive."""

@@ -21,6 +21,8 @@ MESSAGE_BYTES_MAX = 8 << 20
 """As the managers' servers: an entry (1.5 MB) and a page of a listing fit with room."""
 
 CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
+    # Each channel its own connection: a refused one must not slow the next attempt to the same address down.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),  # the cluster's own traffic never goes through a web proxy
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
