@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -15,7 +15,7 @@ from proto.objects_pb2 import Network, Node, NodeStatus, PortConfig, Service, Ta
 from swarm.dispatch import items
 from swarm.dispatch.assignments import AssignmentIndex, View
 from swarm.store.changes import Change, Create, Remove, Update, transaction
-from swarm.store.store import Store
+from swarm.store.store import Event, Store
 
 NODES = ("n1", "n2", "n3")
 NETWORKS = ("ingress", "front", "back")
@@ -116,9 +116,12 @@ class Cluster:
     def __init__(self) -> None:
         self.store = Store()
         self.index = AssignmentIndex(self.store)
-        self.store.subscribe(self.index.apply)
+        self.store.subscribe(self._follow)
         self.views: dict[str, View] = {}
         self.mirrors: dict[str, Mirror] = {}
+
+    def _follow(self, events: Sequence[Event]) -> None:
+        self.index.apply(events)
 
     def apply(self, *changes: Change) -> None:
         entry = store_pb2.Entry(transactions=[transaction(changes, 1.0)])
@@ -166,16 +169,13 @@ class AnyHistory(RuleBasedStateMachine):
 
     @rule(
         task_id=st.sampled_from(TASKS),
-        node_id=st.sampled_from(("", *NODES)),
-        service_id=st.sampled_from(SERVICES),
+        owners=st.tuples(st.sampled_from(("", *NODES)), st.sampled_from(SERVICES)),
         state=st.sampled_from(STATES),
         networks=st.frozensets(st.sampled_from(NETWORKS), max_size=2),
         wanted=st.sampled_from((pb.TASK_RUNNING, pb.TASK_SHUTDOWN)),
     )
-    def task(
-        self, task_id: str, node_id: str, service_id: str, state: int, networks: frozenset[str], wanted: int
-    ) -> None:
-        task = make_task(task_id, node_id, service_id, state, networks)
+    def task(self, task_id: str, owners: tuple[str, str], state: int, networks: frozenset[str], wanted: int) -> None:
+        task = make_task(task_id, *owners, state, networks)
         task.desired_state = pb.TaskState.ValueType(wanted)
         self.cluster.put(task)
 

@@ -118,13 +118,13 @@ class LogStream:
         if self._options.follow or not self._sources:
             return None
         nearest = min(source.heard_at for source in self._sources.values())
-        return max(0.0, nearest + ANSWER_TIMEOUT_S - asyncio.get_running_loop().time())
+        return max(0.0, nearest + self._relay.answer_timeout_s - asyncio.get_running_loop().time())
 
     def _give_up_silent(self) -> None:
-        limit = asyncio.get_running_loop().time() - ANSWER_TIMEOUT_S
+        limit = asyncio.get_running_loop().time() - self._relay.answer_timeout_s
         for source in [source for source in self._sources.values() if source.heard_at <= limit]:
             self._relay.cancel(source)
-            self.lost(source, f"the node did not answer within {ANSWER_TIMEOUT_S:g} s")
+            self.lost(source, f"the node did not answer within {self._relay.answer_timeout_s:g} s")
 
     def lost(self, source: _Source, why: str) -> None:
         """The source will not say any more."""
@@ -138,7 +138,7 @@ class LogStream:
         if lines:
             if not await self._wait_for_room(alive):
                 self._relay.cancel(source)
-                self.lost(source, f"the reader did not read for {STALL_S:g} s")
+                self.lost(source, f"the reader did not read for {self._relay.stall_s:g} s")
                 return
             reply = LogsReply(lines=lines)
             for line in reply.lines:
@@ -153,7 +153,7 @@ class LogStream:
         self._changed.set()
 
     async def _wait_for_room(self, alive: Callable[[], None]) -> bool:
-        give_up_at = asyncio.get_running_loop().time() + STALL_S
+        give_up_at = asyncio.get_running_loop().time() + self._relay.stall_s
         while self._queued_bytes >= QUEUE_BYTES_MAX and not self._closed:
             if asyncio.get_running_loop().time() >= give_up_at:
                 return False
@@ -167,10 +167,17 @@ class LogStream:
 
 
 class LogRelay:
-    """`link(node_id)` finds the node's session, if it has one here."""
+    """`link(node_id)` finds the node's session, if it has one here. Limits in seconds."""
 
-    def __init__(self, link: Callable[[str], Link | None]) -> None:
+    def __init__(
+        self,
+        link: Callable[[str], Link | None],
+        stall_s: float = STALL_S,
+        answer_timeout_s: float = ANSWER_TIMEOUT_S,
+    ) -> None:
         self._link = link
+        self.stall_s = stall_s
+        self.answer_timeout_s = answer_timeout_s
         self._sources: dict[str, _Source] = {}
         self._numbers = itertools.count(1)
 
