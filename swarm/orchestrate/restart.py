@@ -71,8 +71,9 @@ def misplaced(view: View, task: Task, node: Node | None) -> str | None:
         return f"node {name} is down"
     if node.spec.availability == pb.DRAINED:
         return f"node {name} is drained"
-    if task.spec.placement == view.spec.task.placement and not view.fits_on(node):
-        # A changed placement is the rollout's business; here the node changed (its labels, its role).
+    # Where the placement changed, the rollout moves replicas; else the node changed (its labels, its role). A global
+    # service has nothing to move: what does not belong on a node any more just stops.
+    if (view.is_global or task.spec.placement == view.spec.task.placement) and not view.fits_on(node):
         return f"node {name} no longer satisfies the placement constraints"
     return None
 

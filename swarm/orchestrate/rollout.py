@@ -163,7 +163,9 @@ def _replace(view: View, slot: Slot, config: UpdateConfig) -> None:
     """Begin the slot's update."""
     old = slot.runnable
     if old and is_start_first(view, config):
-        view.act(slot, view.create(slot, pb.TASK_RUNNING, f"update: starts before {old[0].id} stops"))
+        kept = max(old, key=lambda task: (task.status.state, task.id))  # of a superseded update two may be left
+        surplus = [view.stop(task, "updated to a newer spec") for task in old if task is not kept]
+        view.act(slot, *surplus, view.create(slot, pb.TASK_RUNNING, f"update: starts before {kept.id} stops"))
         return
     changes: list[Change] = [view.stop(task, "updated to a newer spec") for task in old]
     waits = any(not view.is_gone(task) and task.status.state >= pb.TASK_ASSIGNED for task in slot.tasks)

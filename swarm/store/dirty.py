@@ -81,4 +81,5 @@ def _same_to_stages(old: Task, new: Task) -> bool:
         states.milestone(old) == states.milestone(new)
         and old.desired_state == new.desired_state
         and old.node_id == new.node_id
+        and old.running_at == new.running_at
     )
