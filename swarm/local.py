@@ -31,7 +31,7 @@ from proto.local_pb2 import (
     LeaveReply,
     LeaveRequest,
 )
-from proto.objects_pb2 import MANAGER, WORKER, Cluster, Node, NodeRole, NodeStatus
+from proto.objects_pb2 import MANAGER, Cluster, Node, NodeRole, NodeStatus
 from swarm.addresses import check_listen, choose_advertise_host, host_addresses, split_host_port
 from swarm.config import DaemonConfig
 from swarm.errors import Invalid, NoLeader, SwarmError
@@ -98,8 +98,7 @@ class HostMembership:
             return
         self._membership = membership
         self._credentials = NodeCredentials.load(self._paths.certificates)
-        if self._credentials.identity.role == MANAGER:
-            self._manager.start()
+        await self._follow_role(self._credentials)
         self._start_agent()
 
     async def stop(self) -> None:
@@ -143,16 +142,22 @@ class HostMembership:
             if credentials is None or membership is None or credentials.identity.role == role:
                 return
             log.info("role changes", role=NodeRole.Name(role))
-            if role == WORKER:
-                await self._manager.stop(MANAGER_STOP_TIMEOUT_S)
-                shutil.rmtree(self._paths.raft, ignore_errors=True)
             try:
                 await credentials.renew(membership.manager_addrs)
             except SwarmError as error:
                 log.warning("no certificate for the new role yet", reason=str(error))
                 return  # the session reports the role again when it reconnects
-            if credentials.identity.role == MANAGER:
-                self._manager.start()
+            await self._follow_role(credentials)
+
+    async def _follow_role(self, credentials: NodeCredentials) -> None:
+        """A manager process where the certificate says manager; otherwise none, and no log of an earlier time: as
+        the same member with an old log this node could break its promises when it is promoted again."""
+        if credentials.identity.role == MANAGER:
+            self._manager.start()
+        else:
+            await self._manager.stop(MANAGER_STOP_TIMEOUT_S)
+            shutil.rmtree(self._paths.raft, ignore_errors=True)
+            self._paths.manager_socket.unlink(missing_ok=True)
 
     async def _keep_certificate(self) -> None:
         """Renew before expiry, at a random point of 50 to 80 % of the validity."""
