@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -64,18 +65,24 @@ def measure(service: pb.Service, tasks: Iterable[pb.Task], nodes_eligible: int, 
     is_global = service.spec.WhichOneof("mode") == "global"
     wanted = nodes_eligible if is_global else service.spec.replicated.replicas
     current, errors = _current(tasks)
-    if not is_global:
-        current = {key: task for key, task in current.items() if task.slot <= wanted}
     running = sum(1 for task in current.values() if _is_done(task, service))
-    outcome, note = _verdict(service, running >= wanted and len(current) >= wanted, rolling_back)
+    outcome, note = _verdict(service, running >= wanted and len(current) == wanted, rolling_back)
     if outcome is Outcome.WORKING and not note:
         note = service.allocation_error
-    keys = sorted(current) if is_global else [(slot, "") for slot in range(1, wanted + 1)]
+    keys = sorted(current) if is_global else _slots(current, wanted)
     bars = tuple(_bar(key, current.get(key), errors.get(key, ""), wanted) for key in keys[:BARS_MAX])
     return Progress(running, wanted, bars if wanted <= BARS_MAX else (), outcome, note)
 
 
 Key = tuple[int, str]
+
+
+def _slots(current: dict[Key, pb.Task], wanted: int) -> list[Key]:
+    """The slots in use, and the lowest free ones for what is missing: scaling down may leave gaps."""
+    numbers = {slot for slot, _ in current}
+    free = (number for number in itertools.count(1) if number not in numbers)
+    missing = itertools.islice(free, max(0, wanted - len(numbers)))
+    return [(number, "") for number in sorted({*numbers, *missing})]
 
 
 def _current(tasks: Iterable[pb.Task]) -> tuple[dict[Key, pb.Task], dict[Key, str]]:

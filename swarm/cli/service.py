@@ -265,7 +265,7 @@ def _pin_image(client: Client, spec: ServiceSpec, image: str, flags: Mapping[str
     container.image = image
     if flags.get("with-registry-auth"):
         container.registry_auth = _credentials(image)
-    if flags.get("no-resolve-image") or "@" in image:
+    if flags.get("no-resolve-image"):
         return
     try:
         request = PullRequest(name=image, registry_auth=container.registry_auth)
