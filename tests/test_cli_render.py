@@ -271,10 +271,17 @@ def test_scaling_does_not_make_running_tasks_outdated_but_a_new_image_does() -> 
     assert measure(scaled, [task(1), task(2)], 0).running == 0
 
 
-def test_tasks_beyond_the_wanted_number_or_to_be_stopped_do_not_count() -> None:
+def test_tasks_to_be_stopped_do_not_count_and_surplus_ones_are_waited_for() -> None:
     stopping = task(2, desired_state=pb.TASK_SHUTDOWN)
-    progress = measure(service(), [task(1), stopping, task(3)], 0)
+    progress = measure(service(), [task(1), stopping], 0)
     assert (progress.running, progress.outcome) == (1, Outcome.WORKING)
+    assert measure(service(), [task(1), task(2), task(3)], 0).outcome is Outcome.WORKING
+
+
+def test_scaling_down_may_leave_any_slots() -> None:
+    progress = measure(service(), [task(4), task(5)], 0)
+    assert (progress.outcome, [bar.key for bar in progress.bars]) == (Outcome.CONVERGED, ["4/2", "5/2"])
+    assert [bar.key for bar in measure(service(), [task(4)], 0).bars] == ["1/2", "4/2"]
 
 
 def test_a_global_service_waits_for_every_eligible_node() -> None:

@@ -137,8 +137,7 @@ def pull_plug(host: Host) -> None:
     shutil.rmtree(host.run_dir, ignore_errors=True)
     if host.netns_path.exists():
         run("ip", "netns", "del", host.netns)
-    if succeeds("ip", "link", "show", host.link):
-        run("ip", "link", "del", host.link)
+    succeeds("ip", "link", "del", host.link)  # usually gone with its other end, which was in the namespace
     if host.uts_path.exists():
         _libc.umount2(str(host.uts_path).encode(), MNT_DETACH)
         host.uts_path.unlink()

@@ -43,16 +43,17 @@ def _down(view: View, wanted: int, held: list[Slot]) -> None:
         by_node.setdefault(node_id, []).append((running, -int(slot.key), slot))
     for slots in by_node.values():
         slots.sort(key=lambda entry: entry[:2], reverse=True)  # the last one goes first
-    fullest = [(node_id != "", -count, node_id) for node_id, count in copies.items()]
+    # Among equally full nodes the same rule decides: what does not run first, then the highest number.
+    fullest = [(node_id != "", -count, *by_node[node_id][-1][:2], node_id) for node_id, count in copies.items()]
     heapq.heapify(fullest)
     for _ in range(len(held) - wanted):
-        placed, negative, node_id = heapq.heappop(fullest)
+        placed, negative, _, _, node_id = heapq.heappop(fullest)
         slot = by_node[node_id].pop()[2]
         if not slot.settled:
             reason = f"scaled down to {wanted}"
             view.act(slot, *(view.discard(task, reason) for task in slot.tasks))
         if negative < -1:
-            heapq.heappush(fullest, (placed, negative + 1, node_id))
+            heapq.heappush(fullest, (placed, negative + 1, *by_node[node_id][-1][:2], node_id))
 
 
 def _where(slot: Slot) -> tuple[str, bool]:
