@@ -192,6 +192,8 @@ class GrpcTransport(RaftServicer):
         return peer.queued_bytes if peer is not None else 0
 
     def set_peers(self, peers: frozenset[Member]) -> None:
+        if self._is_closed:
+            peers = frozenset()
         for node_id, peer in list(self._peers.items()):
             if peer.member not in peers:
                 del self._peers[node_id]

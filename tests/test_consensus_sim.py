@@ -1,0 +1,159 @@
+"""Random faults against the real engine: crashes, partitions, lost frames. Nothing acknowledged may be lost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from swarm.consensus.config import DEFAULTS
+from swarm.errors import SwarmError
+from tests.consensus_sim import Net, Outcome, write
+
+SMALL_SNAPSHOTS = replace(DEFAULTS, snapshot_entries=40, tail_entries=5, segment_bytes=4_000, chunk_bytes=64)
+
+
+class History:
+    """What callers were told, checked against what the members hold."""
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+        self.writes: list[tuple[bytes, Outcome]] = []
+        self.reads_checked = 0
+
+    def write(self) -> None:
+        leader = self.net.leader()
+        if leader is None:
+            return
+        payload = f"w{len(self.writes)}".encode()
+        try:
+            self.writes.append((payload, write(leader, payload)))
+        except SwarmError:
+            return
+
+    def acknowledged(self) -> set[bytes]:
+        return {payload for payload, outcome in self.writes if outcome.is_stored}
+
+    def read(self) -> None:
+        """A barrier at any member that thinks it leads must show every write acknowledged before it."""
+        for name, engine in self.net.engines.items():
+            if engine.is_leader():
+                expected = self.acknowledged()
+
+                def check(refused: SwarmError | None, name: str = name, expected: set[bytes] = expected) -> None:
+                    if refused is None:
+                        assert expected <= set(self.net.machines[name].entries), "a stale read passed the barrier"
+                        self.reads_checked += 1
+
+                engine.reads.add(check)
+
+    def check_prefixes(self) -> None:
+        logs = sorted((self.net.machines[name].entries for name in self.net.engines), key=len)
+        for shorter, longer in pairwise(logs):
+            assert longer[: len(shorter)] == shorter, "two members applied different entries"
+
+    def check_end(self) -> None:
+        net = self.net
+        net.loss = 0
+        net.heal()
+        net.step(500)  # longer than any election: only one leader is left
+        final = write(net.elect(), f"final at {net.now_s}".encode())
+        net.until(lambda: final.is_stored)
+        net.until(lambda: len({tuple(net.machines[name].entries) for name in net.engines}) == 1)
+        held = net.machines[next(iter(net.engines))].entries
+        assert len(held) == len(set(held)), "an entry was applied twice"
+        assert self.acknowledged() <= set(held), "an acknowledged write is lost"
+        assert all(len(leaders) == 1 for leaders in net.leaders_of_terms.values()), net.leaders_of_terms
+
+
+def _disturb(net: Net, names: str) -> None:
+    chance = net.random.random()
+    if chance < 0.01 and len(net.engines) > len(names) // 2 + 1:
+        net.crash(net.random.choice(list(net.engines)))
+    elif chance < 0.03:
+        missing = [name for name in names if name not in net.engines]
+        if missing:
+            net.start(net.random.choice(missing))
+    elif chance < 0.04:
+        net.isolate(net.random.choice(list(net.engines)))
+    elif chance < 0.06:
+        net.heal()
+    elif chance < 0.07:
+        one, other = net.random.sample(sorted(net.engines), 2)
+        net.cut.add(frozenset((one, other)))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("names", ["ABC", "ABCDE"])
+def test_no_acknowledged_write_is_lost_under_random_faults(tmp_path: Path, names: str, seed: int) -> None:
+    net = Net(tmp_path, names, seed, SMALL_SNAPSHOTS)
+    net.loss = 0.02 if seed % 2 else 0.0
+    net.latency_s = (0.0, 0.05)
+    history = History(net)
+    for _ in range(1200):
+        _disturb(net, names)
+        if net.random.random() < 0.5:
+            history.write()
+        if net.random.random() < 0.1:
+            history.read()
+        net.step()
+        history.check_prefixes()
+    for name in names:
+        if name not in net.engines:
+            net.start(name)
+    history.check_end()
+    assert len(history.acknowledged()) > 20, "the run tested nothing"
+    assert history.reads_checked
+    net.close()
+
+
+def test_everything_survives_when_all_crash_at_once(tmp_path: Path) -> None:
+    net = Net(tmp_path, "ABC", 1, SMALL_SNAPSHOTS)
+    history = History(net)
+    net.elect()
+    for _ in range(300):
+        history.write()
+        net.step()
+    for name in "ABC":
+        net.crash(name)
+    for name in "ABC":
+        net.start(name)
+    history.check_end()
+    assert len(history.acknowledged()) > 250
+    net.close()
+
+
+def test_a_member_that_was_away_gets_a_snapshot(tmp_path: Path) -> None:
+    net = Net(tmp_path, "ABC", 2, SMALL_SNAPSHOTS)
+    leader = net.elect()
+    away = next(name for name in "ABC" if name != leader.me.node_id)
+    net.crash(away)
+    history = History(net)
+    for _ in range(200):
+        history.write()
+        net.step()
+    engine = net.start(away)
+    history.check_end()
+    assert engine.compaction.installed == 1
+    net.crash(away)
+    net.start(away)
+    history.check_end()
+    net.close()
+
+
+def test_a_lone_member_leads_at_once_and_keeps_its_writes(tmp_path: Path) -> None:
+    net = Net(tmp_path, "A", 3, SMALL_SNAPSHOTS)
+    net.step(2)
+    leader = net.leader()
+    assert leader is not None
+    outcomes = [write(leader, b"%d" % number) for number in range(150)]
+    net.step(3)
+    assert all(outcome.is_stored for outcome in outcomes)
+    net.crash("A")
+    net.start("A")
+    net.step(2)
+    assert net.leader() is not None
+    assert net.machines["A"].entries == [b"%d" % number for number in range(150)]
+    net.close()
