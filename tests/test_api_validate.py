@@ -1,0 +1,176 @@
+"""Each bad value is refused with one line that names it; a spec with everything in it passes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proto import objects_pb2 as pb
+from proto.objects_pb2 import Mount, NetworkSpec, PortConfig, ServiceSpec
+from swarm.api import check
+from swarm.api.validate import service_spec
+from swarm.api.validate_network import network_spec
+from swarm.errors import Invalid
+from tests.managing import a_spec
+
+Change = Callable[[ServiceSpec], object]
+
+
+def full_spec() -> ServiceSpec:
+    spec = a_spec("shop.web_1-a")
+    spec.annotations.labels["tier"] = "front"
+    container = spec.task.container
+    container.env.extend(["A=1", "B", "C="])
+    container.mounts.add(type=Mount.BIND, source="/srv", target="/srv", propagation="rslave")
+    container.mounts.add(type=Mount.VOLUME, source="data", target="/data")
+    container.mounts.add(type=Mount.TMPFS, target="/run", tmpfs_size_bytes=1 << 20)
+    container.stop_grace_period_s = 0
+    container.ulimits.add(name="nofile", soft=1024, hard=-1)
+    container.hosts.append("10.0.0.1 db")
+    spec.task.resources.limits.nano_cpus = 1_000_000
+    spec.task.resources.limits.memory_bytes = 4 << 20
+    spec.task.placement.constraints.append("node.role==worker")
+    spec.task.placement.spread.append("node.labels.zone")
+    spec.update.max_failure_ratio = 1
+    spec.endpoint.ports.add(target_port=80, published_port=8000)
+    spec.endpoint.ports.add(target_port=80, published_port=8000, protocol=pb.UDP)
+    spec.endpoint.ports.add(target_port=81)
+    spec.endpoint.ports.add(target_port=82)
+    return spec
+
+
+def test_a_full_spec_is_fine() -> None:
+    service_spec(full_spec())
+
+
+def port(**fields: int) -> Change:
+    return lambda spec: spec.endpoint.ports.append(PortConfig(**fields))  # type: ignore[arg-type]
+
+
+def mount(**fields: object) -> Change:
+    return lambda spec: spec.task.container.mounts.append(Mount(**fields))  # type: ignore[arg-type]
+
+
+BAD: list[tuple[Change, str]] = [
+    (lambda s: setattr(s.annotations, "name", ""), "service name is empty"),
+    (lambda s: setattr(s.annotations, "name", "-web"), "invalid service name '-web'"),
+    (lambda s: setattr(s.annotations, "name", "we b"), "invalid service name 'we b'"),
+    (lambda s: setattr(s.annotations, "name", "w" * 64), "has 64 characters: use at most 63"),
+    (lambda s: s.annotations.labels.update({"": "x"}), "empty name"),
+    (lambda s: setattr(s.task.container, "image", ""), "image is missing"),
+    (lambda s: setattr(s.task.container, "image", "my image"), "not an image name"),
+    (lambda s: setattr(s.replicated, "replicas", 2**64 - 1), "replicas: 18446744073709551615 is out of range"),
+    (lambda s: s.task.container.env.append("=x"), "env '=x'"),
+    (lambda s: setattr(s.task.container, "stop_grace_period_s", -1), "stop grace period"),
+    (
+        lambda s: setattr(s.task.resources.limits, "nano_cpus", 999_999),
+        "limit cpu value 0.000999999: .* at least 0.001",
+    ),
+    (lambda s: setattr(s.task.resources.limits, "nano_cpus", -1), "limit cpu value"),
+    (lambda s: setattr(s.task.resources.reservations, "memory_bytes", 1000), "reserve memory value 1000: .* 4MiB"),
+    (lambda s: setattr(s.task.resources.reservations, "nano_cpus", 10**10), "reserve cpu is higher than limit"),
+    (lambda s: setattr(s.task.restart, "delay_s", -0.5), "restart delay"),
+    (lambda s: setattr(s.task.restart, "window_s", float("nan")), "restart window"),
+    (lambda s: setattr(s.task.restart, "condition", 9), "restart condition: unknown value 9"),
+    (lambda s: setattr(s.update, "max_failure_ratio", 1.5), "update max failure ratio 1.5"),
+    (lambda s: setattr(s.update, "max_failure_ratio", float("nan")), "update max failure ratio"),
+    (lambda s: setattr(s.update, "delay_s", -1), "update delay"),
+    (lambda s: setattr(s.rollback, "monitor_s", -1), "rollback monitor"),
+    (lambda s: setattr(s.rollback, "failure_action", pb.ROLLBACK), "cannot be rolled back"),
+    (lambda s: s.task.placement.constraints.append("node.rol==x"), "node.rol"),
+    (lambda s: s.task.placement.spread.append("node.id"), "invalid placement preference 'node.id'"),
+    (mount(type=Mount.VOLUME, source="other", target="/data/"), "duplicate mount target '/data'"),
+    (mount(type=Mount.VOLUME, source="x", target="data"), "mount target 'data': .* absolute"),
+    (mount(type=Mount.VOLUME, source="x", target="/a/.."), "cannot be mounted over"),
+    (mount(type=Mount.BIND, source="./x", target="/x"), "mount source './x' for /x: .* absolute"),
+    (mount(type=Mount.VOLUME, source="/x", target="/x"), "a volume has a name"),
+    (mount(type=Mount.TMPFS, source="x", target="/x"), "tmpfs has no source"),
+    (mount(type=Mount.BIND, source="/x", target="/x", propagation="wild"), "propagation 'wild'"),
+    (port(target_port=80, published_port=70000), "published port 70000 is out of range"),
+    (port(target_port=0, published_port=80), "target port 0 is out of range"),
+    (port(target_port=90, published_port=8000), "duplicate published port '8000/tcp'"),
+    (port(target_port=90, published_port=8000, mode=pb.HOST), "duplicate published port '8000/tcp'"),
+    (port(target_port=90, protocol=7), "port protocol: unknown value 7"),
+    (lambda s: setattr(s.endpoint, "mode", pb.DNSRR), "ingress mode can't be used with dnsrr mode"),
+    (lambda s: s.task.networks.extend([pb.NetworkAttachmentConfig(network_id="a")] * 2), "duplicate network 'a'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_service_specs(change: Change, message: str) -> None:
+    spec = full_spec()
+    change(spec)
+    with pytest.raises(Invalid, match=message) as refused:
+        service_spec(spec)
+    assert "\n" not in str(refused.value)
+
+
+def test_replicas_per_node_mean_nothing_for_a_global_service() -> None:
+    spec = full_spec()
+    getattr(spec, "global").SetInParent()
+    spec.task.placement.max_replicas_per_node = 2
+    with pytest.raises(Invalid, match="global"):
+        service_spec(spec)
+
+
+@given(st.text(alphabet="aZ0_.-é \n/", max_size=70))
+def test_names_are_as_docker_allows_them(name: str) -> None:
+    fits = re.fullmatch(r"[a-zA-Z0-9]([a-zA-Z0-9_.-]*[a-zA-Z0-9])?", name) is not None and len(name) <= 63
+    try:
+        check.name("service", name)
+    except Invalid:
+        assert not fits
+    else:
+        assert fits
+
+
+def a_network_spec(**ipam: str) -> NetworkSpec:
+    spec = NetworkSpec(driver="overlay")
+    spec.annotations.name = "front"
+    for key, value in ipam.items():
+        setattr(spec.ipam, key, value)
+    return spec
+
+
+def test_good_networks() -> None:
+    network_spec(a_network_spec())
+    network_spec(a_network_spec(subnet="10.9.0.0/16", gateway="10.9.0.1", ip_range="10.9.5.0/24"))
+
+
+@pytest.mark.parametrize(
+    ("ipam", "message"),
+    [
+        ({"subnet": "10.0.0.1/24"}, "has host bits set"),
+        ({"subnet": "banana"}, "invalid subnet 'banana'"),
+        ({"subnet": "fd00::/64"}, "IPv4 only"),
+        ({"subnet": "10.0.0.0/30"}, "from /8 to /29"),
+        ({"subnet": "224.0.0.0/24"}, "reserved"),
+        ({"gateway": "10.0.0.1"}, "need a subnet"),
+        ({"subnet": "10.0.0.0/24", "gateway": "10.0.1.1"}, "not a host address"),
+        ({"subnet": "10.0.0.0/24", "gateway": "10.0.0.255"}, "not a host address"),
+        ({"subnet": "10.0.0.0/24", "ip_range": "10.0.1.0/25"}, "not within"),
+    ],
+)
+def test_bad_addresses_of_networks(ipam: dict[str, str], message: str) -> None:
+    with pytest.raises(Invalid, match=message):
+        network_spec(a_network_spec(**ipam))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: setattr(s, "driver", "macvlan"), "network driver 'macvlan'"),
+        (lambda s: setattr(s, "ingress", True), "ingress network exists"),
+        (lambda s: setattr(s.annotations, "name", "host"), "predefined"),
+        (lambda s: s.options.update({"com.docker.network.driver.mtu": "12"}), "number of bytes"),
+    ],
+)
+def test_bad_network_specs(change: Callable[[NetworkSpec], object], message: str) -> None:
+    spec = a_network_spec()
+    change(spec)
+    with pytest.raises(Invalid, match=message):
+        network_spec(spec)
