@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 from node import bundle, cgroups, logs, monitor
 from node.inotify import Inotify
 from node.interface import ContainerStatus, CreateRequest, RuntimeFault
+from node.logrotate import LogRotation
 from node.process import CommandTimeout, Finished, run
 from node.seccomp import SeccompFilters, filtered
 from node.spec import Facts, capabilities
@@ -99,6 +101,7 @@ class ConmonRuntime:
         self._locks: dict[str, asyncio.Lock] = {}
         self._records: dict[str, Record] = {}
         self._watches: dict[str, asyncio.Task[ContainerStatus]] = {}
+        self._rotation = LogRotation()
 
     # ------------------------------------------------------------------ the record of a task
 
@@ -360,6 +363,7 @@ class ConmonRuntime:
             await self._runtime("delete", "-f", task_id, timeout_s=DELETE_TIMEOUT_S)
         await asyncio.to_thread(self._clear, paths)
         self._records.pop(task_id, None)
+        self._rotation.forget(paths.log)
 
     def _clear(self, paths: TaskPaths) -> None:
         cgroups.remove(self._layout, cgroups.relative_dir(self._driver, self._cgroup_parent, paths.task_id))
@@ -422,9 +426,10 @@ class ConmonRuntime:
     def _rotate_logs(self, records: list[Record]) -> None:
         for record in records:
             if record.step is Step.STARTED:
-                paths = self._paths(record.task_id)
+                paths, now_s = self._paths(record.task_id), time.monotonic()
+                limits = (record.log_max_bytes, record.log_max_files)
                 with contextlib.suppress(OSError):  # removed meanwhile
-                    logs.rotate(paths.log, paths.control, record.log_max_bytes, record.log_max_files)
+                    self._rotation.run(paths.log, paths.control, *limits, now_s=now_s)
 
     async def exec(self, task_id: str, argv: list[str]) -> tuple[int, bytes]:
         self._known(task_id)

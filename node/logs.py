@@ -26,7 +26,6 @@ BATCH_BYTES = 512 << 10
 """Read and parsed at once before the event loop gets its turn."""
 FOLLOW_CHECK_S = 1.0
 """A follower looks at least this often whether the container has ended."""
-_REOPEN = b"2 0 0\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,51 +113,6 @@ def log_files(log: Path, files_max: int = 100) -> list[Path]:
     """Existing files, oldest first."""
     rotated = [log.with_name(f"{log.name}.{number}") for number in range(files_max, 0, -1)]
     return [path for path in (*rotated, log) if path.exists()]
-
-
-def rotation(log_size_bytes: int | None, max_bytes: int, max_files: int) -> list[tuple[str, str]]:
-    """Pure: the steps (action, suffix) that rotate. A missing current file means that an earlier rotation was
-    cut short before the monitor reopened it: only that step is left."""
-    if log_size_bytes is None:
-        return [("reopen", "")]
-    if max_bytes <= 0 or log_size_bytes < max_bytes:
-        return []
-    oldest = max(1, max_files - 1)
-    shifts = [("shift", str(number)) for number in range(oldest - 1, 0, -1)]
-    # With one file only, the renamed one is removed as soon as the monitor has left it.
-    return [*shifts, ("rename", ""), ("reopen", ""), *([("drop", "1")] if max_files <= 1 else [])]
-
-
-def rotate(log: Path, control: Path, max_bytes: int, max_files: int) -> bool:
-    """Rotate if due; returns whether anything was done. `control` is conmon's FIFO."""
-    try:
-        size = log.stat().st_size
-    except FileNotFoundError:
-        size = None
-    steps = rotation(size, max_bytes, max_files)
-    for action, suffix in steps:
-        match action:
-            case "shift":
-                with contextlib.suppress(FileNotFoundError):
-                    log.with_name(f"{log.name}.{suffix}").rename(log.with_name(f"{log.name}.{int(suffix) + 1}"))
-            case "rename":
-                log.rename(log.with_name(f"{log.name}.1"))
-            case "reopen":
-                _tell(control)
-            case "drop" if log.exists():
-                # Still missing: conmon has not reopened yet and writes to log.1; the next rotation replaces it.
-                log.with_name(f"{log.name}.{suffix}").unlink(missing_ok=True)
-    return bool(steps)
-
-
-def _tell(control: Path) -> None:
-    # Non-blocking: without a reader (the monitor is gone) this fails instead of waiting for one.
-    with contextlib.suppress(OSError):
-        fd = os.open(control, os.O_WRONLY | os.O_NONBLOCK)
-        try:
-            os.write(fd, _REOPEN)
-        finally:
-            os.close(fd)
 
 
 def _lines_backwards(fd: int) -> Iterator[tuple[int, bytes]]:

@@ -78,6 +78,7 @@ class _Child:
     def __init__(
         self,
         argv: Sequence[str],
+        *,
         env: Mapping[str, str] | None,
         pass_fds: tuple[int, ...],
         on_line: Callable[[str], None] | None,
@@ -140,7 +141,7 @@ async def run(
 ) -> Finished:
     """Run `argv` to its end. `errors_to` is a file descriptor for stderr; nothing is captured then.
     Raises CommandTimeout (the child and its process group have been killed) and CommandMissing."""
-    child = _Child(argv, env, pass_fds, on_line, errors_to, cwd)
+    child = _Child(argv, env=env, pass_fds=pass_fds, on_line=on_line, errors_to=errors_to, cwd=cwd)
     try:
         async with asyncio.timeout(timeout_s):
             await child.exited.wait()

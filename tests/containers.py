@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from node.cgroups import read_layout
+from node import cgroups
 from node.conmon import ConmonRuntime
 from node.images import ImageStore
 from node.interface import CreateRequest, ResolvedImage
@@ -22,7 +22,7 @@ from tests.images import TOOL_IMAGE, build_tool_image
 
 PREFIX = "pyswarm-rt-"
 CGROUP_PARENT = "/pyswarm-rt"
-_CLONE_NEWNS = 0x20000
+_CLONE_NEWNS, _CLONE_FS = 0x20000, 0x200
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -45,6 +45,8 @@ def agent_namespace(run_dir: Path) -> Iterator[None]:
         made = prepare_mount_namespace(run_dir)
         yield
         if made:
+            # A thread of some executor may still share our root and working directory; then setns(2) refuses.
+            assert _libc.unshare(_CLONE_FS) == 0, os.strerror(ctypes.get_errno())
             assert _libc.setns(before, _CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
             os.chdir(cwd)
     finally:
@@ -76,8 +78,8 @@ class Host:
         await self.runtime.start(task_id)
 
     async def output(self, task_id: str, shell: str, **kwargs: Any) -> str:
-        """Run a shell command in a container to its end; what it wrote."""
-        await self.started(task_id, shell=shell, **kwargs)
+        """Run a shell command in a container to its end; what it wrote. Through one pipe: two have no order."""
+        await self.started(task_id, shell="exec 2>&1; " + shell, **kwargs)
         await self.runtime.wait(task_id)
         return "\n".join(await self.lines(task_id))
 
@@ -90,7 +92,7 @@ class Host:
         found = [str(path) for name in ("tasks", "exits") for path in (self.state / name).glob("*")]
         found += [str(path) for path in (self.run / "tasks").glob("*")]
         found += [str(path) for path in (self.run / "crun").glob("*")]
-        for hierarchy in read_layout().hierarchies:
+        for hierarchy in cgroups.read_layout().hierarchies:
             parent = Path(hierarchy, CGROUP_PARENT.strip("/"))
             found += [str(path) for path in parent.glob("*") if path.is_dir()]
         return found
@@ -114,3 +116,4 @@ async def host_in(directory: Path, image: ResolvedImage) -> AsyncIterator[Host]:
         for status in await host.runtime.containers():
             await host.runtime.remove(status.task_id)
         await host.runtime.close()
+        cgroups.remove(cgroups.read_layout(), CGROUP_PARENT.strip("/"))

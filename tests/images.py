@@ -33,6 +33,7 @@ stop() {
 trap stop TERM INT
 mkdir -p /dev/shm/www
 echo "$(hostname) on ${NODE:-nowhere}" > /dev/shm/www/index.html
+echo "$(hostname) serves on port ${PORT:-80}"
 httpd -f -p "${PORT:-80}" -h /dev/shm/www &
 server=$!
 wait "$server"

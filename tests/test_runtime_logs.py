@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from node.inotify import Inotify
 from node.interface import ResolvedImage
-from node.logs import Entry, parse, parse_time, read_log, rotate, rotation
+from node.logrotate import REOPEN_PATIENCE_S, rotate, rotation
+from node.logs import Entry, parse, parse_time, read_log
 from proto.dispatch_pb2 import LogLine, LogOptions
 from tests.containers import Host, agent_namespace, host_in, load_tool_image, scratch_directory
 from tests.waiting import until
@@ -88,17 +89,18 @@ def test_tail_gives_exactly_the_last_lines_over_all_files(
 
 
 @pytest.mark.parametrize(
-    ("size", "files", "steps"),
+    ("size", "missing_s", "files", "steps"),
     [
-        (99, 3, []),
-        (100, 3, ["shift1", "rename", "reopen"]),
-        (100, 2, ["rename", "reopen"]),
-        (100, 1, ["rename", "reopen", "drop1"]),
-        (None, 3, ["reopen"]),
+        (99, 0, 3, []),
+        (100, 0, 3, ["shift1", "rename", "reopen"]),
+        (100, 0, 2, ["rename", "reopen"]),
+        (100, 0, 1, ["rename", "reopen", "drop1"]),
+        (None, 1, 3, []),  # being reopened: a second request would replace the new file
+        (None, 10, 3, ["reopen"]),
     ],
 )
-def test_rotation_steps(size: int | None, files: int, steps: list[str]) -> None:
-    assert [action + suffix for action, suffix in rotation(size, 100, files)] == steps
+def test_rotation_steps(size: int | None, missing_s: float, files: int, steps: list[str]) -> None:
+    assert [action + suffix for action, suffix in rotation(size, missing_s, 100, files)] == steps
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +158,8 @@ async def test_rotation_bounds_the_disk_that_a_log_takes(host: Host) -> None:
         await until(lambda: (logs / "log").exists() and (logs / "log").stat().st_size > 10_000)
         await host.runtime.rotate_logs()
         rotations += 1
-    assert sorted(path.name for path in logs.iterdir()) in (["log", "log.1"], ["log.1"])
+    await until((logs / "log").exists)
+    assert {path.name for path in logs.iterdir()} == {"log", "log.1"}
 
 
 @pytest.mark.root
@@ -165,7 +168,7 @@ async def test_a_rotation_that_was_cut_short_is_finished_by_the_next(host: Host)
     log = host.state / "tasks/t1/logs/log"
     await until(log.exists)
     log.rename(log.with_name("log.1"))  # and then the agent was killed
-    await host.runtime.rotate_logs()
+    rotate(log, log.parent.parent / "ctl", 1000, 3, missing_s=REOPEN_PATIENCE_S)
     await until(log.exists)
     await until(lambda: "two" in log.read_text())
     assert (await host.lines("t1"))[0] == "one"
@@ -174,5 +177,5 @@ async def test_a_rotation_that_was_cut_short_is_finished_by_the_next(host: Host)
 async def test_rotating_the_log_of_a_dead_monitor_does_not_wait(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("x" * 100)
     os.mkfifo(tmp_path / "ctl")
-    assert rotate(tmp_path / "log", tmp_path / "ctl", 10, 2)
+    assert not rotate(tmp_path / "log", tmp_path / "ctl", 10, 2)
     assert (tmp_path / "log.1").exists()
