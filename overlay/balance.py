@@ -8,10 +8,19 @@ from dataclasses import dataclass, field
 
 from overlay import conntrack, nfnl
 from overlay.interface import L4, HostState
-from overlay.netlink import NETLINK_NETFILTER, Message, Netlink, NetlinkError
+from overlay.netlink import Message, Netlink, NetlinkError
 from overlay.plan import plan_published
-from overlay.ruleset import ASKED_BY_UDP, ElementChange, Elements, element_change, joined, vip_chain_name, vip_elements
-from overlay.tables import Table
+from overlay.ruleset import (
+    ASKED_BY_UDP,
+    ASKED_MAX,
+    ElementChange,
+    Elements,
+    element_change,
+    joined,
+    vip_chain_name,
+    vip_elements,
+)
+from overlay.tables import UNKNOWN, Table
 
 Backends = Mapping[str, tuple[str, ...]]
 """VIP -> backends, of one network"""
@@ -23,6 +32,9 @@ class TaskBalance:
     """The table in one task's namespace and what it was last given."""
 
     table: Table
+    netlink: Netlink
+    """Kept open: a change then needs no visit to the namespace, and closing an nftables socket waits (12 ms)
+    for the clean-up of what earlier transactions removed."""
     given: dict[str, Backends] = field(default_factory=dict)
     """Network -> its VIPs."""
 
@@ -57,6 +69,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._changes: dict[tuple[int, int], ElementChange] = {}
+        self._withdrawn: dict[tuple[int, int], dict[str, tuple[str, ...]]] = {}
         self._messages: dict[tuple[object, ...], list[Message]] = {}
         self._kept: list[object] = []
         """Keeps the pictures alive: they are known by their id()."""
@@ -67,6 +80,12 @@ class Changes:
             self._kept += [old, new]
             self._changes[key] = vips_change(old, new)
         return self._changes[key]
+
+    def withdrawn(self, old: Backends, new: Backends) -> dict[str, tuple[str, ...]]:
+        key = (id(old), id(new))
+        if key not in self._withdrawn:
+            self._withdrawn[key] = withdrawn(old, new)
+        return self._withdrawn[key]
 
     def messages(
         self, table: Table, pairs: Iterable[tuple[Backends, Backends]], change: ElementChange
@@ -96,7 +115,8 @@ def wanted_chains(vips: Mapping[str, Backends], networks: Iterable[str]) -> froz
 
 
 def give(balance: TaskBalance, vips: Mapping[str, Backends], networks: Iterable[str], changes: Changes) -> bool:
-    """Bring one task's table up to date, in the current namespace; True when it changed."""
+    """Bring one task's table up to date, in whatever namespace the thread is. False when the kernel refused: the
+    table is not as we left it, and `Table.adopt` must repair it from inside its namespace."""
     networks = tuple(networks)
     wanted = {network_id: vips.get(network_id, NO_VIPS) for network_id in networks}
     pairs = [(balance.given.get(network_id, NO_VIPS), new) for network_id, new in wanted.items()]
@@ -104,23 +124,24 @@ def give(balance: TaskBalance, vips: Mapping[str, Backends], networks: Iterable[
     change = joined([changes.between(old, new) for old, new in pairs])
     balance.given = wanted
     if not change:
+        return True
+    try:
+        balance.table.change(balance.netlink, change, changes.messages(balance.table, pairs, change))
+    except NetlinkError:
+        # The table is not what we left there: the audit compares and repairs, in the namespace.
+        balance.table.generation = UNKNOWN
         return False
-    with Netlink(NETLINK_NETFILTER) as netlink:
-        try:
-            balance.table.change(netlink, change, changes.messages(balance.table, pairs, change))
-        except NetlinkError:
-            # The table is not what we left there: compare and repair.
-            balance.table.adopt(netlink, wanted_elements(vips, networks))
-        lost = {vip: left for old, new in pairs for vip, left in withdrawn(old, new).items()}
-        if lost:
-            forget_task_flows(netlink, balance.table.layout.table, lost)
+    lost = {vip: left for old, new in pairs for vip, left in changes.withdrawn(old, new).items()}
+    if lost:
+        forget_task_flows(balance.netlink, balance.table.layout.table, lost)
     return True
 
 
 def forget_task_flows(netlink: Netlink, table: str, lost: Mapping[str, tuple[str, ...]]) -> None:
     """Cut the UDP flows of this namespace to backends that their VIP no longer has."""
     asked = nfnl.elements(netlink, table, [ASKED_BY_UDP])
-    hit = {socket.inet_ntoa(key) for _, key in asked} & lost.keys()
+    full = len(asked) >= ASKED_MAX
+    hit = lost.keys() if full else {socket.inet_ntoa(key) for _, key in asked} & lost.keys()
     if hit:
         conntrack.forget_udp(netlink, lambda flow: flow.to in hit and flow.answered_by not in lost[flow.to])
 
@@ -131,6 +152,7 @@ def forget_task_flows(netlink: Netlink, table: str, lost: Mapping[str, tuple[str
 @dataclass(slots=True)
 class HostBalance:
     table: Table
+    netlink: Netlink
     elements: Elements = field(default_factory=dict)
     udp: dict[int, frozenset[tuple[str, int]]] = field(default_factory=dict)
 
@@ -146,25 +168,25 @@ def give_host(balance: HostBalance, state: HostState, local_addresses: frozenset
     change = element_change(balance.elements, wanted)
     if not change:
         return False
-    with Netlink(NETLINK_NETFILTER) as netlink:
-        try:
-            balance.table.change(netlink, change)
-        except NetlinkError:
-            balance.table.adopt(netlink, wanted)
-        # A port that is new may be known to conntrack, untranslated, from a client that already tries it.
-        moved = {
-            port: udp.get(port, frozenset())
-            for port in udp.keys() | balance.udp.keys()
-            if port not in balance.udp or balance.udp[port] - udp.get(port, frozenset())
-        }
-        if moved and conntrack.any_flows():
-            conntrack.forget_udp(
-                netlink,
-                lambda flow: (
-                    flow.to_port in moved
-                    and flow.to in local_addresses
-                    and (flow.answered_by, flow.answered_port) not in moved[flow.to_port]
-                ),
-            )
+    netlink = balance.netlink
+    try:
+        balance.table.change(netlink, change)
+    except NetlinkError:
+        balance.table.adopt(netlink, wanted)
+    # A port that is new may be known to conntrack, untranslated, from a client that already tries it.
+    moved = {
+        port: udp.get(port, frozenset())
+        for port in udp.keys() | balance.udp.keys()
+        if port not in balance.udp or balance.udp[port] - udp.get(port, frozenset())
+    }
+    if moved and conntrack.any_flows():
+        conntrack.forget_udp(
+            netlink,
+            lambda flow: (
+                flow.to_port in moved
+                and flow.to in local_addresses
+                and (flow.answered_by, flow.answered_port) not in moved[flow.to_port]
+            ),
+        )
     balance.elements, balance.udp = wanted, udp
     return True

@@ -78,4 +78,5 @@ class KernelNetwork:
     def close(self) -> None:
         """End the thread; the kernel's state stays as it is. For the end of the process, and for tests."""
         self._deleting.shutdown(wait=True)
+        self._reconciler.close()
         self._thread.close()

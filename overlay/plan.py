@@ -199,6 +199,11 @@ def plan_task(
         if any(link.network_id == network.network_id for link in links):
             raise NetworkError(f"task {task_id}: two interfaces in network {network.network_id}; give it one")
         address, _, prefix = interface.address.partition("/")
+        if ipaddress.IPv4Interface(interface.address).network != ipaddress.IPv4Network(network.subnet):
+            raise NetworkError(
+                f"task {task_id}: address {interface.address} does not lie in subnet {network.subnet} of network"
+                f" {network.network_id}, or its prefix differs"
+            )
         links.append(
             TaskLink(
                 name=f"eth{number}",

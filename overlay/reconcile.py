@@ -48,8 +48,8 @@ from overlay.plan import (
 from overlay.rtnl import delete_link
 from overlay.ruleset import Layout, chains_of, host_layout, task_layout
 from overlay.sandboxes import FAILURES, Sandboxes
+from overlay.tables import UNKNOWN, task_table
 from overlay.tables import host_table as make_host_table
-from overlay.tables import task_table
 
 log = structlog.get_logger("overlay")
 
@@ -74,7 +74,7 @@ class Attached:
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A task's link in a network's bridge, and a socket in that network's namespace."""
+    """A task's link in a network's bridge ("" = none), and a socket in that network's namespace."""
 
     netlink: Netlink
     name: str
@@ -82,7 +82,8 @@ class Port:
     def delete(self) -> None:
         """From any thread; closes the socket. No such link: fine."""
         with self.netlink:
-            self.netlink.batch(acknowledged([delete_link(self.name)]))
+            if self.name:
+                self.netlink.batch(acknowledged([delete_link(self.name)]))
 
 
 class Reconciler:
@@ -170,9 +171,9 @@ class Reconciler:
                 set_optional(name, str(limit))
 
     def _load_host_table(self, layout: Layout, state: HostState) -> None:
-        balance = HostBalance(make_host_table(layout), plan_published(state), udp_backends(state))
-        with Netlink(NETLINK_NETFILTER) as netlink:
-            balance.table.adopt(netlink, balance.elements)
+        netlink = self._host.netlink if self._host else Netlink(NETLINK_NETFILTER)
+        balance = HostBalance(make_host_table(layout), netlink, plan_published(state), udp_backends(state))
+        balance.table.adopt(netlink, balance.elements)
         self._host = balance
 
     def _open_firewall(self) -> None:
@@ -185,7 +186,7 @@ class Reconciler:
     def _adopt(self) -> None:
         found = self._sandboxes.adopt()
         for task_id in self._kernel.task_ids():
-            balance = TaskBalance(task_table(self._task_layout))
+            balance = self._new_balance(task_id)
             self._tasks[task_id] = Attached(found.get(task_id, ()), None, balance)
         log.info("overlay_adopted", networks=len(self._sandboxes.standing()), tasks=len(self._tasks))
 
@@ -215,18 +216,20 @@ class Reconciler:
 
     def _give(self, task_id: str, attached: Attached, changes: Changes) -> None:
         balance, networks = attached.balance, attached.network_ids()
-        if all(balance.given.get(item) is self._vips.get(item, NO_VIPS) for item in networks):
+        known = balance.table.generation != UNKNOWN
+        if known and all(balance.given.get(item) is self._vips.get(item, NO_VIPS) for item in networks):
             return
-        with self._kernel.thread.inside(self._kernel.task_path(task_id)):
-            if balance.table.generation < 0:
-                self._adopt_table(attached)
-            else:
-                give(balance, self._vips, networks, changes)
+        if not known or not give(balance, self._vips, networks, changes):
+            self._adopt_table(task_id, attached)
 
-    def _adopt_table(self, attached: Attached) -> None:
+    def _new_balance(self, task_id: str) -> TaskBalance:
+        with self._kernel.thread.inside(self._kernel.task_path(task_id)):
+            return TaskBalance(task_table(self._task_layout), Netlink(NETLINK_NETFILTER))
+
+    def _adopt_table(self, task_id: str, attached: Attached) -> None:
         networks = attached.network_ids()
-        with Netlink(NETLINK_NETFILTER) as netlink:
-            attached.balance.table.adopt(netlink, wanted_elements(self._vips, networks))
+        with self._kernel.thread.inside(self._kernel.task_path(task_id)):
+            attached.balance.table.adopt(attached.balance.netlink, wanted_elements(self._vips, networks))
         attached.balance.given = {item: self._vips.get(item, NO_VIPS) for item in networks}
 
     # --- tasks ---------------------------------------------------------------------------------------
@@ -278,19 +281,17 @@ class Reconciler:
 
     def _attach_new(self, task: Task, interfaces: tuple[Interface, ...], sysctls: dict[str, str]) -> None:
         kernel, task_id = self._kernel, task.task_id
-        balance = TaskBalance(task_table(self._task_layout))
-        attached = Attached(interfaces, task, balance)
         try:
             kernel.make_task_namespace(task_id, sysctls)
+            attached = Attached(interfaces, task, self._new_balance(task_id))
+            self._tasks[task_id] = attached
             kernel.do_task(task, task_operations(task, TaskKernel(), NODE_RANGE, NODE_RANGE_PREFIX))
             with kernel.thread.inside(kernel.task_path(task_id)):
-                with Netlink(NETLINK_NETFILTER) as netlink:
-                    balance.table.load(netlink, {}, fresh=True)
-                give(balance, self._vips, attached.network_ids(), self._current_loads())
+                attached.balance.table.load(attached.balance.netlink, {}, fresh=True)
+            self._give(task_id, attached, self._current_loads())
         except FAILURES:
             self._discard(task_id)
             raise
-        self._tasks[task_id] = attached
 
     def _current_loads(self) -> Changes:
         """Messages for a whole table are shared by the attachments between two changes of VIPs."""
@@ -301,7 +302,7 @@ class Reconciler:
     def _attach_again(self, task: Task, interfaces: tuple[Interface, ...]) -> None:
         known = self._tasks.get(task.task_id)
         if known is None:
-            known = Attached(interfaces, None, TaskBalance(task_table(self._task_layout)))
+            known = Attached(interfaces, None, self._new_balance(task.task_id))
             self._tasks[task.task_id] = known
         wanted = {interface.network_id for interface in interfaces}
         for network_id in set(known.network_ids()) - wanted:
@@ -311,11 +312,7 @@ class Reconciler:
         if known.task != task or known.interfaces != interfaces:
             self._repair_links(task)
         known.task, known.interfaces = task, interfaces
-        with self._kernel.thread.inside(self._kernel.task_path(task.task_id)):
-            if known.balance.table.generation < 0:
-                self._adopt_table(known)
-            else:
-                give(known.balance, self._vips, known.network_ids(), Changes())
+        self._give(task.task_id, known, Changes())
 
     def begin_detach(self, task_id: str) -> list[Port]:
         """Forget the task; returns its ports, which are then deleted on any thread: each deletion waits about
@@ -324,7 +321,8 @@ class Reconciler:
         names = {self._kernel.network_path(item).name for item in known.network_ids()} if known else set()
         paths = [path for path in self._sandboxes.paths() if not names or path.name in names]
         opened = [self._kernel.open_network(path) for path in paths]
-        return [Port(netlink, port_name(task_id)) for netlink in opened if netlink is not None]
+        ports = [Port(netlink, port_name(task_id)) for netlink in opened if netlink is not None]
+        return [*ports, Port(known.balance.netlink, "")] if known else ports
 
     def end_detach(self, task_id: str) -> None:
         """After its ports: until here a crash leaves the task in `attached`, to be detached again."""
@@ -362,11 +360,10 @@ class Reconciler:
         balance = self._host
         assert balance is not None
         self._host_sysctls()
-        with Netlink(NETLINK_NETFILTER) as netlink:
-            if balance.table.audit(netlink, lambda: balance.elements):
-                log.warning("overlay_repaired", object="host table")
-                self._open_firewall()
-            balance.table.sweep(netlink, chains_of(balance.elements))
+        if balance.table.audit(balance.netlink, lambda: balance.elements):
+            log.warning("overlay_repaired", object="host table")
+            self._open_firewall()
+        balance.table.sweep(balance.netlink, chains_of(balance.elements))
 
     def _works(self, network_id: str) -> bool:
         return network_id in self._sandboxes.networks and network_id not in self._sandboxes.faults
@@ -375,19 +372,26 @@ class Reconciler:
         path = self._kernel.task_path(task_id)
         if not namespaces.exists(path):
             log.warning("task_namespace_gone", task=task_id)
-            del self._tasks[task_id]
+            self._discard(task_id)
             return
         if all(self._works(item) for item in attached.network_ids()):
             attached.task = self._plan(task_id, attached.interfaces)
             if self._repair_links(attached.task):
                 log.warning("overlay_repaired", object=f"task {task_id}", part="links")
         balance, networks = attached.balance, attached.network_ids()
-        with self._kernel.thread.inside(path), Netlink(NETLINK_NETFILTER) as netlink:
-            if balance.table.audit(netlink, lambda: wanted_elements(self._vips, networks)):
+        with self._kernel.thread.inside(path):
+            if balance.table.audit(balance.netlink, lambda: wanted_elements(self._vips, networks)):
                 log.warning("overlay_repaired", object=f"task {task_id}", part="table")
-            if networks not in chains:
-                chains[networks] = wanted_chains(self._vips, networks)
-            balance.table.sweep(netlink, chains[networks])
+        if networks not in chains:
+            chains[networks] = wanted_chains(self._vips, networks)
+        balance.table.sweep(balance.netlink, chains[networks])
+
+    def close(self) -> None:
+        """Close what is kept open; the kernel's state stays."""
+        for attached in self._tasks.values():
+            attached.balance.netlink.close()
+        if self._host is not None:
+            self._host.netlink.close()
 
     # --- teardown ------------------------------------------------------------------------------------
 
@@ -409,6 +413,8 @@ class Reconciler:
             for path in directory.glob("task-*"):
                 path.unlink()
             directory.rmdir()
+        if self._host is not None:
+            self._host.netlink.close()
         self._state, self._host, self._complete = None, None, False
         self._sandboxes = Sandboxes(self._kernel, self._tag)
         self._tasks, self._vips = {}, {}

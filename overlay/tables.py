@@ -17,6 +17,8 @@ from overlay.ruleset import (
     element_change,
 )
 
+UNKNOWN = -1
+"""A generation that the kernel never has: the table must be read."""
 ChainMaker = Callable[[str, str], list[Message]]
 
 
@@ -28,7 +30,7 @@ class Table:
     """Rules that `make_chain` makes."""
     chains: set[str] = field(default_factory=set)
     """Balancing chains that stand."""
-    generation: int = -1
+    generation: int = UNKNOWN
     """The namespace's nftables generation after our last transaction: as long as it is that, nobody changed
     anything."""
 

@@ -253,7 +253,11 @@ class OverlayLab:
 
     async def task(self, host: SimulatedHost, name: str, *interfaces: tuple[OverlayNetwork, str]) -> Path:
         attachment = Attachment(
-            name, tuple(Interface(network.network_id, f"{address}/24") for network, address in interfaces)
+            name,
+            tuple(
+                Interface(network.network_id, f"{address}/{network.subnet.partition('/')[2]}")
+                for network, address in interfaces
+            ),
         )
         path = await host.network.attach(attachment)
         self.tasks[name] = (host, path, {network.network_id: address for network, address in interfaces})

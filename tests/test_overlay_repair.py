@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from overlay import namespaces
+from overlay import namespaces, nft
 from overlay.interface import Attachment, Interface, NetworkError, OverlayNetwork, PublishedPort, Vip
 from overlay.reconcile import AUDIT_PERIOD_S
+from overlay.ruleset import task_layout
 from tests.overlay_lab import INSIDE, NET, OTHER, OUTSIDE, OverlayLab, SimulatedHost
 
 pytestmark = pytest.mark.root
@@ -300,3 +302,49 @@ async def test_teardown_leaves_nothing(lab: OverlayLab, restarted: bool) -> None
     assert "10.77." not in lab.sockets.run(host.netns, "ip", "route").stdout
     assert str(host.run_dir) not in Path("/proc/self/mountinfo").read_text()
     await host.network.apply(lab.state(host))  # and it can begin again
+
+
+async def test_a_firewall_that_drops_forwarded_packets_is_opened_and_left_as_it_was(lab: OverlayLab) -> None:
+    host = lab.hosts[0]
+    assert lab.sockets.run(host.netns, "iptables", "-P", "FORWARD", "DROP").returncode == 0
+    before = lab.sockets.run(host.netns, "iptables", "-S").stdout
+    host.again()
+    await lab.apply((VIP,), (PORT,))
+    assert works(lab)
+    await host.network.teardown()
+    assert lab.sockets.run(host.netns, "iptables", "-S").stdout == before
+
+
+async def test_tasks_come_and_go_at_once_while_services_change(lab: OverlayLab) -> None:
+    host = lab.hosts[0]
+    tasks = [Attachment(f"x{n}", (Interface(NET.network_id, f"10.77.1.{50 + n}/24"),)) for n in range(20)]
+    states = [
+        lab.state(host, vips=(replace(VIP, backends=tuple(f"10.77.1.{50 + n}" for n in range(count))),))
+        for count in range(20)
+    ]
+    await asyncio.gather(*(host.network.attach(task) for task in tasks), *(host.network.apply(item) for item in states))
+    assert await host.network.attached() == {"a1", *(task.task_id for task in tasks)}
+    await asyncio.gather(
+        *(host.network.detach(task.task_id) for task in tasks), *(host.network.apply(item) for item in states)
+    )
+    assert await host.network.attached() == {"a1"}
+    ports = lab.sockets.run(sandbox(host), "ip", "-o", "link", "show", "type", "veth").stdout.splitlines()
+    assert len(ports) == 2  # the leg's and a1's
+    await lab.apply((VIP,), (PORT,))
+    assert works(lab)
+
+
+def test_without_libnftables_the_command_loads_the_same_table(shared: OverlayLab) -> None:
+    layout = task_layout("127.0.0.11", 42053)
+
+    def load_and_list(library: bool) -> str:
+        nft.run(layout.text(replace=True), library=library)
+        return subprocess.run(
+            ["nft", "list", "table", "ip", layout.table], capture_output=True, check=True, text=True
+        ).stdout
+
+    by_library = shared.sockets.inside(shared.client, lambda: load_and_list(True))
+    by_command = shared.sockets.inside(shared.client, lambda: load_and_list(False))
+    assert by_library == by_command
+    with pytest.raises(NetworkError, match="nftables refused a ruleset"):
+        shared.sockets.inside(shared.client, lambda: nft.run("nonsense", library=False))
