@@ -88,9 +88,7 @@ class Net:
 
     def start(self, name: str, members: Iterable[Member] | None = None) -> Engine:
         members = self._founders if members is None else tuple(members)
-        storage = open_storage(
-            self._directory / name, members, die, config=self.config, datasync=lambda _: None
-        )
+        storage = open_storage(self._directory / name, members, die, config=self.config, datasync=lambda _: None)
         self.machines[name] = ListMachine()
         self.ports[name] = _Port(self, name)
         engine = Engine(

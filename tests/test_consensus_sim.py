@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from swarm.consensus.config import DEFAULTS
+from swarm.consensus.engine import Engine
 from swarm.errors import SwarmError
 from tests.consensus_sim import Net, Outcome, write
 
@@ -106,6 +107,71 @@ def test_no_acknowledged_write_is_lost_under_random_faults(tmp_path: Path, names
     history.check_end()
     assert len(history.acknowledged()) > 20, "the run tested nothing"
     assert history.reads_checked
+    net.close()
+
+
+def _change_members(net: Net, leader: Engine, names: str) -> None:
+    """Swap, add or remove a member at random; as the node does it, a new one must run before it counts."""
+    inside = {member.node_id for member in leader.members()}
+    outside = [name for name in names if name not in inside]
+    if outside and (len(inside) < 3 or net.random.random() < 0.5):
+        name = net.random.choice(outside)
+        if name not in net.engines:
+            net.start(name, (*leader.members(), net.member(name)))
+        operation = "add"
+    else:
+        name = net.random.choice(sorted(inside - {leader.me.node_id}))
+        operation = "rem"
+    if leader.may_change_members():
+        leader.change_members(operation, f"{name}@{name}:1", Outcome())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_members_come_and_go_under_faults(tmp_path: Path, seed: int) -> None:
+    names = "ABCDE"
+    net = Net(tmp_path, "ABC", seed, SMALL_SNAPSHOTS)
+    net.latency_s = (0.0, 0.03)
+    history = History(net)
+    seen: set[frozenset[str]] = set()
+    for turn in range(2000):
+        leader = net.leader()
+        chance = net.random.random()
+        if leader is not None:
+            seen.add(frozenset(member.node_id for member in leader.members()))
+            if turn % 100 == 0 and len(net.engines) >= 3 and not net.cut:
+                _change_members(net, leader, names)
+        if chance < 0.005 and len(net.engines) > 3:
+            net.crash(net.random.choice(list(net.engines)))
+        elif chance < 0.05:
+            missing = [name for name in names if name in history.net.ports and name not in net.engines]
+            if missing:
+                net.start(net.random.choice(missing))
+        elif chance < 0.055:
+            net.isolate(net.random.choice(list(net.engines)))
+        elif chance < 0.08:
+            net.heal()
+        if chance < 0.5:
+            history.write()
+        net.step()
+        history.check_prefixes()
+    net.heal()
+    for name in list(net.ports):
+        if name not in net.engines:
+            net.start(name)
+    net.step(500)
+    leader = net.elect()
+    inside = {member.node_id for member in leader.members()}
+    for name in set(net.engines) - inside:
+        net.crash(name)  # not a member any more: it need not converge
+    history.check_end()
+    assert {engine.members() for engine in net.engines.values()} == {leader.members()}
+    for name in inside:
+        net.crash(name)
+    for name in inside:
+        net.start(name)
+    history.check_end()
+    assert {engine.members() for engine in net.engines.values()} == {leader.members()}, "a restart forgot a change"
+    assert len(seen) > 3, "the run tested nothing"
     net.close()
 
 

@@ -84,6 +84,7 @@ class Kernel:
         on_leading: Callable[[bool], None],
     ) -> None:
         self._host = host
+        self.me = me
         self._transport = KernelTransport(said)
         self._connected: set[MemberId] = set()
 
