@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -264,6 +266,26 @@ def test_ctrl_c_leaves_with_a_hint(host: Host) -> None:
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 0
     assert "pyswarm service ps web" in errors
+
+
+def test_a_terminal_gets_bars(host: Host) -> None:
+    ours, theirs = pty.openpty()
+    socket = f"unix://{host.run_dir / 'pyswarm.sock'}"
+    command = [sys.executable, "-m", "swarm.cli.main", "-H", socket, "service", "scale", "web=2"]
+    environ = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.STDOUT, env=environ) as process:
+        os.close(theirs)
+        screen = b""
+        with contextlib.suppress(OSError):  # EIO: the terminal's other end has been closed
+            while data := os.read(ours, 65536):
+                screen += data
+        os.close(ours)
+        assert process.wait(20) == 0, screen
+    text = screen.decode()
+    assert "overall progress: 2 out of 2 tasks" in text
+    assert "2/2: running   [" in text
+    assert "Traceback" not in text
+    assert text.rstrip().endswith("verify: Service converged")
 
 
 # ---------------------------------------------------------------- showing

@@ -187,13 +187,18 @@ def image_rows(images: Iterable[Image], now: float, no_trunc: bool) -> list[dict
                     "Tag": tag,
                     "Digest": digest.rpartition("@")[2],
                     "ID": image.id if no_trunc else short_id(image.id),
-                    "CreatedSince": f"{human_duration(max(0.0, now - image.created_at))} ago",
+                    "CreatedSince": image_age(image.created_at, now),
                     "CreatedAt": format_time(image.created_at),
                     "Size": human_size(image.size_bytes),
                     "ReadOnly": str(image.read_only).lower(),
                 }
             )
     return rows
+
+
+def image_age(created_at: float, now: float) -> str:
+    """ "3 weeks ago"; reproducible builds record no time, or 1970."""
+    return f"{human_duration(max(0.0, now - created_at))} ago" if created_at > 0 else "N/A"
 
 
 def labels_text(labels: Mapping[str, str]) -> str:

@@ -176,8 +176,8 @@ class LiveDisplay(Display):
         from rich.live import Live
 
         super().__init__(quiet=False)
+        self._progress = Progress(0, 0, (), Outcome.WORKING)  # Live draws as soon as it is made
         self.live = Live(console=Console(highlight=False), refresh_per_second=10, get_renderable=self._renderable)
-        self._progress = Progress(0, 0, (), Outcome.WORKING)
 
     def draw(self, progress: Progress) -> None:
         self._progress = progress
