@@ -17,7 +17,7 @@ from swarm.api import watch
 from swarm.api.watch import Changes
 from swarm.store.changes import Change, Create, Remove, Update
 from swarm.store.store import Event, Store
-from tests.managing import Managers, a_cluster, a_spec, managing
+from tests.managing import Managers, a_cluster, a_node, a_spec, managing
 from tests.test_api_services import refused
 from tests.waiting import until
 
@@ -141,7 +141,7 @@ async def test_logs_come_from_the_nodes_that_have_them_and_missing_ones_are_warn
         a_task("t4", objects.TASK_REJECTED),
         a_task("t5", objects.TASK_PREPARING),
     ]
-    async with managing(a_cluster(), a_service(), *tasks, names=("m1", "m2")) as made:
+    async with managing(a_cluster(), a_node("gone", "box"), a_service(), *tasks, names=("m1", "m2")) as made:
         link = made["m1"].links["n1"] = FakeLink()
         request = pb.LogsRequest(ref="web", options=LogOptions(tail=-1))
         async with reading(made.stubs["m2"].Logs(request)) as reader:
@@ -155,7 +155,7 @@ async def test_logs_come_from_the_nodes_that_have_them_and_missing_ones_are_warn
             await until(reader.task.done)
         assert [line.data for reply in reader.seen for line in reply.lines] == [b"hello"]
         assert [reply.warning for reply in reader.seen if reply.warning] == [
-            "logs of task t3 on node gone are missing: the node is not connected"
+            "logs of task t3 on node box are missing: the node is not connected"
         ]
 
 

@@ -60,7 +60,8 @@ async def logs(backend: Backend, request: LogsRequest) -> AsyncGenerator[LogsRep
                 asked.add(task.id)
                 by_node[task.node_id].append(task.id)
         for node_id in sorted(by_node):
-            stream.add(node_id, by_node[node_id])
+            node = store.nodes.get(node_id)
+            stream.add(node_id, by_node[node_id], node.description.hostname if node is not None else "")
 
     def on_events(events: Sequence[Event]) -> None:
         news = [event.after for event in events if isinstance(event.after, Task)]

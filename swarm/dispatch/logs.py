@@ -42,6 +42,7 @@ class _Source:
     stream: LogStream
     stream_id: str
     node_id: str
+    node_name: str
     task_ids: frozenset[str]
     heard_at: float
 
@@ -60,12 +61,13 @@ class LogStream:
         self._sealed = False
         self._closed = False
 
-    def add(self, node_id: str, task_ids: Iterable[str]) -> None:
-        """Ask this node for the logs of these tasks."""
+    def add(self, node_id: str, task_ids: Iterable[str], node_name: str = "") -> None:
+        """Ask this node for the logs of these tasks; warnings call it `node_name`, if that is known."""
         wanted = sorted(task_ids)
-        source = self._relay.start(self, node_id, wanted, self._options)
+        name = node_name or node_id
+        source = self._relay.start(self, node_id, name, wanted, self._options)
         if source is None:
-            self.warn(f"logs of {_tasks(wanted)} on node {node_id} are missing: the node is not connected")
+            self.warn(f"logs of {_tasks(wanted)} on node {name} are missing: the node is not connected")
         else:
             self._sources[source.stream_id] = source
         self._changed.set()
@@ -129,7 +131,7 @@ class LogStream:
     def lost(self, source: _Source, why: str) -> None:
         """The source will not say any more."""
         if self._sources.pop(source.stream_id, None) is not None:
-            self.warn(f"logs of {_tasks(source.task_ids)} on node {source.node_id} are incomplete: {why}")
+            self.warn(f"logs of {_tasks(source.task_ids)} on node {source.node_name} are incomplete: {why}")
 
     async def accept(self, source: _Source, chunk: LogChunk, alive: Callable[[], None]) -> None:
         """Take in what the node sent; waits while the reader's queue is full, then cuts the source off."""
@@ -188,7 +190,9 @@ class LogRelay:
 
     # ---- used by streams
 
-    def start(self, stream: LogStream, node_id: str, task_ids: list[str], options: LogOptions) -> _Source | None:
+    def start(  # what a source is made of
+        self, stream: LogStream, node_id: str, node_name: str, task_ids: list[str], options: LogOptions
+    ) -> _Source | None:
         link = self._link(node_id)
         if link is None:
             return None
@@ -196,7 +200,7 @@ class LogRelay:
         if not link.send(ManagerMessage(logs=LogRequest(stream_id=stream_id, task_ids=task_ids, options=options))):
             return None
         now = asyncio.get_running_loop().time()
-        source = self._sources[stream_id] = _Source(stream, stream_id, node_id, frozenset(task_ids), now)
+        source = self._sources[stream_id] = _Source(stream, stream_id, node_id, node_name, frozenset(task_ids), now)
         return source
 
     def cancel(self, source: _Source) -> None:

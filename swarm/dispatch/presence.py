@@ -146,7 +146,7 @@ class Presence:
 
     async def _set_down(self, node_ids: list[str]) -> None:
         """Returns once each is DOWN, removed, or back."""
-        message = f"nothing heard for {self._grace_s():g} s"
+        message = f"nothing heard for at least {self._grace_s():g} s"
         log.warning("nodes down", node_ids=node_ids, why=message)
         while True:
             absent = [self._store.nodes.get(node_id) for node_id in node_ids if not self._is_connected(node_id)]
