@@ -38,7 +38,8 @@ class Applier(Generic[S]):
         self._apply = apply
         self._deadline_s = deadline_s
         self._wanted = 0
-        self._done = 0
+        self.done = 0
+        """The newest generation that has been applied."""
         self._force = False
         self._wake = asyncio.Event()
         self._progress = asyncio.Event()
@@ -52,7 +53,7 @@ class Applier(Generic[S]):
         return self._wanted
 
     async def settled(self, generation: int) -> None:
-        await self.wait_until(lambda: self._done >= generation)
+        await self.wait_until(lambda: self.done >= generation)
 
     async def wait_until(self, holds: Callable[[], bool]) -> None:
         """Checked after each application. The caller sets the deadline."""
@@ -77,7 +78,7 @@ class Applier(Generic[S]):
                     self._wake.set()
                     continue
             failures = 0
-            self._done = generation
+            self.done = generation
             self._announce()
 
     async def _attempt(self, state: S) -> bool:

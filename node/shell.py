@@ -101,13 +101,16 @@ class Shell:
         self.names.poke()
 
     async def networks_ready(self, network_ids: frozenset[str]) -> None:
-        """Return once all these networks stand on this host. Waits without limit for the first word of a manager,
-        then NETWORKS_DEADLINE_S; raises NetworkError."""
-        self.networks.poke()
+        """Return once all these networks stand on this host, and will as long as the managers list them: an
+        application that began before this call may just be removing one. Waits without limit for the first word
+        of a manager, then NETWORKS_DEADLINE_S; raises NetworkError."""
+        generation = self.networks.poke()
         await self.networks.wait_until(lambda: self.networks.applied is not None or bool(self.networks.error))
         try:
             async with asyncio.timeout(NETWORKS_DEADLINE_S):
-                await self.networks.wait_until(lambda: network_ids <= self._standing())
+                await self.networks.wait_until(
+                    lambda: self.networks.done >= generation and network_ids <= self._standing()
+                )
         except TimeoutError:
             missing = ", ".join(sorted(network_ids - self._standing()))
             reason = self.networks.error or "no manager has told this node about it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import sys
@@ -173,6 +174,9 @@ def run(config: DaemonConfig) -> None:
     if lock is None:
         sys.exit(f"another pyswarm daemon uses {config.run_dir}: give this one another --run-dir and --state-dir")
     prepare_mount_namespace(config.run_dir)
+    # A task costs a few descriptors (pidfd, netlink, log): the usual soft limit of 1,024 would hold some 200.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     _close_oom_gap(Path("/proc/self/oom_score_adj"))
     asyncio.run(Daemon(config, paths).run())
     lock.close()
