@@ -38,9 +38,7 @@ def network(network_id: str, *, subnet: str = "", ingress: bool = False, interna
     return made
 
 
-def service(
-    service_id: str, replicas: int | None = 1, *, networks: Sequence[str] = (), image: str = "web:1"
-) -> Service:
+def service(service_id: str, replicas: int | None = 1, networks: Sequence[str] = (), image: str = "web:1") -> Service:
     """`replicas` None = global."""
     made = Service(id=service_id, spec_version=1)
     made.spec.annotations.name = service_id
@@ -86,12 +84,16 @@ class Simulation:
     def create(self, *records: Record) -> None:
         self.commit(*((Create(record),) for record in records))
 
-    def edit(self, record: Record, change: Callable[[Record], None]) -> None:
-        changed = copy_of(record)
-        change(changed)
-        self.commit((Update(changed),))
+    def replace(self, record: Record) -> None:
+        self.commit((Update(record),))
 
     # ---- the user
+
+    def set_history_limit(self, limit: int) -> None:
+        assert self.store.cluster is not None
+        changed = copy_of(self.store.cluster)
+        changed.spec.task_history_limit = limit
+        self.replace(changed)
 
     def update_spec(self, service_id: str, change: Callable[[pb.ServiceSpec], None]) -> None:
         """As the control API does it: one level of rollback, a new spec version."""
@@ -116,6 +118,13 @@ class Simulation:
 
     def remove_service(self, service_id: str) -> None:
         changed = copy_of(self.service(service_id))
+        changed.pending_delete = True
+        self.commit((Update(changed),))
+
+    def remove_network(self, network_id: str) -> None:
+        found = self.store.networks.get(network_id)
+        assert found is not None
+        changed = copy_of(found)
         changed.pending_delete = True
         self.commit((Update(changed),))
 

@@ -1,0 +1,151 @@
+"""Which node a task gets, and what a task is told that gets none."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from proto import objects_pb2 as pb
+from proto.objects_pb2 import NodeStatus, Service
+from swarm.schedule import decide
+from swarm.store.dirty import Dirty
+from tests.simulated import Simulation, node, service
+
+GIB = 1 << 30
+
+
+def spread_of(sim: Simulation, name: str) -> Counter[str]:
+    return Counter(task.node_id for task in sim.runnable(name) if task.status.state >= pb.TASK_ASSIGNED)
+
+
+def waiting(sim: Simulation, name: str) -> set[str]:
+    return {task.status.err for task in sim.runnable(name) if task.status.state < pb.TASK_ASSIGNED}
+
+
+def test_tasks_go_where_the_service_has_fewest_then_where_all_have_fewest() -> None:
+    sim = Simulation(*(node(f"n{i}") for i in range(3)), service("a", 4))
+    sim.settle()
+    assert sorted(spread_of(sim, "a").values()) == [1, 1, 2]
+    busiest = spread_of(sim, "a").most_common(1)[0][0]
+    sim.create(service("b", 2))
+    sim.settle()
+    assert busiest not in spread_of(sim, "b")
+
+
+@pytest.mark.parametrize(("tasks", "zones"), [(12, {"a": 6, "b": 6}), (3, {"a": 2, "b": 1})])
+def test_spread_preferences_level_branches_not_nodes(tasks: int, zones: dict[str, int]) -> None:
+    nodes = [node("a1", labels={"zone": "a"}), *(node(f"b{i}", labels={"zone": "b"}) for i in range(4))]
+    web = service("web", tasks)
+    web.spec.task.placement.spread.append("node.labels.zone")
+    sim = Simulation(*nodes, web)
+    sim.settle()
+    assert Counter(node_id[0] for node_id in spread_of(sim, "web").elements()) == zones
+
+
+def test_a_full_branch_leaves_its_share_to_the_others() -> None:
+    web = service("web", 8)
+    web.spec.task.placement.spread.append("node.labels.zone")
+    web.spec.task.resources.reservations.nano_cpus = 10**9
+    sim = Simulation(node("a", cpus=1, labels={"zone": "a"}), node("b", cpus=9), web)
+    sim.settle()
+    assert spread_of(sim, "web") == {"a": 1, "b": 7}
+
+
+def test_reservations_are_never_exceeded_and_a_freed_one_is_used() -> None:
+    web = service("web", 5)
+    web.spec.task.resources.reservations.memory_bytes = 3 * GIB
+    sim = Simulation(node("n1"), node("n2"), web)  # 8 GiB each
+    sim.run()
+    assert spread_of(sim, "web") == {"n1": 2, "n2": 2}
+    assert waiting(sim, "web") == {"no suitable node (insufficient resources on 2 nodes)"}
+    sim.scale("web", 4)
+    sim.create(service("other"))
+    sim.scale("web", 5)
+    sim.create(node("n3"))
+    sim.run()
+    assert spread_of(sim, "web") == {"n1": 2, "n2": 2, "n3": 1}
+
+
+def with_everything(web: Service) -> Service:
+    web.spec.task.placement.constraints.append("node.labels.zone==a")
+    web.spec.task.placement.max_replicas_per_node = 1
+    web.spec.task.resources.reservations.nano_cpus = 2 * 10**9
+    return web
+
+
+def test_the_reason_counts_nodes_by_the_first_filter_that_refuses_them() -> None:
+    drained, small = node("n1"), node("n5", cpus=1, labels={"zone": "a"})
+    drained.spec.availability = pb.DRAINED
+    good = node("n4", labels={"zone": "a"})
+    sim = Simulation(drained, node("n2"), node("n3"), good, small, with_everything(service("web", 2)))
+    sim.settle()
+    assert spread_of(sim, "web") == {"n4": 1}
+    (why,) = waiting(sim, "web")
+    most, *others = why.removeprefix("no suitable node (").removesuffix(")").split("; ")
+    assert most == "scheduling constraints not satisfied on 2 nodes"
+    assert sorted(others) == [
+        "1 node not available for new tasks",
+        "insufficient resources on 1 node",
+        "max replicas per node limit exceeded on 1 node",
+    ]
+
+
+def test_the_reason_is_written_once() -> None:
+    web = service("web")
+    web.spec.task.placement.constraints.append("node.role==manager")
+    sim = Simulation(node("n1"), web)
+    sim.settle()
+    version = sim.store.version
+    assert decide(sim.store, sim.now + 60, sim.new_id, Dirty(everything=True)).groups == ()
+    assert sim.settle() == 0
+    assert sim.store.version == version
+
+
+def test_a_cluster_without_nodes_says_so() -> None:
+    sim = Simulation(service("web"))
+    sim.settle()
+    assert waiting(sim, "web") == {"no suitable node (the cluster has no node)"}
+
+
+def test_host_ports_allow_one_task_per_node() -> None:
+    web = service("web", 3)
+    web.spec.endpoint.ports.add(target_port=80, published_port=8080, mode=pb.HOST)
+    sim = Simulation(node("n1"), node("n2"), web)
+    sim.settle()
+    assert spread_of(sim, "web") == {"n1": 1, "n2": 1}
+    assert waiting(sim, "web") == {"no suitable node (host-mode port already in use on 2 nodes)"}
+
+
+@pytest.mark.parametrize("state", [NodeStatus.DOWN, NodeStatus.UNKNOWN, NodeStatus.DISCONNECTED])
+def test_nodes_that_are_not_ready_get_nothing(state: NodeStatus.State.ValueType) -> None:
+    absent = node("n1")
+    absent.status.state = state
+    sim = Simulation(absent, node("n2"), service("web", 2))
+    sim.settle()
+    assert spread_of(sim, "web") == {"n2": 2}
+
+
+def test_a_node_where_the_service_keeps_failing_is_the_last_resort() -> None:
+    web = service("web")
+    web.spec.task.restart.delay_s = 0
+    web.spec.task.restart.max_attempts = 10  # keeps the history that failures are counted from
+    web.spec.task.placement.constraints.append("node.hostname==n1")
+    sim = Simulation(node("n1"), node("n2"), service("filler", 4), web)
+    for _ in range(5):
+        sim.settle()
+        sim.report(sim.runnable("web")[0], pb.TASK_FAILED)
+
+    def lift(spec: pb.ServiceSpec) -> None:
+        del spec.task.placement.constraints[:]
+
+    sim.update_spec("web", lift)
+    sim.settle()
+    assert spread_of(sim, "web") == {"n2": 1}
+    sim.scale("web", 2)
+    sim.settle()
+    assert spread_of(sim, "web") == {"n2": 2}
+    sim.now += 301
+    sim.scale("web", 3)
+    sim.settle()
+    assert spread_of(sim, "web") == {"n2": 2, "n1": 1}
