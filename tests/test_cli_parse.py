@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from proto import objects_pb2 as pb
 from swarm.cli.command import split_switches
 from swarm.cli.images import base_name, registry_of, repository_and_tag, without_digest
-from swarm.cli.mounts import parse_mount
+from swarm.cli.mounts import parse_mount, refuse_missing_binds
 from swarm.cli.ports import parse_publish, ports_text, remove_ports
 from swarm.cli.spec import (
     build_spec,
@@ -380,3 +380,12 @@ def test_image_names(*, name: str, registry: str, shown: str, repository: str, t
     assert without_digest(name) == shown
     assert repository_and_tag(name) == (repository, tag)
     assert base_name(name) == base
+
+
+def test_a_bind_of_a_missing_path_is_refused_unless_a_constraint_says_where() -> None:
+    spec = build_spec("web", (), {"mount": ["type=bind,source=/srv/x,target=/x"]}, {}, lambda path: "")
+    refuse_missing_binds(spec, lambda path: path == "/srv/x")
+    with pytest.raises(Invalid, match=r"/srv/x on this host"):
+        refuse_missing_binds(spec, lambda path: False)
+    spec.task.placement.constraints.append("node.hostname==w1")
+    refuse_missing_binds(spec, lambda path: False)

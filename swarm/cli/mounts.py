@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 
-from proto.objects_pb2 import Mount
+from proto.objects_pb2 import Mount, ServiceSpec
 from swarm.cli.units import parse_bool, parse_bytes
 from swarm.errors import Invalid
 
@@ -40,6 +41,19 @@ def parse_mount(text: str, flag: str = "--mount") -> Mount:
         return _parse(text)
     except (Invalid, csv.Error) as error:
         raise Invalid(f'invalid value "{text}" for {flag}: {error}') from None
+
+
+def refuse_missing_binds(spec: ServiceSpec, exists: Callable[[str], bool]) -> None:
+    """A bind's source must exist where its tasks run, or they are all rejected. Without a constraint tasks run
+    anywhere, so also here, where `exists` can look; with one, only the node can tell. Raises Invalid."""
+    if spec.task.placement.constraints:
+        return
+    for mount in spec.task.container.mounts:
+        if mount.type == Mount.BIND and not exists(mount.source):
+            raise Invalid(
+                f'invalid mount config for type "bind": bind source path does not exist: {mount.source} on this host '
+                "(create it on every node, or say with --constraint which nodes have it)"
+            )
 
 
 def _parse(text: str) -> Mount:

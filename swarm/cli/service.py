@@ -21,6 +21,7 @@ from swarm.cli.completing import image_names, service_names
 from swarm.cli.failure import ApiFailure, Failure
 from swarm.cli.flags import Flag, Kind
 from swarm.cli.images import base_name, registry_of
+from swarm.cli.mounts import refuse_missing_binds
 from swarm.cli.registry_auth import find_credentials
 from swarm.cli.spec import build_spec, parse_replicas
 from swarm.cli.update import set_replicas, updated_spec
@@ -92,6 +93,7 @@ def create(image: str, command: tuple[str, ...], **params: Any) -> None:
     """
     flags = given(params)
     spec = build_spec(image, command, flags, os.environ, _read_env_file)
+    refuse_missing_binds(spec, os.path.exists)
     if not spec.annotations.name:
         spec.annotations.name = f"{base_name(image)}-{random_id()[-NAME_SUFFIX:]}"
     client = connect()
@@ -130,6 +132,8 @@ def update(service_ref: str, **params: Any) -> None:
 
     def change(current: Service) -> ServiceSpec:
         spec = updated_spec(current.spec, flags, os.environ, lambda ref: _network_id(client, ref))
+        if flags.get("mount-add"):
+            refuse_missing_binds(spec, os.path.exists)
         container = spec.task.container
         container.image = pinned or container.image
         if auth or flags.get("with-registry-auth"):
