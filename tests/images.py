@@ -41,7 +41,7 @@ wait "$server"
 
 FETCH_SCRIPT = """#!/bin/sh
 # fetch http://name[:port]/path: wget by name. The static wget cannot resolve names itself (it would need the
-# host's glibc plug-ins), so nslookup does.
+# host's glibc plug-ins), so nslookup does; its own -T option crashes, so timeout(1) it is.
 url=${1#http://}
 hostport=${url%%/*}
 path=/${url#*/}
@@ -56,7 +56,7 @@ case $name in
     *) address=$name ;;
 esac
 [ -n "$address" ] || { echo "fetch: cannot resolve $name" >&2; exit 1; }
-exec wget -q -T 5 -O - --header "Host: $hostport" "http://$address:$port$path"
+exec timeout 10 wget -q -O - --header "Host: $hostport" "http://$address:$port$path"
 """
 
 _ACCOUNTS = {

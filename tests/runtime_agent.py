@@ -17,11 +17,12 @@ from node.conmon import ConmonRuntime
 from node.interface import CreateRequest, ImageConfig, ResolvedImage
 from node.mounts import prepare_mount_namespace
 from node.taskdir import Record
+from proto.dispatch_pb2 import LogOptions
 from proto.objects_pb2 import ContainerSpec
 
 TASK_ID = "t1"
 CGROUP_PARENT = "/pyswarm-rt-kill"
-SHELL = "echo up; trap 'exit 3' TERM; while :; do sleep 0.05; done"
+SHELL = "trap 'exit 3' TERM; echo up; while :; do sleep 0.05; done"
 
 
 class Mortal(ConmonRuntime):
@@ -34,6 +35,13 @@ class Mortal(ConmonRuntime):
         if record.step == self.die_after:
             os.kill(os.getpid(), signal.SIGKILL)
         return record
+
+
+async def up(runtime: ConmonRuntime) -> None:
+    """Wait until the shell has set its trap: process 1 ignores a signal that it does not handle."""
+    async for line in runtime.logs(TASK_ID, LogOptions(follow=True, tail=-1)):
+        if line.data == b"up":
+            return
 
 
 async def main(directory: Path, layers: str, die_after: str, commands: list[str]) -> None:
@@ -52,6 +60,7 @@ async def main(directory: Path, layers: str, die_after: str, commands: list[str]
             case "start":
                 answer = (await runtime.start(TASK_ID)).phase.value
             case "stop":
+                await up(runtime)
                 answer = (await runtime.stop(TASK_ID, "", 10)).exit_code
             case "wait":
                 answer = (await runtime.wait(TASK_ID)).exit_code

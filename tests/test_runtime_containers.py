@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
 
 from node.bundle import find_init
 from node.cgroups import CgroupMode, read_layout
+from node.images import ImageStore
 from node.interface import Phase, ResolvedImage, RuntimeFault
 from node.seccomp import filtered
 from node.taskdir import identify
 from proto.dispatch_pb2 import LogOptions
 from proto.objects_pb2 import Mount, Resources, Ulimit
 from tests.containers import CGROUP_PARENT, Host, agent_namespace, host_in, load_tool_image, scratch_directory
+from tests.images import WEB_IMAGE, build_web_image
 from tests.waiting import until
 
 pytestmark = pytest.mark.root
@@ -321,3 +326,33 @@ async def test_many_layers_mount_although_their_names_exceed_a_page(host: Host) 
     image = ResolvedImage("many", (*layers, *host.image.layers), host.image.config)
     assert len(":".join(map(str, image.layers))) > 4096
     assert await host.output("t1", "ls / | grep -c ^file", image=image) == "120"
+
+
+def _listens(port: int) -> bool:
+    with closing(socket.socket()) as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _request(port: int) -> str:
+    with closing(HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+        connection.request("GET", "/")
+        return connection.getresponse().read().decode()
+
+
+async def test_the_web_image_answers_and_ends_when_asked(host: Host) -> None:
+    """The image that most other tests and the lab rely on."""
+    build_web_image(host.directory / "web.tar")
+    store = ImageStore(host.directory / "images", host.directory / "images-run")
+    await store.load(host.directory / "web.tar", "", lambda _line: None)
+    image = await store.ensure(WEB_IMAGE)
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    request = host.request("t1", ["/bin/web"], image=image, env=[f"PORT={port}", "NODE=w1"], user="www")
+    await host.runtime.create(request)
+    await host.runtime.start("t1")
+    await until(lambda: _listens(port), what="the web server")
+    answers = [await asyncio.to_thread(_request, port) for _ in range(50)]
+    assert set(answers) == {"box on w1\n"}
+    assert await host.runtime.exec("t1", ["fetch", f"http://127.0.0.1:{port}/"]) == (0, b"box on w1\n")
+    assert (await host.runtime.stop("t1", "", 10)).exit_code == 0
