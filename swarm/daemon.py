@@ -16,14 +16,15 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 import structlog
-from node.image_api import ImageApi
-from node.images import ImageStore
 
 from dns.client import NameServerProcess
 from dns.interface import LISTEN_PORT
 from node.agent import Agent
 from node.conmon import ConmonRuntime
 from node.description import describe
+from node.image_api import ImageApi
+from node.images import ImageStore
+from node.interface import Phase
 from node.mounts import prepare_mount_namespace
 from node.resolvers import host_resolvers
 from overlay.host import KernelNetwork
@@ -79,7 +80,9 @@ class LocalService(ImageApi, LocalServicer):
 
     async def Info(self, request: InfoRequest, context: Context) -> InfoReply:
         reply = await _answer(self._host.info, request, context)
-        reply.containers_running = len(await self._containers.containers())
+        reply.containers_running = sum(
+            1 for container in await self._containers.containers() if container.phase is Phase.RUNNING
+        )
         reply.agent_pid = os.getpid()
         reply.dns_pid = self._names.pid
         return reply

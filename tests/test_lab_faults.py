@@ -156,7 +156,7 @@ def test_tokens_that_do_not_fit_are_refused_clearly(cluster: Lab) -> None:
         rotated = cluster.pyswarm("m1", "swarm", "join-token", "--rotate", "-q", "worker").strip()
         assert "token" in refusal(token)
         assert "192.168.249.9:2377" in refusal(rotated, "192.168.249.9:2377")
-        assert stranger.rows("w1", "info")[0]["Swarm"] == "inactive"
+        assert stranger.rows("w1", "info")[0]["Swarm"]["LocalNodeState"] == "inactive"
         stranger.pyswarm("w1", "swarm", "join", "--token", rotated, address)
         wait_for(lambda: len(cluster.rows("m1", "node", "ls")) == 6, 20, "the stranger is a node now")
         stranger.pyswarm("w1", "swarm", "leave")
