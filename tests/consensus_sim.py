@@ -177,7 +177,17 @@ class Net:
                         self.engines[receiver].receive(sender, frame)
             for engine in self.engines.values():
                 engine.pump()
+                self._inquire(engine)
             self.observe()
+
+    def _inquire(self, engine: Engine) -> None:
+        """As `RaftNode` does: ask a member that we know about those that we do not."""
+        known = {member.node_id for member in engine.members()} - engine.strangers
+        for other in known & {name for name in self.engines if engine.is_up(name)}:
+            members = self.engines[other].members()
+            if engine.strangers & {member.node_id for member in members}:
+                engine.introduce(members)
+        engine.strangers.clear()
 
     def observe(self) -> None:
         for name, engine in self.engines.items():
