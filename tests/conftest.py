@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 import swarm  # noqa: F401 - first: it pins TLS 1.3, which must happen before grpc is imported
-from tests.labs import Lab, lab_up, load_web_image
+from tests.labs import Lab, keep_logs, lab_up, load_web_image
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,7 +28,10 @@ def web_image(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def cluster(web_image: str) -> Iterator[Lab]:
+def cluster(web_image: str, request: pytest.FixtureRequest) -> Iterator[Lab]:
     """Three managers and two workers, shared by the tests of one module."""
+    failed_before = request.session.testsfailed
     with lab_up("test", 3, 2) as made:
         yield made
+        if request.session.testsfailed > failed_before:
+            print(f"logs of the hosts: {keep_logs(made)}")

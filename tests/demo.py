@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from swarm.lab import hosts, lab
-from tests.labs import WEB_IMAGE, Lab, http_get, load_web_image, wait_for
+from tests.labs import WEB_IMAGE, Lab, http_get, keep_logs, load_web_image, wait_for
 
 NAME = "demo"
 PORT = 8000
@@ -210,12 +210,8 @@ def main() -> int:
         status = 0
     except (Exception, KeyboardInterrupt) as error:
         print(f"\n\033[31mfailed\033[0m  {error!r}", flush=True)
-        keep = Path(tempfile.gettempdir()) / "pyswarm-demo-logs"
-        shutil.rmtree(keep, ignore_errors=True)
-        shutil.copytree(
-            "/var/lib/pyswarm/lab/demo", keep, ignore=lambda d, names: [n for n in names if not _is_log(d, n)]
-        )
-        print(f"logs of the hosts: {keep}")
+        if NAME in lab.names():
+            print(f"logs of the hosts: {keep_logs(Lab(lab.load(NAME)))}")
     finally:
         say.step("Take everything down")
         if NAME in lab.names():
@@ -225,11 +221,6 @@ def main() -> int:
         say.check(NAME not in lab.names(), "nothing is left of the lab")
         print(f"\n{say.checked} claims checked, all true, in {time.monotonic() - say.started_at:.0f} s")
     return status
-
-
-def _is_log(directory: str, name: str) -> bool:
-    path = Path(directory) / name
-    return name.endswith(".log") or (path.is_dir() and path.parent.name in ("lab", "demo"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,10 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.images import build_web_image
-
 from swarm.lab import hosts, lab
 from swarm.lab.plan import Host, Plan
+from tests.images import build_web_image
 
 WEB_IMAGE = "pyswarm/web:1"
 COMMAND_TIMEOUT_S = 120
@@ -133,6 +133,16 @@ def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
         if time.monotonic() > deadline:
             raise AssertionError(f"{what}: not within {timeout_s:g} s; last seen: {last}")
         time.sleep(0.05)
+
+
+def keep_logs(cluster: Lab) -> Path:
+    """Copy the logs of a lab that is about to go, for whoever looks into a failure."""
+    kept = Path("/tmp") / f"pyswarm-logs-{cluster.plan.name}"
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir()
+    for path in cluster.plan.state_dir.glob("*/*.log"):
+        shutil.copy(path, kept / f"{path.parent.name}-{path.name}")
+    return kept
 
 
 def load_web_image(directory: Path) -> None:

@@ -92,6 +92,7 @@ def up(name: str, managers: int, workers: int, say: Say) -> list[Node]:
             if not existed:
                 say(f"lab {name} could not be completed: removing what was made")
                 _take_down(plan)
+                _sweep(name)
             raise
 
 
@@ -190,6 +191,11 @@ def down(name: str) -> None:
     """Remove the lab and everything of it."""
     with _locked(name):
         _take_down(load(name))
+        _sweep(name)
+
+
+def _sweep(name: str) -> None:
+    """The lock (still held), and the directories of all labs when this was the last."""
     (RUN_ROOT / f"{name}.lock").unlink(missing_ok=True)
     for root in (RUN_ROOT, STATE_ROOT):
         for directory in (root, root.parent):
