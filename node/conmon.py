@@ -21,7 +21,7 @@ from node import bundle, cgroups, logs, monitor
 from node.inotify import Inotify
 from node.interface import ContainerStatus, CreateRequest, RuntimeFault
 from node.logrotate import LogRotation
-from node.process import CommandTimeout, Finished, run
+from node.process import CommandMissing, CommandTimeout, Finished, run
 from node.seccomp import SeccompFilters, filtered
 from node.spec import Facts, capabilities
 from node.taskdir import (
@@ -52,16 +52,6 @@ KILL_TIMEOUT_S = 10.0
 EXEC_TIMEOUT_S = 60.0
 
 
-def find_runtime(asked: str, layout: cgroups.CgroupLayout) -> str:
-    """The OCI runtime's path: "auto" prefers crun, except where crun refuses the host's cgroups.
-    Raises RuntimeFault when none is installed."""
-    order = (asked,) if asked != "auto" else ("runc", "crun") if layout.unified_owns_controllers else ("crun", "runc")
-    for name in order:
-        if path := shutil.which(name):
-            return path
-    raise RuntimeFault(f"no container runtime on this host: install {order[0]} (apt install crun conmon)")
-
-
 class _FilterRefused(RuntimeFault):
     """The compiled seccomp program did not do; it has been given up and the creation can be repeated."""
 
@@ -85,10 +75,8 @@ class ConmonRuntime:
         self._cgroup_parent = cgroup_parent
         self._layout = cgroups.read_layout()
         self._driver = cgroups.default_driver(self._layout, cgroup_driver)
-        path = find_runtime(runtime, self._layout)
-        self._runtime_root = self._run_dir / Path(path).name
-        common = (f"--root={self._runtime_root}", *cgroups.runtime_args(path, self._driver))
-        self._programs = monitor.Programs(shutil.which("conmon") or "conmon", path, common)
+        path = monitor.find_runtime(runtime, self._layout)
+        self._programs = self._programs_with(path)
         version = subprocess.run([path, "--version"], capture_output=True, timeout=10, check=False).stdout.decode()
         # Only crun knows the annotation, and leaves the compiled program to be found.
         self._filters = SeccompFilters(self._state_dir / "seccomp", version, enabled=Path(path).name == "crun")
@@ -102,6 +90,11 @@ class ConmonRuntime:
         self._records: dict[str, Record] = {}
         self._watches: dict[str, asyncio.Task[ContainerStatus]] = {}
         self._rotation = LogRotation()
+
+    def _programs_with(self, runtime: str) -> monitor.Programs:
+        root = self._run_dir / Path(runtime).name
+        common = (f"--root={root}", *cgroups.runtime_args(runtime, self._driver))
+        return monitor.Programs(shutil.which("conmon") or "conmon", runtime, common, root)
 
     # ------------------------------------------------------------------ the record of a task
 
@@ -163,6 +156,7 @@ class ConmonRuntime:
                 Step.PREPARING,
                 self._boot_id,
                 request.image.image_id,
+                self._programs.runtime,
                 request.spec.stop_signal or request.image.config.stop_signal or "SIGTERM",
                 request.log_max_bytes,
                 request.log_max_files,
@@ -231,7 +225,7 @@ class ConmonRuntime:
         try:
             if filtered(record.container.pid):
                 if not compiled:
-                    self._filters.learn(key, self._runtime_root / record.task_id / "seccomp.bpf")
+                    self._filters.learn(key, self._programs.root / record.task_id / "seccomp.bpf")
                 return
         except OSError:
             return  # gone; starting it will say why
@@ -261,11 +255,15 @@ class ConmonRuntime:
         done = await self._runtime("state", task_id, timeout_s=START_TIMEOUT_S)
         return done.code == 0 and b'"created"' not in done.output
 
-    async def _runtime(self, *args: str, timeout_s: float) -> Finished:
-        argv = [self._programs.runtime, *self._programs.runtime_args, *args]
+    async def _runtime(self, command: str, task_id: str, *rest: str, timeout_s: float) -> Finished:
+        """Run the runtime that made the container, which may not be the one for new ones."""
+        record = self._records.get(task_id)
+        programs = self._programs_with(record.runtime) if record and record.runtime else self._programs
+        option = ("-f",) if command == "delete" else ()
+        argv = [programs.runtime, *programs.runtime_args, command, *option, task_id, *rest]
         try:
             return await run(argv, timeout_s=timeout_s)
-        except CommandTimeout as error:
+        except (CommandTimeout, CommandMissing) as error:
             raise RuntimeFault(str(error), permanent=False) from None
 
     # ------------------------------------------------------------------ watch and stop
@@ -359,15 +357,17 @@ class ConmonRuntime:
             watch.cancel()
         if record is None or record.step is not Step.REMOVING:
             await asyncio.to_thread(monitor.kill_remains, paths)
-        if (self._runtime_root / task_id).exists():
-            await self._runtime("delete", "-f", task_id, timeout_s=DELETE_TIMEOUT_S)
-        await asyncio.to_thread(self._clear, paths)
+        made_by = record.runtime if record and record.runtime else self._programs.runtime
+        runtime_state = self._programs_with(made_by).root / task_id
+        if runtime_state.exists():
+            await self._runtime("delete", task_id, timeout_s=DELETE_TIMEOUT_S)
+        await asyncio.to_thread(self._clear, paths, runtime_state)
         self._records.pop(task_id, None)
         self._rotation.forget(paths.log)
 
-    def _clear(self, paths: TaskPaths) -> None:
+    def _clear(self, paths: TaskPaths, runtime_state: Path) -> None:
         cgroups.remove(self._layout, cgroups.relative_dir(self._driver, self._cgroup_parent, paths.task_id))
-        shutil.rmtree(self._runtime_root / paths.task_id, ignore_errors=True)
+        shutil.rmtree(runtime_state, ignore_errors=True)
         bundle.clear(paths)
 
     def _task_ids(self) -> list[str]:

@@ -109,10 +109,14 @@ class Joiner:
         return counts
 
 
-def log_files(log: Path, files_max: int = 100) -> list[Path]:
-    """Existing files, oldest first."""
-    rotated = [log.with_name(f"{log.name}.{number}") for number in range(files_max, 0, -1)]
-    return [path for path in (*rotated, log) if path.exists()]
+def log_files(log: Path) -> list[Path]:
+    """Existing files, oldest first; none once the task has been removed."""
+    try:
+        ages = {name: name.removeprefix(log.name + ".") for name in os.listdir(log.parent)}
+    except FileNotFoundError:
+        return []
+    rotated = sorted((int(age) for age in ages.values() if age.isdigit()), reverse=True)
+    return [log.with_name(f"{log.name}.{age}") for age in rotated] + ([log] if log.name in ages else [])
 
 
 def _lines_backwards(fd: int) -> Iterator[tuple[int, bytes]]:
@@ -186,26 +190,20 @@ class _Cursor:
         *lines, self._rest = data.split(b"\n")
         return lines
 
-    def advance(self) -> bool:
-        """Turn to the next newer file, if this one has been rotated away. Only at the end of this one, read
-        once more after `next_file` said that there is another: the monitor has left it by then."""
-        newer = self.next_file()
-        if newer is None:
-            return False
-        file = newer.open("rb")
+    def newer(self) -> BinaryIO | None:
+        """The file after this one, when this one has been rotated away; opened, for its name may change again."""
+        files = _open_all(self._log)
+        inodes = [os.fstat(file.fileno()).st_ino for file in files]
+        inode = os.fstat(self._file.fileno()).st_ino
+        # Rotated out of existence while we were slow: go on with the oldest there is.
+        index = inodes.index(inode) + 1 if inode in inodes else 0
+        for file in files[:index] + files[index + 1 :]:
+            file.close()
+        return files[index] if index < len(files) else None
+
+    def turn_to(self, file: BinaryIO) -> None:
         self._file.close()
         self._file, self._rest = file, b""
-        return True
-
-    def next_file(self) -> Path | None:
-        files = log_files(self._log)
-        inode = os.fstat(self._file.fileno()).st_ino
-        for index, path in enumerate(files):
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_ino == inode:
-                    return files[index + 1] if index + 1 < len(files) else None
-        # Rotated out of existence while we were slow: go on with the oldest there is.
-        return files[0] if files else None
 
 
 def _open_cursor(log: Path, options: LogOptions, joiner: Joiner) -> _Cursor | None:
@@ -222,11 +220,13 @@ def _batch(cursor: _Cursor, joiner: Joiner) -> tuple[list[LogLine], bool]:
     """(lines, whether the end was reached)."""
     raw = cursor.read()
     if not raw:
-        if cursor.next_file() is None:
+        newer = cursor.newer()
+        if newer is None:
             return [], True
-        raw = cursor.read()  # what came between the last read and the rotation
-        if not raw:
-            cursor.advance()
+        # The monitor has left this file by now: what came since the last read is the last of it.
+        while more := cursor.read():
+            raw += more
+        cursor.turn_to(newer)
     return [line for line in map(joiner.feed, raw) if line is not None], False
 
 

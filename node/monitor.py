@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from node.cgroups import CgroupLayout
 from node.interface import RuntimeFault
 from node.process import CommandMissing, CommandTimeout, readable, run
 from node.taskdir import ProcessId, TaskPaths, command_lines, identify, remains_of
@@ -34,6 +36,18 @@ class Programs:
     conmon: str
     runtime: str
     runtime_args: tuple[str, ...]
+    root: Path
+    """Where the runtime keeps its state."""
+
+
+def find_runtime(asked: str, layout: CgroupLayout) -> str:
+    """The OCI runtime's path: "auto" prefers crun, except where crun refuses the host's cgroups.
+    Raises RuntimeFault when none is installed."""
+    order = (asked,) if asked != "auto" else ("runc", "crun") if layout.unified_owns_controllers else ("crun", "runc")
+    for name in order:
+        if path := shutil.which(name):
+            return path
+    raise RuntimeFault(f"no container runtime on this host: install {order[0]} (apt install crun conmon)")
 
 
 def runtime_fault(message: str) -> RuntimeFault:

@@ -47,6 +47,8 @@ class Record:
     step: Step
     boot_id: str = ""
     image_id: str = ""
+    runtime: str = ""
+    """Path of the OCI runtime that made it: another one does not know it."""
     stop_signal: str = "SIGTERM"
     log_max_bytes: int = 0
     log_max_files: int = 1

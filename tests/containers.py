@@ -61,8 +61,9 @@ class Host:
         self.state, self.run = directory / "state", directory / "run"
         self.runtime = self.open()
 
-    def open(self) -> ConmonRuntime:
-        return ConmonRuntime(self.state, self.run, CGROUP_PARENT, host_id="rt")
+    def open(self, runtime: str = "auto") -> ConmonRuntime:
+        """Another runtime object for the same host, as the next agent would have."""
+        return ConmonRuntime(self.state, self.run, CGROUP_PARENT, runtime=runtime, host_id="rt")
 
     def request(self, task_id: str, command: Sequence[str] = (), *, shell: str = "", **kwargs: Any) -> CreateRequest:
         """`shell` is run by /bin/sh; spec fields and CreateRequest fields mix freely."""
@@ -92,6 +93,7 @@ class Host:
         found = [str(path) for name in ("tasks", "exits") for path in (self.state / name).glob("*")]
         found += [str(path) for path in (self.run / "tasks").glob("*")]
         found += [str(path) for path in (self.run / "crun").glob("*")]
+        found += [str(path) for path in (self.run / "runc").glob("*")]
         for hierarchy in cgroups.read_layout().hierarchies:
             parent = Path(hierarchy, CGROUP_PARENT.strip("/"))
             found += [str(path) for path in parent.glob("*") if path.is_dir()]

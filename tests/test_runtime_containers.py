@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -299,6 +300,26 @@ async def test_a_killed_monitor_fails_the_task_and_ends_the_container(host: Host
     assert (ended.phase, ended.exit_code) == (Phase.EXITED, None)
     assert "its monitor (conmon) was killed" in ended.error
     await until(lambda: identify(status.pid) is None, what="the container's end")
+
+
+async def test_containers_of_another_runtime_are_still_managed(host: Host) -> None:
+    """The operator may change the runtime; what runs was made by the old one."""
+    if not shutil.which("runc"):
+        pytest.skip("needs runc beside crun")
+    await host.started("t1", ["sleep", "100"])
+    other = host.open(runtime="runc")
+    try:
+        assert await other.exec("t1", ["hostname"]) == (0, b"box\n")
+        await other.create(host.request("t2", ["sleep", "100"]))
+        assert (await other.start("t2")).phase is Phase.RUNNING
+        assert await other.exec("t2", ["hostname"]) == (0, b"box\n")
+        text = Path(f"/proc/{(await other.start('t2')).pid}/status").read_text()
+        assert "Seccomp:\t2" in text
+        await other.remove("t1")
+        await other.remove("t2")
+        assert host.leftovers() == []
+    finally:
+        await other.close()
 
 
 async def test_an_init_process_that_the_host_lacks_is_a_clear_fault(host: Host) -> None:

@@ -149,6 +149,16 @@ def _rotated(host: Host) -> bool:
 
 
 @pytest.mark.root
+async def test_following_ends_when_the_task_is_removed(host: Host) -> None:
+    await host.started("t1", shell="echo up; exec sleep 100")
+    following = asyncio.create_task(host.lines("t1", follow=True))
+    await until(lambda: (host.state / "tasks/t1/logs/log").stat().st_size)
+    await host.runtime.remove("t1")
+    async with asyncio.timeout(10):
+        assert await following in (["up"], [])
+
+
+@pytest.mark.root
 async def test_rotation_bounds_the_disk_that_a_log_takes(host: Host) -> None:
     shell = "while :; do echo some words that fill the log; done"
     await host.started("t1", shell=shell, log_max_bytes=10_000, log_max_files=2)
