@@ -23,6 +23,7 @@ from node.seccomp import SeccompFilters, kernel_version, resolve
 from node.taskdir import ProcessId, Record, Step
 from node.volumes import check_mount, wanted_mounts
 from proto.objects_pb2 import ContainerSpec, Mount, Resources, Ulimit
+from tests.waiting import until
 
 IMAGE = ImageConfig(entrypoint=("/entry",), cmd=("default",), env=("PATH=/img", "A=1"))
 PROFILE = json.loads((Path(cgroups.__file__).parent / "docker-seccomp-default.json").read_text())
@@ -367,7 +368,8 @@ def test_want_of_resources_may_pass_but_a_bad_command_will_not() -> None:
 async def test_a_command_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     with pytest.raises(CommandTimeout, match=r"sh -c did not finish within 0\.2 s"):
         await run(["sh", "-c", f"sleep 60 & echo $! > {tmp_path}/pid; wait"], timeout_s=0.2)
-    assert taskdir.identify(int((tmp_path / "pid").read_text())) is None
+    pid = int((tmp_path / "pid").read_text())
+    await until(lambda: taskdir.identify(pid) is None, what="the end of the child's child")
 
 
 async def test_a_command_that_does_not_exist_is_told() -> None:
