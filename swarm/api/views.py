@@ -69,7 +69,9 @@ def shown_node(node: Node, consensus: Consensus) -> Node:
     copy.CopyFrom(node)
     leader = consensus.leader()
     copy.manager_status.leader = leader is not None and leader.node_id == node.id
-    copy.manager_status.reachable = consensus.reachable(node.id)
+    # A promoted node whose old connection was heard a moment ago is not a member yet.
+    is_member = any(member.node_id == node.id for member in consensus.members())
+    copy.manager_status.reachable = is_member and consensus.reachable(node.id)
     copy.manager_status.addr = node.manager_addr
     return copy
 
