@@ -192,6 +192,19 @@ def test_a_freed_address_is_not_given_again_at_once() -> None:
     assert len(set(given)) == 8
 
 
+def test_an_address_that_is_still_remembered_is_given_last() -> None:
+    net = network("a")
+    net.ipam.subnet, net.ipam.gateway = "10.9.0.0/29", "10.9.0.1"
+    tasks = []
+    for number, (last, state) in enumerate([(2, pb.TASK_FAILED), (4, pb.TASK_RUNNING), (6, pb.TASK_RUNNING)]):
+        task = pb.Task(id=f"t{number}", meta=pb.Meta(created_at=number))
+        task.status.state = state
+        task.networks.add(network_id="a", address=f"10.9.0.{last}/29")
+        tasks.append(task)
+    hosts = Hosts(Store.of(net, *tasks), net)
+    assert [hosts.take() for _ in range(4)] == ["10.9.0.3/29", "10.9.0.5/29", "10.9.0.2/29", None]
+
+
 @given(st.lists(st.booleans(), max_size=60), st.integers(26, 29))
 @settings(max_examples=60, deadline=None)
 def test_every_address_is_handed_out_once_before_none_is_left(ended: list[bool], prefix: int) -> None:

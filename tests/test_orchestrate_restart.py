@@ -130,6 +130,16 @@ def test_a_new_spec_brings_a_given_up_slot_back() -> None:
     assert [task.spec.container.image for task in sim.running("web")] == ["web:2"]
 
 
+def test_a_new_spec_has_all_its_attempts() -> None:
+    sim = started(max_attempts=2)
+    for _ in range(2):
+        end(sim)
+        sim.run()
+    sim.set_image("web", "web:2")
+    sim.run()
+    assert fail_until_given_up(sim) == 3
+
+
 def test_moves_do_not_count_as_attempts() -> None:
     sim = started(max_attempts=1)
     for node_id in ("n0", "n1") * 3:

@@ -216,6 +216,15 @@ def test_a_start_first_rollback_keeps_the_old_tasks_and_loses_none() -> None:
     assert state(sim) == "ROLLBACK_COMPLETED"
 
 
+def test_failures_of_the_old_spec_in_its_first_life_do_not_count_against_a_rollback() -> None:
+    sim = started(1, failure_action=pb.ROLLBACK)
+    sim.report(sim.running("web")[0], pb.TASK_FAILED)
+    sim.run()
+    sim.set_image("web", "web:2")
+    work(sim, 60, fate=is_new)
+    assert state(sim) == "ROLLBACK_COMPLETED"
+
+
 def test_a_failing_rollback_pauses() -> None:
     sim = started(2, failure_action=pb.ROLLBACK)
     sim.set_image("web", "web:2")
