@@ -279,21 +279,27 @@ def test_a_new_spec_supersedes_a_running_update() -> None:
     assert sim.service("web").update_status.spec_version == sim.service("web").spec_version
 
 
-def test_a_rollback_that_the_user_asked_for_uses_the_rollback_config() -> None:
-    sim = started(2)
+@pytest.mark.parametrize("named", [True, False])  # whether the API said which spec version it rolls back to
+def test_a_rollback_that_the_user_asked_for_uses_the_rollback_config(named: bool) -> None:
+    sim = started(4)
     sim.set_image("web", "web:2")
     sim.run()
     swapped = copy_of(sim.service("web"))
     swapped.spec.CopyFrom(sim.service("web").previous_spec)
     swapped.previous_spec.CopyFrom(sim.service("web").spec)
-    swapped.spec_version = sim.store.version + 1
+    swapped.spec_version = sim.service("web").previous_spec_version
     swapped.update_status.Clear()
     swapped.update_status.state = UpdateStatus.ROLLBACK_STARTED
+    swapped.update_status.started_at = sim.now
+    swapped.update_status.spec_version = swapped.spec_version if named else 0
     swapped.update_status.message = "manually requested rollback"
     swapped.spec.rollback.parallelism = 0
+    swapped.spec.rollback.max_failure_ratio = 0.25
     sim.commit((Update(swapped),))
-    assert min(work(sim, 20)) == 0  # both at once
-    assert images(sim) == ["web:1"] * 2
+    sim.settle()
+    doomed = next(task.id for task in sim.runnable("web") if task.spec.container.image == "web:1")
+    assert min(work(sim, 30, fate=lambda task: task.id == doomed)) == 0  # all at once, and one failure is tolerated
+    assert images(sim) == ["web:1"] * 4
     assert state(sim) == "ROLLBACK_COMPLETED"
 
 

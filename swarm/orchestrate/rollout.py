@@ -193,7 +193,8 @@ def _fail(view: View, progress: list[Progress], config: UpdateConfig) -> bool:
     monitor_s = config.monitor_s if config.HasField("monitor_s") else MONITOR_S
     failed = [task for item in progress for task in item.fresh if _has_failed(task, monitor_s)]
     status = view.service.update_status
-    if not failed or len(failed) / max(1, status.slots) <= config.max_failure_ratio:
+    slots = status.slots or len(view.slots) or 1  # a rollback that the user asked for comes without a count
+    if not failed or len(failed) / slots <= config.max_failure_ratio:
         return False
     service = copy_of(view.service)
     rolling_back = status.state == UpdateStatus.ROLLBACK_STARTED
