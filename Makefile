@@ -28,7 +28,7 @@ bench: install
 	$(PYTHON) -m tests.bench.scale
 
 test-vm: install
-	tests/vm/run
+	$(PYTHON) -m tests.vm -- $(CURDIR)/$(PYTHON) -m pytest -q -p no:cacheprovider tests/test_vm.py
 
 # What is missing is installed once; the stamp is newer than pyproject.toml then.
 install: $(VENV)/.installed

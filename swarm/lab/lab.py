@@ -4,6 +4,7 @@ and daemon, joined by a bridge. Nothing is simulated; a lab is also the base of 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import shutil
@@ -199,7 +200,7 @@ def _sweep(name: str) -> None:
     (RUN_ROOT / f"{name}.lock").unlink(missing_ok=True)
     for root in (RUN_ROOT, STATE_ROOT):
         for directory in (root, root.parent):
-            if directory.is_dir() and not any(directory.iterdir()):
+            with contextlib.suppress(OSError):  # others are in it, it is gone, or it is a mount point
                 directory.rmdir()
 
 
