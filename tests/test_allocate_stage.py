@@ -143,12 +143,21 @@ def test_each_task_and_service_has_one_address_per_network() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "joined"),
-    [([], ["ingress"]), (["a"], ["a"]), (["inner"], ["inner", "ingress"]), (["inner", "a"], ["inner", "a"])],
+    ("own", "port", "joined"),
+    [
+        ([], 0, ["ingress"]),
+        (["a"], 8000, ["a"]),
+        (["inner"], 0, ["inner"]),
+        (["inner"], 8000, ["inner", "ingress"]),
+        (["inner", "a"], 8000, ["inner", "a"]),
+    ],
 )
-def test_a_task_without_a_way_out_joins_the_ingress_network(own: list[str], joined: list[str]) -> None:
+def test_a_task_joins_the_ingress_network_only_when_it_must(own: list[str], port: int, joined: list[str]) -> None:
     inner = network("inner", internal=True)
-    sim = Simulation(node("n1"), network("ingress", ingress=True), network("a"), inner, service("web", 1, own))
+    web = service("web", 1, own)
+    if port:
+        web.spec.endpoint.ports.add(target_port=80, published_port=port)
+    sim = Simulation(node("n1"), network("ingress", ingress=True), network("a"), inner, web)
     sim.settle()
     assert [leg.network_id for leg in sim.tasks("web")[0].networks] == joined
     assert [vip.network_id for vip in sim.service("web").endpoint.virtual_ips] == own

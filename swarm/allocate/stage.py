@@ -88,12 +88,15 @@ def _allocate_networks(store: Store) -> Iterator[Group]:
 # ---------------------------------------------------------------- services
 
 
-def attachments(store: Store, spec: TaskSpec) -> list[tuple[str, list[str]]]:
-    """The networks that tasks of this spec join, as (network ID, aliases), in order: its own, and the ingress
-    network when none of its own leads out of the cluster."""
+def attachments(store: Store, spec: TaskSpec, publishes: bool) -> list[tuple[str, list[str]]]:
+    """The networks that tasks of this spec join, as (network ID, aliases), in order: its own; and the ingress
+    network when it has none, or publishes ports and all of its own are internal. A service that is on internal
+    networks only and publishes nothing stays there: it has no way out."""
     joined = [(config.network_id, list(config.aliases)) for config in spec.networks]
     known = [store.networks.get(network_id) for network_id, _ in joined]
     if any(network is not None and not network.spec.internal for network in known):
+        return joined
+    if joined and not publishes:
         return joined
     ingress = ingress_network(store)
     if ingress is not None and all(network_id != ingress.id for network_id, _ in joined):
@@ -224,7 +227,9 @@ def _allocated_task(store: Store, task: Task, now: float, hosts: HostsCache) -> 
     """The task with one address per network, PENDING; or why it cannot have them."""
     made = copy_of(task)
     del made.networks[:]
-    for network_id, aliases in attachments(store, task.spec):
+    service = store.services.get(task.service_id)
+    publishes = service is not None and bool(service.endpoint.spec.ports)
+    for network_id, aliases in attachments(store, task.spec, publishes):
         network = store.networks.get(network_id)
         why = _why_unusable(network, network_id)
         if why is not None or network is None:
@@ -233,7 +238,6 @@ def _allocated_task(store: Store, task: Task, now: float, hosts: HostsCache) -> 
         if address is None:
             return hosts.of(network).exhausted()
         made.networks.add(network_id=network_id, address=address, aliases=aliases)
-    service = store.services.get(task.service_id)
     if service is not None:
         made.endpoint.CopyFrom(service.endpoint.spec)
     made.status.Clear()
