@@ -176,7 +176,7 @@ def run(config: DaemonConfig) -> None:
     lock = hold_lock(config.run_dir / "daemon.lock")
     if lock is None:
         sys.exit(f"another pyswarm daemon uses {config.run_dir}: give this one another --run-dir and --state-dir")
-    prepare_mount_namespace(config.run_dir)
+    prepare_mount_namespace(config.run_dir, config.runtime)
     # A task costs a few descriptors (pidfd, netlink, log): the usual soft limit of 1,024 would hold some 200.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
