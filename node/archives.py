@@ -53,24 +53,24 @@ def _oci(path: Path, text: bytes) -> list[ArchiveImage]:
         names = (parse_reference(full).tagged,) if full else ()
         ref = notes.get(_REF_NAME, "")
         if len(entries) > 1 and not ref:
-            raise ImageFault(f"{path.name} holds several images without names: save them one by one", "invalid")
+            raise ImageFault("the archive holds several images without names: save them one by one", "invalid")
         images.append(ArchiveImage(f"oci-archive:{path}" + (f":{ref}" if ref else ""), names))
     return images
 
 
 def read_archive(path: Path) -> list[ArchiveImage]:
-    """The images of an archive. Raises ImageFault(invalid) for a file that is none."""
+    """The images of an archive. Raises ImageFault(invalid) for a file that is none; it speaks
+    of "the archive", since the file may be a copy whose name means nothing to the user."""
     try:
         with tarfile.open(path) as tar:
             docker = _member(tar, "manifest.json")
             index = _member(tar, "index.json") if docker is None else None
         images = _docker(path, docker) if docker is not None else _oci(path, index) if index is not None else []
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ImageFault(f"{path.name} is not an image archive: {error}", "invalid") from None
+        why = " ".join(str(error).split())  # tarfile lists every compression it tried, one a line
+        raise ImageFault(f"it is not an image archive: {why}", "invalid") from None
     except (ValueError, AttributeError, TypeError) as error:
-        raise ImageFault(f"{path.name}: damaged index: {error}", "invalid") from None
+        raise ImageFault(f"its index is damaged: {error}", "invalid") from None
     if not images:
-        raise ImageFault(
-            f"{path.name} is not an image archive: neither manifest.json nor index.json names an image", "invalid"
-        )
+        raise ImageFault("it is not an image archive: neither manifest.json nor index.json names an image", "invalid")
     return images

@@ -239,21 +239,19 @@ class ImageStore:
         Returns the names. Raises ImageFault."""
         images = await asyncio.to_thread(archives.read_archive, archive)
         if name and len(images) != 1:
-            raise ImageFault(f"{archive.name} holds {len(images)} images: load it without giving a name", "invalid")
+            raise ImageFault(f"the archive holds {len(images)} images: load it without giving a name", "invalid")
         loaded: list[str] = []
         for image in images:
             names = (parse_reference(name).tagged,) if name else image.names
             if not names:
-                raise ImageFault(f"{archive.name} does not say the image's name: give one with --name", "invalid")
+                raise ImageFault("the archive does not say the image's name: give one with --name", "invalid")
             for target in names:
                 done = await self._skopeo(
                     "copy", image.source, self._storage_name(target), timeout_s=LOCAL_TIMEOUT_S, on_line=progress
                 )
                 if done.code != 0:
                     kind, reason = registry.classify(done.errors.decode(errors="replace"))
-                    raise ImageFault(
-                        f"cannot load {archive.name}: {reason}", "no_space" if kind == "no_space" else "invalid"
-                    )
+                    raise ImageFault(reason, "no_space" if kind == "no_space" else "invalid")
                 loaded.append(parse_reference(target).familiar)
         return loaded
 

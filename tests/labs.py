@@ -153,11 +153,11 @@ def load_web_image(directory: Path) -> None:
 
 
 @contextmanager
-def lab_up(name: str, managers: int, workers: int) -> Iterator[Lab]:
+def lab_up(name: str, managers: int, workers: int, insecure_registries: Sequence[str] = ()) -> Iterator[Lab]:
     """A lab for the time of the block; one that an aborted run left behind is removed first."""
     if name in lab.names():
         lab.down(name)
-    lab.up(name, managers, workers, say=lambda line: None)
+    lab.up(name, managers, workers, lambda line: None, insecure_registries)
     try:
         yield Lab(lab.load(name))
     finally:

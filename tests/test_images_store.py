@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import json
-import socket
 import subprocess
 import tarfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,86 +22,19 @@ from proto import local_pb2 as pb
 from proto import local_pb2_grpc
 from tests.containers import scratch_directory
 from tests.images import build_tool_image, build_web_image
-from tests.waiting import wait_until
+from tests.registries import Registry, registry_up, tool
 
 pytestmark = pytest.mark.root
-
-PASSWORD_HASH = "user:$2b$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a"
-"""htpasswd -B of "secret"."""
-
-
-def tool(*argv: str | Path) -> None:
-    subprocess.run(argv, check=True, timeout=60)
 
 
 def quiet(_line: str) -> None:
     return None
 
 
-@dataclass(frozen=True)
-class Registry:
-    address: str
-    directory: Path
-
-    auth: str = base64.b64encode(json.dumps({"username": "user", "password": "secret"}).encode()).decode()
-    wrong: str = base64.b64encode(json.dumps({"username": "user", "password": "wrong"}).encode()).decode()
-
-    def push(self, archive: Path, name: str) -> None:
-        target = f"docker://{self.address}/{name}"
-        login = ("--dest-creds", "user:secret", "--dest-tls-verify=false", "--preserve-digests")
-        tool("skopeo", "copy", "-q", *login, f"oci-archive:{archive}", target)
-
-    def push_list(self, name: str, digest: str, size: int) -> str:
-        """A manifest list whose only member is `digest`; returns its own digest."""
-        body = json.dumps(
-            {
-                "schemaVersion": 2,
-                "mediaType": "application/vnd.oci.image.index.v1+json",
-                "manifests": [
-                    {
-                        "mediaType": "application/vnd.oci.image.manifest.v1+json",
-                        "digest": digest,
-                        "size": size,
-                        "platform": {"architecture": architecture, "os": "linux"},
-                    }
-                    for architecture in ("amd64", "arm64")
-                ],
-            }
-        )
-        url = f"http://{self.address}/v2/{name.replace(':', '/manifests/')}"
-        kind = "Content-Type: application/vnd.oci.image.index.v1+json"
-        tool("curl", "-sf", "-u", "user:secret", "-X", "PUT", "--data-binary", body, "-H", kind, url)
-        return "sha256:" + hashlib.sha256(body.encode()).hexdigest()
-
-
 @pytest.fixture(scope="module")
 def registry() -> Iterator[Registry]:
-    with scratch_directory() as directory, closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        (directory / "htpasswd").write_text(PASSWORD_HASH + "\n")
-        (directory / "config.yml").write_text(
-            f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {directory}/data}}}}\n"
-            f"http: {{addr: '127.0.0.1:{port}'}}\n"
-            f"auth: {{htpasswd: {{realm: test, path: {directory}/htpasswd}}}}\n"
-        )
-        log = (directory / "log").open("wb")
-        process = subprocess.Popen(
-            ["docker-registry", "serve", str(directory / "config.yml")], stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            wait_until(lambda: _listens(port), what="the registry")
-            yield Registry(f"127.0.0.1:{port}", directory)
-        finally:
-            process.kill()
-            process.wait(10)
-            log.close()
-
-
-def _listens(port: int) -> bool:
-    with closing(socket.socket()) as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+    with registry_up("127.0.0.1") as made:
+        yield made
 
 
 @pytest.fixture

@@ -105,7 +105,10 @@ def load(archive: str | None, name: str, quiet: bool) -> None:
     except OSError as error:
         raise Failure(f"cannot read {archive}: {error.strerror}") from None
     with source as stream:
-        last = _show(_load(client, stream, name), quiet)
+        try:
+            last = _show(_load(client, stream, name), quiet)
+        except ApiFailure as failure:
+            raise Failure(f"cannot load {archive or 'standard input'}: {failure.message}") from None
     for found in last.names:
         click.echo(f"Loaded image: {without_digest(found)}")
 

@@ -54,9 +54,13 @@ def _print_nodes(plan: Plan) -> None:
 @click.argument("name", default=DEFAULT_NAME)
 @click.option("--managers", default=3, show_default=True, help="Hosts m1, m2, ... that replicate the swarm's state.")
 @click.option("--workers", default=2, show_default=True, help="Hosts w1, w2, ... that only run tasks.")
-def up(name: str, managers: int, workers: int) -> None:
+@click.option(
+    "--insecure-registry", "insecure", multiple=True, metavar="HOST[:PORT]",
+    help="Registry that every host speaks to unverified.",
+)  # fmt: skip
+def up(name: str, managers: int, workers: int, insecure: tuple[str, ...]) -> None:
     """Make a lab, or complete it: run again, it changes nothing that is right."""
-    _guard(lambda: labs.up(name, managers, workers, say=lambda line: click.echo(line, err=True)))
+    _guard(lambda: labs.up(name, managers, workers, lambda line: click.echo(line, err=True), insecure))
     _print_nodes(labs.load(name))
 
 

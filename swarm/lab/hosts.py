@@ -57,13 +57,14 @@ def entering(host: Host) -> list[str]:
     return ["nsenter", f"--net={host.netns_path}", f"--uts={host.uts_path}", "--"]
 
 
-def start_daemon(host: Host) -> None:
+def start_daemon(plan: Plan, host: Host) -> None:
     """Start the host's daemon, detached, unless it runs."""
     if daemon_pids(host):
         return
     argv = [sys.executable, "-m", "swarm.cli.main", "daemon"]
     argv += ["--state-dir", str(host.state_dir), "--run-dir", str(host.run_dir)]
     argv += ["--cgroup-parent", host.cgroup, "--image-store", IMAGE_STORE]
+    argv += [word for registry in plan.insecure_registries for word in ("--insecure-registry", registry)]
     host.state_dir.mkdir(parents=True, exist_ok=True)
     with open(host.log, "ab") as log:
         subprocess.Popen(

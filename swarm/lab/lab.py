@@ -60,7 +60,8 @@ def load(name: str) -> Plan:
     except FileNotFoundError:
         known = ", ".join(names()) or "none"
         raise LabError(f"no such lab: {name} (there are: {known}); make it with `pyswarm lab up {name}`") from None
-    return Plan(raw["name"], raw["subnet"], tuple(Host(**host) for host in raw["hosts"]))
+    registries = tuple(raw.get("insecure_registries", ()))  # absent in the file of a lab of an older version
+    return Plan(raw["name"], raw["subnet"], tuple(Host(**host) for host in raw["hosts"]), registries)
 
 
 def find_host(plan: Plan, name: str) -> Host:
@@ -77,8 +78,9 @@ def _save(plan: Plan) -> None:
     temporary.replace(plan.state_dir / "lab.json")
 
 
-def up(name: str, managers: int, workers: int, say: Say) -> list[Node]:
+def up(name: str, managers: int, workers: int, say: Say, insecure_registries: Sequence[str] = ()) -> list[Node]:
     """Make the lab as wanted, start what does not run, join what has not joined; returns the nodes.
+    `insecure_registries`: host[:port] that all hosts speak to unverified; none given = as the lab has it.
     A lab that did not exist before is taken down again if anything fails or the user interrupts."""
     if not NAME.match(name):
         raise LabError(f"lab name {name!r}: use up to 20 lower-case letters, digits and dashes, a letter first")
@@ -86,7 +88,7 @@ def up(name: str, managers: int, workers: int, say: Say) -> list[Node]:
         raise LabError(f"a lab has 1 to {HOSTS_MAX} hosts, at least one of them a manager")
     with _locked(name):
         existed = name in names()
-        plan = _planned(name, managers, workers)
+        plan = _planned(name, managers, workers, tuple(insecure_registries))
         try:
             return _bring_up(plan, say)
         except BaseException:
@@ -97,13 +99,13 @@ def up(name: str, managers: int, workers: int, say: Say) -> list[Node]:
             raise
 
 
-def _planned(name: str, managers: int, workers: int) -> Plan:
+def _planned(name: str, managers: int, workers: int, insecure: tuple[str, ...]) -> Plan:
     if name not in names():
         used = [item["dst"] for item in run_json("ip", "-j", "-4", "route") if item["dst"] != "default"]
         subnet = free_subnet([*used, *(load(other).subnet for other in names())])
         if subnet is None:
             raise LabError("no free subnet for a lab in 192.168.200.0/24 to 192.168.249.0/24: take a lab down first")
-        return Plan(name, subnet, wanted_hosts(name, subnet, managers, workers))
+        return Plan(name, subnet, wanted_hosts(name, subnet, managers, workers), insecure)
     plan = load(name)
     wanted = wanted_hosts(name, plan.subnet, managers, workers)
     surplus = [host.name for host in plan.hosts if host not in wanted]
@@ -111,7 +113,10 @@ def _planned(name: str, managers: int, workers: int) -> Plan:
         raise LabError(
             f"lab {name} has more hosts than asked for ({' '.join(surplus)}): `pyswarm lab down {name}` first"
         )
-    return Plan(name, plan.subnet, wanted)
+    if insecure and insecure != plan.insecure_registries:
+        had = " ".join(plan.insecure_registries) or "none"
+        raise LabError(f"lab {name} was made with other insecure registries ({had}): `pyswarm lab down {name}` first")
+    return Plan(name, plan.subnet, wanted, plan.insecure_registries)
 
 
 def _bring_up(plan: Plan, say: Say) -> list[Node]:
@@ -119,7 +124,7 @@ def _bring_up(plan: Plan, say: Say) -> list[Node]:
     _lay_underlay(plan)
     for host in plan.hosts:
         hosts.plug_in(plan, host)
-        hosts.start_daemon(host)
+        hosts.start_daemon(plan, host)
     say(f"{len(plan.hosts)} hosts on {plan.subnet}: {' '.join(host.name for host in plan.hosts)}")
     first = plan.hosts[0]
     for host in plan.hosts:
@@ -228,14 +233,14 @@ def load_image(archive: Path) -> list[str]:
     try:
         return asyncio.run(store.load(archive, "", lambda line: None))
     except ImageFault as fault:
-        raise LabError(str(fault)) from None
+        raise LabError(f"cannot load {archive}: {fault}") from None
 
 
 def start(plan: Plan, host: Host) -> None:
     """Power on: what `kill` ended runs again."""
     with _locked(plan.name):
         hosts.plug_in(plan, host)
-        hosts.start_daemon(host)
+        hosts.start_daemon(plan, host)
         client.wait_for_daemon(host)
 
 

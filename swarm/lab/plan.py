@@ -77,6 +77,8 @@ class Plan:
     name: str
     subnet: str
     hosts: tuple[Host, ...]
+    insecure_registries: tuple[str, ...] = ()
+    """What every daemon gets as --insecure-registry."""
 
     @property
     def bridge(self) -> str:
