@@ -266,7 +266,7 @@ async def test_megabytes_reach_a_member_that_was_away(make: Make) -> None:
     await away.restart()
     await until(lambda: away.machine.entries == rest[0].machine.entries and len(away.machine.entries) == 36)
     assert away.node._engine is not None
-    assert away.node._engine.compaction.installed == 1
+    assert away.node._engine.compaction.installed >= 1
 
 
 async def test_damaged_files_are_refused_with_the_way_out(make: Make) -> None:

@@ -29,8 +29,10 @@ class RaftConfig:
     """Must be under a third of `election_min_s`: three lost heartbeats do not cost the leader its office."""
     leader_fallback_s: float = 2.0
     """A leader that has not heard a quorum for this long steps down (check-quorum)."""
-    tick_s: float = 0.05
-    """Resolution of the timers; messages and proposals do not wait for it."""
+    tick_min_s: float = 0.01
+    tick_max_s: float = 0.25
+    """The timer fires when the engine next has something to do by the clock, but no sooner and no later than
+    this; messages and proposals do not wait for it."""
     pre_vote_retry_s: float = 0.15
     """Between two rounds of asking whether an election could be won, plus as much again at random."""
     leader_gone_s: float = 0.3

@@ -274,6 +274,12 @@ class Engine:
         self._outbox.append((node_id, frame))
         self._outbox_bytes[node_id] = self._outbox_bytes.get(node_id, 0) + frame.ByteSize()
 
+    def rest_s(self) -> float:
+        """How long this member has nothing to do by the clock."""
+        if self.kernel.leads():
+            return self.kernel.heartbeat_at() - self._clock()
+        return self.kernel.deadline() - self._clock()
+
     # ---- a turn
 
     def pump(self) -> None:
@@ -289,10 +295,19 @@ class Engine:
             self.kernel.take_snapshot()
         self._work()
         self.reads.step(self.is_leader(), self.not_leading)
+        self._release()
+
+    def _release(self) -> None:
+        """Let the frames of this turn go; of its acknowledgements the one that reaches furthest says it all."""
         outbox, self._outbox = self._outbox, []
         self._outbox_bytes.clear()
+        furthest: dict[str, RaftFrame] = {}
         for node_id, frame in outbox:
-            self._network.send(node_id, frame)
+            if frame.success and (node_id not in furthest or frame.next_index > furthest[node_id].next_index):
+                furthest[node_id] = frame
+        for node_id, frame in outbox:
+            if not frame.success or furthest[node_id] is frame:
+                self._network.send(node_id, frame)
 
     def _work(self) -> None:
         """The kernel counts its own log as durable when it commits: so the log is synced before each tick."""

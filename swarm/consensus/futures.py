@@ -10,7 +10,8 @@ from swarm.errors import OutcomeUnknown, SwarmError
 
 async def answer(future: asyncio.Future[bytes], timeout_s: float) -> bytes:
     try:
-        return await asyncio.wait_for(future, timeout_s)
+        async with asyncio.timeout(timeout_s):
+            return await future
     except TimeoutError:
         raise OutcomeUnknown(
             f"no quorum answered within {timeout_s:g} s: the change may or may not be stored; retry"

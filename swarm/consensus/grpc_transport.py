@@ -35,6 +35,8 @@ DEAD_AFTER_S = 1.5
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.03, 1.0
 QUEUE_FRAMES_MAX = 20_000
 """A backstop; the engine stops sending at SEND_WINDOW_BYTES."""
+CANCEL_EVERY_S = 0.1
+"""Between attempts to end a task whose cancellation met another end and was swallowed."""
 REMOVE_TIMEOUT_S = 10.0
 REDIRECTS_MAX = 3
 """Hints about who leads that are followed before giving up: leadership moves, but not that fast."""
@@ -105,7 +107,8 @@ class _Peer:
         channel = self._transport.open_channel(self.member.addr)
         try:
             call = RaftStub(channel).Stream()
-            await asyncio.wait_for(self._hello(call), DEAD_AFTER_S)
+            async with asyncio.timeout(DEAD_AFTER_S):
+                await self._hello(call)
             self._up()
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._read(call))
@@ -168,10 +171,10 @@ class GrpcTransport(RaftServicer):
         self._peer_id = peer_id
         self._receiver: Receiver | None = None
         self._peers: dict[str, _Peer] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._closing: set[asyncio.Task[Any]] = set()
         self._incoming: dict[str, int] = {}
         self._heard_at_s: dict[str, float] = {}
-        self._streams: set[asyncio.Task[object]] = set()
+        self._streams: set[asyncio.Task[Any]] = set()
         self._is_closed = False
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -217,9 +220,10 @@ class GrpcTransport(RaftServicer):
         self._is_closed = True
         self._receiver = None
         self.set_peers(frozenset())
-        for stream in self._streams:
-            stream.cancel()
-        await asyncio.gather(*self._closing, *self._streams, return_exceptions=True)
+        while tasks := self._closing | self._streams:
+            for task in tasks:
+                task.cancel()  # again, if it was swallowed where it met another end
+            await asyncio.wait(tasks, timeout=CANCEL_EVERY_S)
 
     # ---- what peers report
 

@@ -94,7 +94,7 @@ class Kernel:
 
         settings = SyncObjConf(
             autoTick=False,
-            appendEntriesUseBatch=False,
+            appendEntriesUseBatch=True,
             appendEntriesPeriod=config.heartbeat_s,
             raftMinTimeout=config.election_min_s,
             raftMaxTimeout=config.election_max_s,
@@ -158,11 +158,20 @@ class Kernel:
         """When the silence of leaders has lasted too long."""
         return float(self._get("raftElectionDeadline"))
 
+    def heartbeat_at(self) -> float:
+        """Leader only: when it is to say something even if there is nothing to say."""
+        return float(self._get("newAppendEntriesTime"))
+
     # ---- what it is told
 
     def tick(self) -> None:
+        """One turn. What it added to the log, or found to be committed, is sent at the next one, not
+        only with the next heartbeat: so commands that arrive together share a message."""
         bindings.enter(self._host)
+        before = (self._host.journal.last_index, self.commit())
         self._core.doTick(0.0)
+        if self.leads() and before != (self._host.journal.last_index, self.commit()):
+            self._set("newAppendEntriesTime", float("-inf"))
 
     def deliver(self, sender: MemberId, message: Message) -> None:
         bindings.enter(self._host)

@@ -149,6 +149,7 @@ class RaftNode:
             self._fatal(f"an error inside consensus, after which its memory cannot be trusted: {error!r}")
         if engine.turns_wanted:
             self.want_turn()
+        self._set_timer()
         self._tell_leadership(engine.is_leader())
         for watcher in self._watchers:
             if not watcher[1].done() and watcher[0]():
@@ -158,7 +159,7 @@ class RaftNode:
     def _on_timer(self) -> None:
         if self._engine is None:
             return
-        self._timer = asyncio.get_running_loop().call_later(self._config.tick_s, self._on_timer)
+        self._timer = None
         now = self._clock()
         if now >= self._next_disk_check_s:
             self._next_disk_check_s = now + DISK_CHECK_S
@@ -171,6 +172,17 @@ class RaftNode:
             self._next_join_s = now + self._config.join_retry_s
             self.spawn("join", self._ask_again)
         self.want_turn()
+
+    def _set_timer(self) -> None:
+        """For when the engine next has something to do; left alone if that is not sooner than it is set for."""
+        loop = asyncio.get_running_loop()
+        rest_s = 0.001 + self.running().rest_s()  # the kernel wants its moment to have passed
+        at = loop.time() + min(max(rest_s, self._config.tick_min_s), self._config.tick_max_s)
+        if self._timer is not None:
+            if self._timer.when() <= at + self._config.tick_min_s:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_at(at, self._on_timer)
 
     def spawn(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         """Run in the background, one of each name."""
@@ -201,7 +213,8 @@ class RaftNode:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._watchers.append((condition, future))
         try:
-            await asyncio.wait_for(future, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await future
         except TimeoutError:
             return False
         return True
@@ -262,7 +275,8 @@ class RaftNode:
         engine.reads.add(partial(settle, future))
         self.want_turn()
         try:
-            await asyncio.wait_for(future, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await future
         except TimeoutError:
             raise NoLeader(f"no quorum confirmed within {timeout_s:g} s that this manager leads; try again") from None
 
