@@ -35,6 +35,7 @@ from tests.cli_servers import (
     running_tasks,
     serving,
 )
+from tests.waiting import INTERRUPTIBLE
 
 Status = grpc.StatusCode
 
@@ -255,7 +256,8 @@ def test_ctrl_c_leaves_with_a_hint(host: Host) -> None:
 
     host.manager.answers["WatchService"] = never
     socket = f"unix://{host.run_dir / 'pyswarm.sock'}"
-    command = [sys.executable, "-m", "swarm.cli.main", "-H", socket, "service", "update", "--force", "web"]
+    words = ["swarm.cli.main", "-H", socket, "service", "update", "--force", "web"]
+    command = [*INTERRUPTIBLE, sys.executable, "-m", *words]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
     )

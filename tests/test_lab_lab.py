@@ -13,6 +13,7 @@ import pytest
 from swarm.lab import hosts, lab
 from swarm.lab.plan import free_subnet, partition_rules, wanted_hosts
 from tests.labs import Lab, wait_for
+from tests.waiting import INTERRUPTIBLE
 
 UP = [sys.executable, "-m", "swarm.cli.main", "lab", "up"]
 
@@ -67,7 +68,9 @@ def test_two_labs_side_by_side_and_nothing_is_left(web_image: str) -> None:
 
 @pytest.mark.lab
 def test_ctrl_c_in_up_leaves_nothing() -> None:
-    process = subprocess.Popen([*UP, "broken", "--managers", "3", "--workers", "1"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*INTERRUPTIBLE, *UP, "broken", "--managers", "3", "--workers", "1"], stderr=subprocess.PIPE, text=True
+    )
     wait_for(lambda: len([line for line in traces("broken") if "process" in line]) >= 2, 30, "daemons start")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

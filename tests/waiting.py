@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 
 POLL_S = 0.01
+INTERRUPTIBLE = ("env", "--default-signal=INT")
+"""In front of a command that a test interrupts: whoever runs the tests in the background has Ctrl-C ignored."""
 
 
 async def until(condition: Callable[[], object], timeout_s: float = 20, what: str = "condition") -> None:
