@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,25 +59,36 @@ def test_two_labs_side_by_side_and_nothing_is_left(web_image: str) -> None:
         assert hosts.daemon_pids(left.host("m1")) == pids
         assert left.run("w1", "hostname").strip() == "w1"
     finally:
-        for name in ("left", "right"):
-            if name in lab.names():
-                lab.down(name)
+        _remove("left")
+        _remove("right")
     assert traces("left") + traces("right") == []
     assert _out("ip", "-o", "link").count("\n") == links_before
     assert _out("nft", "list", "tables") == tables_before
 
 
+@pytest.fixture
+def broken() -> Iterator[str]:
+    """The name of a lab that does not exist, before and after."""
+    _remove("broken")
+    yield "broken"
+    _remove("broken")
+
+
+def _remove(name: str) -> None:
+    if name in lab.names():
+        lab.down(name)
+
+
 @pytest.mark.lab
-def test_ctrl_c_in_up_leaves_nothing() -> None:
-    process = subprocess.Popen(
-        [*INTERRUPTIBLE, *UP, "broken", "--managers", "3", "--workers", "1"], stderr=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: len([line for line in traces("broken") if "process" in line]) >= 2, 30, "daemons start")
+def test_ctrl_c_in_up_leaves_nothing(broken: str) -> None:
+    command = [*INTERRUPTIBLE, *UP, broken, "--managers", "3", "--workers", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len([line for line in traces(broken) if "process" in line]) >= 2, 30, "daemons start")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "Traceback" not in errors
-    assert traces("broken") == []
+    assert traces(broken) == []
 
 
 @pytest.mark.root
