@@ -195,8 +195,9 @@ table ip {table} {{
 
 def down(name: str) -> None:
     """Remove the lab and everything of it."""
+    plan = load(name)
     with _locked(name):
-        _take_down(load(name))
+        _take_down(plan)
         _sweep(name)
 
 
