@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from swarm.consensus.sanitizer import View, judge, may_win
@@ -46,8 +46,11 @@ def cases(draw: st.DrawFn) -> tuple[View, Log, list[int], dict[str, Any]]:
     common = draw(st.integers(2, len(leader)))
     own = leader[:common] + [draw(st.integers(leader[common - 1], 5)) for _ in range(draw(st.integers(0, 4)))]
     first = draw(st.integers(1, common - 1))
-    log = Log(first, sorted(own[:common]) + sorted(own[common:]))
-    log.terms = log.terms[first - 1 :]
+    own = own[:common] + sorted(own[common:])
+    parted = next((at for at, (one, other) in enumerate(zip(own, leader, strict=False)) if one != other), len(own))
+    for one, other in zip(own[parted:], leader[parted:], strict=False):
+        assume(one != other)  # the same index and term mean the same entry, and the same entries before it
+    log = Log(first, own[first - 1 :])
     decided = draw(st.integers(first, common))
     previous = draw(st.integers(1, len(leader)))
     count = draw(st.integers(0, len(leader) - previous))

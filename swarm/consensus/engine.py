@@ -8,11 +8,8 @@ leaves, and a turn costs one fdatasync however much it carries.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import structlog
 
@@ -22,35 +19,25 @@ from swarm.consensus.bindings import Host
 from swarm.consensus.compaction import Compaction
 from swarm.consensus.config import (
     PROPOSAL_BYTES_MAX,
-    PROPOSALS_BYTES_MAX,
-    PROPOSALS_MAX,
     SEND_WINDOW_BYTES,
     RaftConfig,
 )
 from swarm.consensus.election import Election
 from swarm.consensus.faults import Fatal
 from swarm.consensus.interface import Member, StateMachine
-from swarm.consensus.kernel import DENIED, DISCARDED, MISSING_LEADER, QUEUE_FULL, SUCCESS, Callback, Kernel, Message
+from swarm.consensus.kernel import Kernel, Message
 from swarm.consensus.membership import MemberId, member, member_id, node_id_of
+from swarm.consensus.proposals import Done, Proposals
 from swarm.consensus.reads import Reads
 from swarm.consensus.sanitizer import View, judge
 from swarm.consensus.storage import Storage
 from swarm.consensus.transport import Network
-from swarm.errors import Busy, Invalid, NoLeader, OutcomeUnknown, SwarmError
+from swarm.errors import Busy, Invalid, NoLeader
 
 TICKS_PER_TURN = 4
 """A turn lets the kernel work until nothing changes, but no more often than this: the rest waits for the next turn."""
 
-Done = Callable[[bytes | SwarmError], None]
-
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class _Proposal:
-    number: int
-    command: bytes
-    done: Done
 
 
 class Engine:
@@ -90,10 +77,7 @@ class Engine:
         self._inbox: deque[tuple[str, RaftFrame]] = deque()
         self._outbox: list[tuple[str, RaftFrame]] = []
         self._outbox_bytes: dict[str, int] = {}
-        self._queue: list[_Proposal] = []
-        self._pending: dict[int, _Proposal] = {}
-        self._pending_bytes = 0
-        self._proposed = 0
+        self._proposals = Proposals(self.not_leading)
         self._lost_leadership = False
         self._voters: tuple[int, set[MemberId]] = (0, set())
         self.compaction = Compaction(
@@ -116,7 +100,7 @@ class Engine:
             snapshot_path=str(newest or "none"),
             said=self._said,
             apply=self._apply,
-            feed=self._feed,
+            feed=self._proposals.feed,
             on_leading=self._on_leading,
         )
         self.election = Election(
@@ -133,7 +117,7 @@ class Engine:
 
     def close(self) -> None:
         """Flush the log; nothing may be called after it. Callers still waiting are told that the outcome is open."""
-        self._sweep("this manager stops")
+        self._proposals.sweep("this manager stops")
         self.compaction.close()
         self.wal.close()
 
@@ -157,8 +141,8 @@ class Engine:
 
     def may_change_members(self) -> bool:
         """One change at a time: the one before must be applied here."""
-        changing = any(proposal.command[:1] == codec.MEMBERSHIP for proposal in self._queue)
-        return self.is_leader() and not changing and self.wal.last_change() <= self.kernel.applied()
+        waiting = self._proposals.changes_members()
+        return self.is_leader() and not waiting and self.wal.last_change() <= self.kernel.applied()
 
     def best_successor(self) -> MemberId | None:
         """A member that is up and has the whole log."""
@@ -189,9 +173,8 @@ class Engine:
             raise self.not_leading()
         if self.paused_because:
             raise Busy(f"{self.paused_because}; try again")
-        if len(self._queue) + len(self._pending) >= PROPOSALS_MAX or self._pending_bytes >= PROPOSALS_BYTES_MAX:
-            raise Busy("too many changes wait for the quorum already; try again in a moment")
-        self._enqueue(codec.entry_command(payload), done)
+        self._proposals.check_room()
+        self._proposals.add(codec.entry_command(payload), done)
 
     def change_members(self, operation: str, name: MemberId, done: Done) -> None:
         """ "add" or "rem". Raises NoLeader or Busy."""
@@ -199,12 +182,7 @@ class Engine:
             raise self.not_leading()
         if not self.may_change_members():
             raise Busy("another change of the managers is under way; try again in a moment")
-        self._enqueue(codec.membership_command(operation, name), done)
-
-    def _enqueue(self, command: bytes, done: Done) -> None:
-        self._proposed += 1
-        self._pending_bytes += len(command)
-        self._queue.append(_Proposal(self._proposed, command, done))
+        self._proposals.add(codec.membership_command(operation, name), done)
 
     def is_up(self, node_id: str) -> bool:
         """Whether frames to this peer are delivered."""
@@ -390,54 +368,14 @@ class Engine:
             self._connect()
         if self._lost_leadership:
             self._lost_leadership = False
-            self._sweep("leadership was lost")
+            self.kernel.forget_waiting()
+            self._proposals.sweep("leadership was lost")
 
     def _on_leading(self, leads: bool) -> None:
         if not leads:
             self._lost_leadership = True
         self._full.clear()
         self._connect()
-
-    # ---- proposals
-
-    def _feed(self, leads: bool) -> Iterator[tuple[bytes, Callback]]:
-        """The kernel asks for commands."""
-        queue, self._queue = self._queue, []
-        for proposal in queue:
-            if leads:
-                self._pending[proposal.number] = proposal
-                yield proposal.command, partial(self._answered, proposal.number)
-            else:
-                self._finish(proposal, self.not_leading())
-
-    def _answered(self, number: int, result: Any, reason: int) -> None:
-        proposal = self._pending.pop(number, None)
-        if proposal is None:
-            return
-        if reason == SUCCESS:
-            self._finish(proposal, b"" if result is None else result)
-        elif reason in (DISCARDED, MISSING_LEADER):
-            self._finish(proposal, NoLeader("another manager became leader before this was stored; try again"))
-        elif reason in (DENIED, QUEUE_FULL):
-            self._finish(proposal, Busy("the change could not be taken on now; try again"))
-        else:
-            self._finish(proposal, OutcomeUnknown("the leader changed: the change may or may not be stored; retry"))
-
-    def _finish(self, proposal: _Proposal, outcome: bytes | SwarmError) -> None:
-        self._pending_bytes -= len(proposal.command)
-        proposal.done(outcome)
-
-    def _sweep(self, why: str) -> None:
-        """Nobody waits for an answer that may never come."""
-        pending, self._pending = self._pending, {}
-        self.kernel.forget_waiting()
-        for proposal in pending.values():
-            self._finish(
-                proposal, OutcomeUnknown(f"{why} before a quorum answered: the change may or may not be stored; retry")
-            )
-        queue, self._queue = self._queue, []
-        for proposal in queue:
-            self._finish(proposal, NoLeader(f"{why} before the change was stored; try again"))
 
     def _apply(self, payload: bytes) -> bytes:
         try:
