@@ -11,7 +11,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -57,7 +57,24 @@ _ERRORS: dict[grpc.StatusCode, type[SwarmError]] = {
     grpc.StatusCode.ABORTED: OutcomeUnknown,
 }
 
+CLOSE_TIMEOUT_S = 2.0
+"""For a channel that is given up anyway."""
+_LOST = (TimeoutError, grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError)
+"""How gRPC says that a stream has ended."""
+
 log = structlog.get_logger()
+
+
+async def _not_cancelled_by_grpc(work: Awaitable[None]) -> None:
+    """A call that ended raises CancelledError in whoever uses it, although nobody cancelled the task; a TaskGroup
+    takes such a child for finished and would wait for the others for ever. Raises TimeoutError instead."""
+    try:
+        await work
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise TimeoutError("the call was cancelled") from None
 
 
 class _Peer:
@@ -70,7 +87,7 @@ class _Peer:
         self._transport = transport
         self._queue: deque[pb.RaftFrame] = deque()
         self._filled = asyncio.Event()
-        self._sent_at_s = 0.0
+        self._answered_at_s = 0.0
         self._is_closed = False
         self.task = asyncio.create_task(self._run())
 
@@ -92,8 +109,11 @@ class _Peer:
             started_s = time.monotonic()
             try:
                 await self._connect_once()
-            except* (TimeoutError, grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError) as ends:
+            except* _LOST as ends:
                 log.debug("no stream", peer=self.member.addr, reason=_first(ends))
+            except* Exception as ends:
+                # Whatever it was, a peer that is never dialled again would be worse.
+                log.warning("stream failed, connecting again", peer=self.member.addr, reason=repr(_first(ends)))
             finally:
                 self._down()
             if self._is_closed:
@@ -108,14 +128,15 @@ class _Peer:
         try:
             call = RaftStub(channel).Stream()
             async with asyncio.timeout(DEAD_AFTER_S):
-                await self._hello(call)
+                await _not_cancelled_by_grpc(self._hello(call))
             self._up()
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._read(call))
-                group.create_task(self._write(call))
-                group.create_task(self._watch(call))
+                group.create_task(_not_cancelled_by_grpc(self._read(call)))
+                group.create_task(_not_cancelled_by_grpc(self._write(call)))
+                group.create_task(self._watch())
         finally:
-            await channel.close()
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await channel.close()
 
     async def _hello(self, call: grpc.aio.StreamStreamCall[pb.RaftFrame, pb.RaftFrame]) -> None:
         await call.write(pb.RaftFrame(type="hello", round=time.monotonic_ns()))
@@ -124,6 +145,7 @@ class _Peer:
 
     async def _read(self, call: grpc.aio.StreamStreamCall[pb.RaftFrame, pb.RaftFrame]) -> None:
         while await call.read() is not grpc.aio.EOF:
+            self._answered_at_s = time.monotonic()
             self._transport.heard(self.member.node_id)
         raise TimeoutError("the peer closed the stream")
 
@@ -132,24 +154,26 @@ class _Peer:
             while self._queue:
                 frame = self._queue.popleft()
                 await call.write(frame)
-                self._sent_at_s = time.monotonic()
                 self.queued_bytes -= frame.ByteSize()
             self._transport.drained(self.member.node_id)
             self._filled.clear()
             await self._filled.wait()
 
-    async def _watch(self, call: grpc.aio.StreamStreamCall[pb.RaftFrame, pb.RaftFrame]) -> None:
-        """Ping when nothing else is said; give the stream up when nothing is heard. (The sleep is a period.)"""
+    async def _watch(self) -> None:
+        """Ping, and give the stream up when this very stream is not answered: that the peer's own stream to us is
+        alive says nothing about it. (The sleep is a period.)"""
         while True:
+            ping = pb.RaftFrame(type="ping")
+            self._queue.appendleft(ping)  # past what waits: it asks about the path, not about the backlog
+            self.queued_bytes += ping.ByteSize()
+            self._filled.set()
             await asyncio.sleep(PING_EVERY_S)
-            now = time.monotonic()
-            if not self._transport.reachable(self.member.node_id):
-                raise TimeoutError(f"nothing heard for {DEAD_AFTER_S:g} s")
-            if now - self._sent_at_s >= PING_EVERY_S:
-                self.send(pb.RaftFrame(type="ping"))
+            if time.monotonic() - self._answered_at_s > DEAD_AFTER_S:
+                raise TimeoutError(f"no answer on this stream for {DEAD_AFTER_S:g} s")
 
     def _up(self) -> None:
         self.is_up = True
+        self._answered_at_s = time.monotonic()
         self._transport.heard(self.member.node_id)
         self._transport.up(self.member.node_id)
 
