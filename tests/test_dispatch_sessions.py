@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 
 from proto import objects_pb2 as pb
-from proto.objects_pb2 import Network, NodeStatus, Task
+from proto.objects_pb2 import Network, Node, NodeStatus, Task
 from swarm.store.changes import Create, Remove, Update
 from swarm.store.store import Store
 from tests import fakes_dispatcher
@@ -127,6 +127,17 @@ async def test_a_new_leader_knows_nobody_but_declares_nobody_down() -> None:
         assert leader.state("n2") == NodeStatus.DOWN
         async with agent(leader):
             assert leader.state("n1") == NodeStatus.READY
+
+
+async def test_an_unknown_that_is_stored_after_the_node_came_back_does_not_stay() -> None:
+    """It was decided before the session opened, which found READY and so wrote nothing."""
+    async with leading(a_store()) as leader, agent(leader):
+        late = Node()
+        late.CopyFrom(leader.store.nodes.get("n1") or Node())
+        late.status.state = NodeStatus.UNKNOWN
+        leader.apply(Update(late))
+        assert leader.state("n1") == NodeStatus.UNKNOWN
+        await until(lambda: leader.state("n1") == NodeStatus.READY)
 
 
 async def test_who_does_not_lead_names_the_leader() -> None:

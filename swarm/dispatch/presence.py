@@ -143,6 +143,7 @@ class Presence:
                 await self._set_down(expired)
             for node_id in self._liveness.lost(now):
                 await self._orphan_tasks(node_id)
+            await self._set_ready()
 
     async def _set_down(self, node_ids: list[str]) -> None:
         """Returns once each is DOWN, removed, or back."""
@@ -152,6 +153,12 @@ class Presence:
             absent = [self._store.nodes.get(node_id) for node_id in node_ids if not self._is_connected(node_id)]
             if not await self._write([node for node in absent if node is not None], NodeStatus.DOWN, message):
                 return
+
+    async def _set_ready(self) -> None:
+        """Who is connected is READY. Its session says so when it opens, unless it finds that written already; an
+        UNKNOWN or DOWN that was decided before then may be stored only afterwards, and would stay."""
+        connected = [self._store.nodes.get(node_id) for node_id in self._sessions if self._is_connected(node_id)]
+        await self._write([node for node in connected if node is not None], NodeStatus.READY, "")
 
     async def _write(self, nodes: Sequence[Node], state: NodeStatus.State.ValueType, message: str) -> bool:
         """Give the nodes this state; False when all have it already."""
