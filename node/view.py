@@ -49,7 +49,7 @@ def host_state(mirror: Mirror, local: Local) -> HostState:
         index=local.index,
         vxlan_port=local.vxlan_port,
         networks=tuple(_overlay_network(n) for n in networks.values()),
-        peers=tuple(Peer(p.node_id, p.vtep_addr, p.index) for p in mirror.peers() if p.node_id != local.node_id),
+        peers=_peers(mirror, local),
         endpoints=tuple(
             RemoteEndpoint(e.network_id, e.address, e.node_id)
             for e in mirror.endpoints()
@@ -63,6 +63,16 @@ def host_state(mirror: Mirror, local: Local) -> HostState:
             if vip.network_id in networks
         ),
         published=_published(mirror, local, serving, networks),
+    )
+
+
+def _peers(mirror: Mirror, local: Local) -> tuple[Peer, ...]:
+    """The other nodes. One that is down and whose address another node has by now is no peer: its host left and
+    joined again, and until somebody removes the old node both stand in the list."""
+    others = [peer for peer in mirror.peers() if peer.node_id != local.node_id]
+    taken = {local.vtep} | {peer.vtep_addr for peer in others if not peer.down}
+    return tuple(
+        Peer(peer.node_id, peer.vtep_addr, peer.index) for peer in others if not (peer.down and peer.vtep_addr in taken)
     )
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from proto import objects_pb2 as proto_dot_objects__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14proto/dispatch.proto\x12\x07pyswarm\x1a\x13proto/objects.proto\"\xaf\x01\n\x0fNetworkEndpoint\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x12\n\nnetwork_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x12\n\nservice_id\x18\x05 \x01(\t\x12\x11\n\ttask_name\x18\x06 \x01(\t\x12\x0c\n\x04slot\x18\x07 \x01(\x04\x12\x0f\n\x07\x61liases\x18\x08 \x03(\t\x12\x0f\n\x07serving\x18\t \x01(\x08\"\xf4\x01\n\x0eNetworkService\x12\x12\n\nservice_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12#\n\x04mode\x18\x03 \x01(\x0e\x32\x15.pyswarm.EndpointMode\x12\'\n\x0bvirtual_ips\x18\x04 \x03(\x0b\x32\x12.pyswarm.VirtualIP\x12\"\n\x05ports\x18\x05 \x03(\x0b\x32\x13.pyswarm.PortConfig\x12\x1a\n\x12ingress_network_id\x18\x06 \x01(\t\x12\x32\n\x08networks\x18\x07 \x03(\x0b\x32 .pyswarm.NetworkAttachmentConfig\"@\n\x0bNetworkPeer\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x11\n\tvtep_addr\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\"\xd2\x01\n\x04Item\x12\x1d\n\x04task\x18\x01 \x01(\x0b\x32\r.pyswarm.TaskH\x00\x12#\n\x07network\x18\x02 \x01(\x0b\x32\x10.pyswarm.NetworkH\x00\x12,\n\x08\x65ndpoint\x18\x03 \x01(\x0b\x32\x18.pyswarm.NetworkEndpointH\x00\x12*\n\x07service\x18\x04 \x01(\x0b\x32\x17.pyswarm.NetworkServiceH\x00\x12$\n\x04peer\x18\x05 \x01(\x0b\x32\x14.pyswarm.NetworkPeerH\x00\x42\x06\n\x04item\"<\n\x10\x41ssignmentChange\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1b\n\x04item\x18\x02 \x01(\x0b\x32\r.pyswarm.Item\"i\n\x0b\x41ssignments\x12\x10\n\x08snapshot\x18\x01 \x01(\x08\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x04\x12\x0e\n\x06result\x18\x03 \x01(\x04\x12*\n\x07\x63hanges\x18\x04 \x03(\x0b\x32\x19.pyswarm.AssignmentChange\"S\n\nAgentHello\x12-\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x18.pyswarm.NodeDescription\x12\x16\n\x0e\x61\x64vertise_host\x18\x02 \x01(\t\"\x1d\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"H\n\x10TaskStatusUpdate\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12#\n\x06status\x18\x02 \x01(\x0b\x32\x13.pyswarm.TaskStatus\"K\n\x0bStatusBatch\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12*\n\x07updates\x18\x02 \x03(\x0b\x32\x19.pyswarm.TaskStatusUpdate\"Y\n\nLogOptions\x12\x0e\n\x06\x66ollow\x18\x01 \x01(\x08\x12\x0c\n\x04tail\x18\x02 \x01(\x03\x12\r\n\x05since\x18\x03 \x01(\x01\x12\x0e\n\x06stdout\x18\x04 \x01(\x08\x12\x0e\n\x06stderr\x18\x05 \x01(\x08\"g\n\nLogRequest\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\x10\n\x08task_ids\x18\x02 \x03(\t\x12$\n\x07options\x18\x03 \x01(\x0b\x32\x13.pyswarm.LogOptions\x12\x0e\n\x06\x63\x61ncel\x18\x04 \x01(\x08\"\\\n\x07LogLine\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x11\n\ttimestamp\x18\x02 \x01(\x01\x12\x0e\n\x06stderr\x18\x03 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x0f\n\x07node_id\x18\x05 \x01(\t\"[\n\x08LogChunk\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\x1f\n\x05lines\x18\x02 \x03(\x0b\x32\x10.pyswarm.LogLine\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"\xb5\x01\n\x0c\x41gentMessage\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.pyswarm.AgentHelloH\x00\x12\'\n\theartbeat\x18\x02 \x01(\x0b\x32\x12.pyswarm.HeartbeatH\x00\x12(\n\x08statuses\x18\x03 \x01(\x0b\x32\x14.pyswarm.StatusBatchH\x00\x12!\n\x04logs\x18\x04 \x01(\x0b\x32\x11.pyswarm.LogChunkH\x00\x42\t\n\x07message\"Q\n\x07Welcome\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x1a\n\x12heartbeat_period_s\x18\x02 \x01(\x01\x12\x16\n\x0e\x64\x61ta_path_port\x18\x03 \x01(\r\"\x1c\n\x0bManagerList\x12\r\n\x05\x61\x64\x64rs\x18\x01 \x03(\t\"4\n\x0eHeartbeatReply\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08period_s\x18\x02 \x01(\x01\"\x1d\n\tStatusAck\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\xac\x02\n\x0eManagerMessage\x12#\n\x07welcome\x18\x01 \x01(\x0b\x32\x10.pyswarm.WelcomeH\x00\x12,\n\theartbeat\x18\x02 \x01(\x0b\x32\x17.pyswarm.HeartbeatReplyH\x00\x12+\n\x0b\x61ssignments\x18\x03 \x01(\x0b\x32\x14.pyswarm.AssignmentsH\x00\x12!\n\x03\x61\x63k\x18\x04 \x01(\x0b\x32\x12.pyswarm.StatusAckH\x00\x12(\n\x08managers\x18\x05 \x01(\x0b\x32\x14.pyswarm.ManagerListH\x00\x12\x1d\n\x04node\x18\x06 \x01(\x0b\x32\r.pyswarm.NodeH\x00\x12#\n\x04logs\x18\x07 \x01(\x0b\x32\x13.pyswarm.LogRequestH\x00\x42\t\n\x07message2K\n\nDispatcher\x12=\n\x07Session\x12\x15.pyswarm.AgentMessage\x1a\x17.pyswarm.ManagerMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14proto/dispatch.proto\x12\x07pyswarm\x1a\x13proto/objects.proto\"\xaf\x01\n\x0fNetworkEndpoint\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x12\n\nnetwork_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x12\n\nservice_id\x18\x05 \x01(\t\x12\x11\n\ttask_name\x18\x06 \x01(\t\x12\x0c\n\x04slot\x18\x07 \x01(\x04\x12\x0f\n\x07\x61liases\x18\x08 \x03(\t\x12\x0f\n\x07serving\x18\t \x01(\x08\"\xf4\x01\n\x0eNetworkService\x12\x12\n\nservice_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12#\n\x04mode\x18\x03 \x01(\x0e\x32\x15.pyswarm.EndpointMode\x12\'\n\x0bvirtual_ips\x18\x04 \x03(\x0b\x32\x12.pyswarm.VirtualIP\x12\"\n\x05ports\x18\x05 \x03(\x0b\x32\x13.pyswarm.PortConfig\x12\x1a\n\x12ingress_network_id\x18\x06 \x01(\t\x12\x32\n\x08networks\x18\x07 \x03(\x0b\x32 .pyswarm.NetworkAttachmentConfig\"N\n\x0bNetworkPeer\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x11\n\tvtep_addr\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0c\n\x04\x64own\x18\x04 \x01(\x08\"\xd2\x01\n\x04Item\x12\x1d\n\x04task\x18\x01 \x01(\x0b\x32\r.pyswarm.TaskH\x00\x12#\n\x07network\x18\x02 \x01(\x0b\x32\x10.pyswarm.NetworkH\x00\x12,\n\x08\x65ndpoint\x18\x03 \x01(\x0b\x32\x18.pyswarm.NetworkEndpointH\x00\x12*\n\x07service\x18\x04 \x01(\x0b\x32\x17.pyswarm.NetworkServiceH\x00\x12$\n\x04peer\x18\x05 \x01(\x0b\x32\x14.pyswarm.NetworkPeerH\x00\x42\x06\n\x04item\"<\n\x10\x41ssignmentChange\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1b\n\x04item\x18\x02 \x01(\x0b\x32\r.pyswarm.Item\"i\n\x0b\x41ssignments\x12\x10\n\x08snapshot\x18\x01 \x01(\x08\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\x04\x12\x0e\n\x06result\x18\x03 \x01(\x04\x12*\n\x07\x63hanges\x18\x04 \x03(\x0b\x32\x19.pyswarm.AssignmentChange\"S\n\nAgentHello\x12-\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x18.pyswarm.NodeDescription\x12\x16\n\x0e\x61\x64vertise_host\x18\x02 \x01(\t\"\x1d\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"H\n\x10TaskStatusUpdate\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12#\n\x06status\x18\x02 \x01(\x0b\x32\x13.pyswarm.TaskStatus\"K\n\x0bStatusBatch\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12*\n\x07updates\x18\x02 \x03(\x0b\x32\x19.pyswarm.TaskStatusUpdate\"Y\n\nLogOptions\x12\x0e\n\x06\x66ollow\x18\x01 \x01(\x08\x12\x0c\n\x04tail\x18\x02 \x01(\x03\x12\r\n\x05since\x18\x03 \x01(\x01\x12\x0e\n\x06stdout\x18\x04 \x01(\x08\x12\x0e\n\x06stderr\x18\x05 \x01(\x08\"g\n\nLogRequest\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\x10\n\x08task_ids\x18\x02 \x03(\t\x12$\n\x07options\x18\x03 \x01(\x0b\x32\x13.pyswarm.LogOptions\x12\x0e\n\x06\x63\x61ncel\x18\x04 \x01(\x08\"\\\n\x07LogLine\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x11\n\ttimestamp\x18\x02 \x01(\x01\x12\x0e\n\x06stderr\x18\x03 \x01(\x08\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x0f\n\x07node_id\x18\x05 \x01(\t\"[\n\x08LogChunk\x12\x11\n\tstream_id\x18\x01 \x01(\t\x12\x1f\n\x05lines\x18\x02 \x03(\x0b\x32\x10.pyswarm.LogLine\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\x12\r\n\x05\x65rror\x18\x04 \x01(\t\"\xb5\x01\n\x0c\x41gentMessage\x12$\n\x05hello\x18\x01 \x01(\x0b\x32\x13.pyswarm.AgentHelloH\x00\x12\'\n\theartbeat\x18\x02 \x01(\x0b\x32\x12.pyswarm.HeartbeatH\x00\x12(\n\x08statuses\x18\x03 \x01(\x0b\x32\x14.pyswarm.StatusBatchH\x00\x12!\n\x04logs\x18\x04 \x01(\x0b\x32\x11.pyswarm.LogChunkH\x00\x42\t\n\x07message\"Q\n\x07Welcome\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x1a\n\x12heartbeat_period_s\x18\x02 \x01(\x01\x12\x16\n\x0e\x64\x61ta_path_port\x18\x03 \x01(\r\"\x1c\n\x0bManagerList\x12\r\n\x05\x61\x64\x64rs\x18\x01 \x03(\t\"4\n\x0eHeartbeatReply\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08period_s\x18\x02 \x01(\x01\"\x1d\n\tStatusAck\x12\x10\n\x08sequence\x18\x01 \x01(\x04\"\xac\x02\n\x0eManagerMessage\x12#\n\x07welcome\x18\x01 \x01(\x0b\x32\x10.pyswarm.WelcomeH\x00\x12,\n\theartbeat\x18\x02 \x01(\x0b\x32\x17.pyswarm.HeartbeatReplyH\x00\x12+\n\x0b\x61ssignments\x18\x03 \x01(\x0b\x32\x14.pyswarm.AssignmentsH\x00\x12!\n\x03\x61\x63k\x18\x04 \x01(\x0b\x32\x12.pyswarm.StatusAckH\x00\x12(\n\x08managers\x18\x05 \x01(\x0b\x32\x14.pyswarm.ManagerListH\x00\x12\x1d\n\x04node\x18\x06 \x01(\x0b\x32\r.pyswarm.NodeH\x00\x12#\n\x04logs\x18\x07 \x01(\x0b\x32\x13.pyswarm.LogRequestH\x00\x42\t\n\x07message2K\n\nDispatcher\x12=\n\x07Session\x12\x15.pyswarm.AgentMessage\x1a\x17.pyswarm.ManagerMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,41 +37,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NETWORKSERVICE']._serialized_start=233
   _globals['_NETWORKSERVICE']._serialized_end=477
   _globals['_NETWORKPEER']._serialized_start=479
-  _globals['_NETWORKPEER']._serialized_end=543
-  _globals['_ITEM']._serialized_start=546
-  _globals['_ITEM']._serialized_end=756
-  _globals['_ASSIGNMENTCHANGE']._serialized_start=758
-  _globals['_ASSIGNMENTCHANGE']._serialized_end=818
-  _globals['_ASSIGNMENTS']._serialized_start=820
-  _globals['_ASSIGNMENTS']._serialized_end=925
-  _globals['_AGENTHELLO']._serialized_start=927
-  _globals['_AGENTHELLO']._serialized_end=1010
-  _globals['_HEARTBEAT']._serialized_start=1012
-  _globals['_HEARTBEAT']._serialized_end=1041
-  _globals['_TASKSTATUSUPDATE']._serialized_start=1043
-  _globals['_TASKSTATUSUPDATE']._serialized_end=1115
-  _globals['_STATUSBATCH']._serialized_start=1117
-  _globals['_STATUSBATCH']._serialized_end=1192
-  _globals['_LOGOPTIONS']._serialized_start=1194
-  _globals['_LOGOPTIONS']._serialized_end=1283
-  _globals['_LOGREQUEST']._serialized_start=1285
-  _globals['_LOGREQUEST']._serialized_end=1388
-  _globals['_LOGLINE']._serialized_start=1390
-  _globals['_LOGLINE']._serialized_end=1482
-  _globals['_LOGCHUNK']._serialized_start=1484
-  _globals['_LOGCHUNK']._serialized_end=1575
-  _globals['_AGENTMESSAGE']._serialized_start=1578
-  _globals['_AGENTMESSAGE']._serialized_end=1759
-  _globals['_WELCOME']._serialized_start=1761
-  _globals['_WELCOME']._serialized_end=1842
-  _globals['_MANAGERLIST']._serialized_start=1844
-  _globals['_MANAGERLIST']._serialized_end=1872
-  _globals['_HEARTBEATREPLY']._serialized_start=1874
-  _globals['_HEARTBEATREPLY']._serialized_end=1926
-  _globals['_STATUSACK']._serialized_start=1928
-  _globals['_STATUSACK']._serialized_end=1957
-  _globals['_MANAGERMESSAGE']._serialized_start=1960
-  _globals['_MANAGERMESSAGE']._serialized_end=2260
-  _globals['_DISPATCHER']._serialized_start=2262
-  _globals['_DISPATCHER']._serialized_end=2337
+  _globals['_NETWORKPEER']._serialized_end=557
+  _globals['_ITEM']._serialized_start=560
+  _globals['_ITEM']._serialized_end=770
+  _globals['_ASSIGNMENTCHANGE']._serialized_start=772
+  _globals['_ASSIGNMENTCHANGE']._serialized_end=832
+  _globals['_ASSIGNMENTS']._serialized_start=834
+  _globals['_ASSIGNMENTS']._serialized_end=939
+  _globals['_AGENTHELLO']._serialized_start=941
+  _globals['_AGENTHELLO']._serialized_end=1024
+  _globals['_HEARTBEAT']._serialized_start=1026
+  _globals['_HEARTBEAT']._serialized_end=1055
+  _globals['_TASKSTATUSUPDATE']._serialized_start=1057
+  _globals['_TASKSTATUSUPDATE']._serialized_end=1129
+  _globals['_STATUSBATCH']._serialized_start=1131
+  _globals['_STATUSBATCH']._serialized_end=1206
+  _globals['_LOGOPTIONS']._serialized_start=1208
+  _globals['_LOGOPTIONS']._serialized_end=1297
+  _globals['_LOGREQUEST']._serialized_start=1299
+  _globals['_LOGREQUEST']._serialized_end=1402
+  _globals['_LOGLINE']._serialized_start=1404
+  _globals['_LOGLINE']._serialized_end=1496
+  _globals['_LOGCHUNK']._serialized_start=1498
+  _globals['_LOGCHUNK']._serialized_end=1589
+  _globals['_AGENTMESSAGE']._serialized_start=1592
+  _globals['_AGENTMESSAGE']._serialized_end=1773
+  _globals['_WELCOME']._serialized_start=1775
+  _globals['_WELCOME']._serialized_end=1856
+  _globals['_MANAGERLIST']._serialized_start=1858
+  _globals['_MANAGERLIST']._serialized_end=1886
+  _globals['_HEARTBEATREPLY']._serialized_start=1888
+  _globals['_HEARTBEATREPLY']._serialized_end=1940
+  _globals['_STATUSACK']._serialized_start=1942
+  _globals['_STATUSACK']._serialized_end=1971
+  _globals['_MANAGERMESSAGE']._serialized_start=1974
+  _globals['_MANAGERMESSAGE']._serialized_end=2274
+  _globals['_DISPATCHER']._serialized_start=2276
+  _globals['_DISPATCHER']._serialized_end=2351
 # @@protoc_insertion_point(module_scope)

@@ -122,19 +122,23 @@ class NetworkPeer(_message.Message):
     NODE_ID_FIELD_NUMBER: _builtins.int
     VTEP_ADDR_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    DOWN_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     vtep_addr: _builtins.str
     index: _builtins.int
+    down: _builtins.bool
+    """managers do not hear from it; its containers may well run and talk"""
     def __init__(
         self,
         *,
         node_id: _builtins.str = ...,
         vtep_addr: _builtins.str = ...,
         index: _builtins.int = ...,
+        down: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "node_id", b"node_id", "vtep_addr", b"vtep_addr"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["down", b"down", "index", b"index", "node_id", b"node_id", "vtep_addr", b"vtep_addr"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -85,6 +85,21 @@ def port(published: int, target: int, **more: int) -> PortConfig:
     return made
 
 
+def test_a_node_that_is_down_is_a_peer_unless_its_address_has_another_node() -> None:
+    def peer(node_id: str, vtep: str, index: int, down: bool) -> Item:
+        return Item(peer=NetworkPeer(node_id=node_id, vtep_addr=vtep, index=index, down=down))
+
+    seen = mirror(
+        {
+            "peer/n2": peer("n2", "192.0.2.2", 2, True),  # cut off from the managers: no more is known
+            "peer/n3": peer("n3", "192.0.2.3", 3, True),
+            "peer/n4": peer("n4", "192.0.2.3", 4, False),  # n3's host, joined again
+            "peer/n5": peer("n5", "192.0.2.1", 5, True),  # this host's own earlier life
+        }
+    )
+    assert [found.node_id for found in view.host_state(seen, LOCAL).peers] == ["n2", "n4"]
+
+
 def test_networks_peers_and_remote_endpoints() -> None:
     own = Item(peer=NetworkPeer(node_id="n1", vtep_addr="192.0.2.1", index=7))
     other = Item(peer=NetworkPeer(node_id="n2", vtep_addr="192.0.2.2", index=8))

@@ -56,6 +56,10 @@ def mount(**fields: object) -> Change:
 
 
 BAD: list[tuple[Change, str]] = [
+    (lambda s: s.task.log_options.update({"max-size": "many"}), 'log option max-size="many" is not a size'),
+    (lambda s: s.task.log_options.update({"max-size": "0"}), 'log option max-size="0" is not a size'),
+    (lambda s: s.task.log_options.update({"max-file": "0"}), "1 or more"),
+    (lambda s: s.task.log_options.update({"tag": "x"}), "log option tag is not known"),
     (lambda s: setattr(s.annotations, "name", ""), "service name is empty"),
     (lambda s: setattr(s.annotations, "name", "-web"), "invalid service name '-web'"),
     (lambda s: setattr(s.annotations, "name", "we b"), "invalid service name 'we b'"),

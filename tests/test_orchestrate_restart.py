@@ -75,15 +75,19 @@ def test_without_a_delay_it_runs_at_once() -> None:
     assert sim.runnable("web")[0].desired_state == pb.TASK_RUNNING
 
 
-def test_a_failure_while_waiting_waits_again() -> None:
+def test_what_is_rejected_while_it_waits_is_replaced_when_the_delay_is_over_and_waits_again() -> None:
     sim = started(delay_s=5.0)
     end(sim)
     sim.advance(3.0)
     rejected = sim.runnable("web")[0]
     sim.report(rejected, pb.TASK_REJECTED)
     sim.settle()
+    sim.advance(1.9)
+    assert [task.id for task in sim.runnable("web")] == [rejected.id], "else a node that refuses sets the pace"
+    sim.advance(0.2)
     new = sim.runnable("web")[0]
-    sim.advance(4.9)
+    assert new.id != rejected.id
+    sim.advance(4.8)
     assert sim.task(new.id).desired_state == pb.TASK_READY
     sim.advance(0.2)
     assert sim.task(new.id).desired_state == pb.TASK_RUNNING

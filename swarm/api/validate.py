@@ -37,6 +37,11 @@ LIST_MAX = 1_000
 
 _ENV_NAME = re.compile(r"[^=\x00]+(=[^\x00]*)?")
 _IMAGE = re.compile(r"[^\s\x00]+")
+_LOG_OPTIONS = {
+    "max-size": (re.compile(r"0*[1-9]\d*\s*[kmg]?b?", re.IGNORECASE), "a size such as 10m"),
+    "max-file": (re.compile(r"0*[1-9]\d*"), "a number of files, 1 or more"),
+}
+"""As the nodes understand them (node/inputs.py): what they would refuse, task after task, is refused here at once."""
 _PROPAGATIONS = ("", "private", "rprivate", "shared", "rshared", "slave", "rslave")
 _PROTOCOL = {pb.TCP: "tcp", pb.UDP: "udp", pb.SCTP: "sctp"}
 
@@ -73,12 +78,22 @@ def task_spec(spec: TaskSpec) -> None:
         raise Invalid("reserve cpu is higher than limit cpu: lower it or raise the limit")
     if limits.memory_bytes and reservations.memory_bytes > limits.memory_bytes:
         raise Invalid("reserve memory is higher than limit memory: lower it or raise the limit")
+    for option, value in spec.log_options.items():
+        log_option(option, value)
     restart_policy(spec.restart)
     for text in spec.placement.constraints:
         parse_constraint(text)
     for descriptor in spec.placement.spread:
         parse_spread(descriptor)
     _unique("network", (config.network_id for config in spec.networks), "attach a network once")
+
+
+def log_option(option: str, value: str) -> None:
+    if option not in _LOG_OPTIONS:
+        raise Invalid(f"log option {option} is not known: use one of {', '.join(_LOG_OPTIONS)}")
+    pattern, wanted = _LOG_OPTIONS[option]
+    if not pattern.fullmatch(value.strip()):
+        raise Invalid(f'log option {option}="{value}" is not {wanted}')
 
 
 def container_spec(spec: ContainerSpec) -> None:

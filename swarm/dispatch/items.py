@@ -107,7 +107,7 @@ def network_item(network: Network) -> Scoped | None:
 def peer_item(node: Node) -> Scoped | None:
     if not node.data_path_addr or not node.index:
         return None
-    peer = NetworkPeer(node_id=node.id, vtep_addr=node.data_path_addr, index=node.index)
+    peer = NetworkPeer(node_id=node.id, vtep_addr=node.data_path_addr, index=node.index, down=is_down(node))
     return Scoped(Item(peer=peer), frozenset({EVERYWHERE}))
 
 

@@ -86,11 +86,24 @@ def replace_ended(view: View) -> None:
             moved = None
             if task.status.state not in states.STOPPED_BY_ITSELF:
                 moved = misplaced(view, task, view.node_of(task))
+            elif _is_early(view, slot, task):
+                continue
             if moved or states.has_stopped(task):
                 _replace(view, slot, task, moved)
                 break
         if len(runnable) > 1 and not slot.settled:
             _keep_one(view, slot)
+
+
+def _is_early(view: View, slot: Slot, task: Task) -> bool:
+    """A replacement that was rejected while it waited its delay is replaced when that delay is over, not sooner:
+    else what cannot be prepared at all (a missing image, say) is tried as fast as nodes can refuse it."""
+    if task.desired_state != pb.TASK_READY or is_outdated(view, task):
+        return False
+    at = _promotion_at(view, slot, slot.tasks.index(task))
+    if at > view.now:
+        view.wake(at)
+    return at > view.now
 
 
 def _replace(view: View, slot: Slot, task: Task, moved: str | None) -> None:
