@@ -282,3 +282,23 @@ async def test_damaged_files_are_refused_with_the_way_out(make: Make) -> None:
         await manager.run([])
     assert issubclass(Damaged, SwarmError)
     await manager.stop()
+
+
+async def test_a_peer_is_dialled_again_after_it_ended_a_stream_and_then_did_not_answer(make: Make) -> None:
+    """As a partition looks: the stream dies, then whoever connects hears nothing, then the peer is back."""
+    managers = await make(2)
+    leader = await _leader(managers)
+    follower = next(manager for manager in managers if manager is not leader)
+    await follower.kill()
+    connected = 0
+
+    def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connected
+        connected += 1
+
+    silent = await asyncio.start_server(count, *follower.me.addr.split(":"))
+    await until(lambda: connected >= 2, what="the leader to connect, give up and connect again")
+    silent.close()
+    await until(lambda: not leader.node.is_leader(), what="the lone leader to step down")
+    await follower.restart()
+    assert await _write(managers, b"x") == b"1", "it takes streams in both directions"

@@ -11,7 +11,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -60,21 +60,9 @@ _ERRORS: dict[grpc.StatusCode, type[SwarmError]] = {
 CLOSE_TIMEOUT_S = 2.0
 """For a channel that is given up anyway."""
 _LOST = (TimeoutError, grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError)
-"""How gRPC says that a stream has ended."""
+"""How it shows that a stream has ended."""
 
 log = structlog.get_logger()
-
-
-async def _not_cancelled_by_grpc(work: Awaitable[None]) -> None:
-    """A call that ended raises CancelledError in whoever uses it, although nobody cancelled the task; a TaskGroup
-    takes such a child for finished and would wait for the others for ever. Raises TimeoutError instead."""
-    try:
-        await work
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        raise TimeoutError("the call was cancelled") from None
 
 
 class _Peer:
@@ -109,11 +97,11 @@ class _Peer:
             started_s = time.monotonic()
             try:
                 await self._connect_once()
-            except* _LOST as ends:
-                log.debug("no stream", peer=self.member.addr, reason=_first(ends))
-            except* Exception as ends:
+            except _LOST as error:
+                log.debug("no stream", peer=self.member.addr, reason=_reason(error))
+            except Exception as error:
                 # Whatever it was, a peer that is never dialled again would be worse.
-                log.warning("stream failed, connecting again", peer=self.member.addr, reason=repr(_first(ends)))
+                log.warning("stream failed, connecting again", peer=self.member.addr, reason=repr(error))
             finally:
                 self._down()
             if self._is_closed:
@@ -124,32 +112,39 @@ class _Peer:
             backoff_s = min(backoff_s * 2, RECONNECT_MAX_S)
 
     async def _connect_once(self) -> None:
-        channel = self._transport.open_channel(self.member.addr)
-        try:
-            call = RaftStub(channel).Stream()
-            async with asyncio.timeout(DEAD_AFTER_S):
-                await _not_cancelled_by_grpc(self._hello(call))
-            self._up()
-            async with asyncio.TaskGroup() as group:
-                group.create_task(_not_cancelled_by_grpc(self._read(call)))
-                group.create_task(_not_cancelled_by_grpc(self._write(call)))
-                group.create_task(self._watch())
-        finally:
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await channel.close()
+        """Raises when the stream has ended.
 
-    async def _hello(self, call: grpc.aio.StreamStreamCall[pb.RaftFrame, pb.RaftFrame]) -> None:
-        await call.write(pb.RaftFrame(type="hello", round=time.monotonic_ns()))
-        if await call.read() is grpc.aio.EOF:
-            raise TimeoutError("the peer closed the stream")
+        Each part is a task, and is asked for its outcome only when it has one: gRPC raises CancelledError in whoever
+        uses a call that ended. No TaskGroup here: up to Python 3.12 it leaves the calling task counted as cancelled,
+        and then `asyncio.timeout` of 3.11.2 (Debian 12) ends this loop with CancelledError instead of TimeoutError.
+        """
+        channel = self._transport.open_channel(self.member.addr)
+        self._answered_at_s = time.monotonic()
+        call = RaftStub(channel).Stream()
+        parts = [asyncio.create_task(part) for part in (self._read(call), self._write(call), self._watch())]
+        try:
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            for part in done:
+                if part.cancelled():
+                    raise TimeoutError("the call was cancelled")
+                part.result()
+        finally:
+            for part in parts:
+                part.cancel()
+            await asyncio.wait_for(channel.close(), CLOSE_TIMEOUT_S)
+            await asyncio.wait_for(asyncio.gather(*parts, return_exceptions=True), CLOSE_TIMEOUT_S)
 
     async def _read(self, call: grpc.aio.StreamStreamCall[pb.RaftFrame, pb.RaftFrame]) -> None:
         while await call.read() is not grpc.aio.EOF:
             self._answered_at_s = time.monotonic()
             self._transport.heard(self.member.node_id)
+            if not self.is_up:
+                self.is_up = True
+                self._transport.up(self.member.node_id)
         raise TimeoutError("the peer closed the stream")
 
     async def _write(self, call: grpc.aio.StreamStreamCall[pb.RaftFrame, pb.RaftFrame]) -> None:
+        await call.write(pb.RaftFrame(type="hello", round=time.monotonic_ns()))
         while True:
             while self._queue:
                 frame = self._queue.popleft()
@@ -170,12 +165,6 @@ class _Peer:
             await asyncio.sleep(PING_EVERY_S)
             if time.monotonic() - self._answered_at_s > DEAD_AFTER_S:
                 raise TimeoutError(f"no answer on this stream for {DEAD_AFTER_S:g} s")
-
-    def _up(self) -> None:
-        self.is_up = True
-        self._answered_at_s = time.monotonic()
-        self._transport.heard(self.member.node_id)
-        self._transport.up(self.member.node_id)
 
     def _down(self) -> None:
         self._queue.clear()
@@ -357,11 +346,8 @@ class GrpcTransport(RaftServicer):
         return self._receiver
 
 
-def _first(errors: BaseExceptionGroup[BaseException]) -> str:
-    first = errors.exceptions[0]
-    if isinstance(first, BaseExceptionGroup):
-        return _first(first)
-    return (first.details() or "") if isinstance(first, grpc.aio.AioRpcError) else str(first)
+def _reason(error: Exception) -> str:
+    return (error.details() or "") if isinstance(error, grpc.aio.AioRpcError) else str(error)
 
 
 # ---- clients
