@@ -28,6 +28,7 @@ from proto.local_pb2 import Bootstrap
 from proto.objects_pb2 import Network
 from swarm.api.control import ControlService
 from swarm.api.join import CertificatesService, JoinService
+from swarm.consensus.disk import Directory
 from swarm.consensus.grpc_transport import GrpcTransport, ask_to_join
 from swarm.consensus.interface import Member
 from swarm.consensus.raft import RaftNode
@@ -67,7 +68,7 @@ class Manager:
         self._consensus = RaftNode(
             me=self._me,
             members=[self._me],
-            directory=paths.raft,
+            disk=Directory(paths.raft),
             machine=self._store,
             transport=self._transport,
         )

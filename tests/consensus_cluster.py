@@ -12,6 +12,7 @@ from typing import Any, NoReturn, cast
 import grpc.aio
 
 from swarm.consensus.config import DEFAULTS, RaftConfig
+from swarm.consensus.disk import Directory
 from swarm.consensus.grpc_transport import GrpcTransport, ask_to_join
 from swarm.consensus.interface import Member
 from swarm.consensus.raft import RaftNode
@@ -108,7 +109,7 @@ class Manager:
         self.node = RaftNode(
             me=self.me,
             members=tuple(members),
-            directory=self.directory,
+            disk=Directory(self.directory),
             machine=self.machine,
             transport=self.transport,
             config=self.config,

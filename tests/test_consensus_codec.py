@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from proto.raft_pb2 import RaftEntry, RaftFrame
 from swarm.consensus import bindings, codec, frames
+from swarm.consensus.disk import Directory
 from swarm.consensus.snapshot import BadSnapshot, Meta, SnapshotStore
 
 
@@ -117,26 +118,26 @@ def test_snapshots_round_trip(records: list[bytes]) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="consensus-snapshot-") as directory:
-        store = SnapshotStore(Path(directory))
-        path = store.write(META, records)
-        assert store.check(path) == META
+        store = SnapshotStore(Directory(Path(directory)))
+        assert store.check(store.write(META, records)) == META
         assert list(store.read(META)) == records
 
 
 def test_every_damaged_byte_and_every_cut_of_a_snapshot_is_noticed(tmp_path: Path) -> None:
-    store = SnapshotStore(tmp_path)
-    path = store.write(META, [b"first", b"second"])
+    store = SnapshotStore(Directory(tmp_path))
+    name = store.write(META, [b"first", b"second"])
+    path = tmp_path / name
     good = path.read_bytes()
     for position in range(len(good)):
         path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
         with pytest.raises(BadSnapshot):
-            store.check(path)
+            store.check(name)
         path.write_bytes(good[:position])
         with pytest.raises(BadSnapshot):
-            store.check(path)
+            store.check(name)
     path.write_bytes(good + b"\0")
     with pytest.raises(BadSnapshot):
-        store.check(path)
+        store.check(name)
     path.write_bytes(struct.pack(">I", 0) + PICKLE)
     with pytest.raises(BadSnapshot, match="not a snapshot"):
-        store.check(path)
+        store.check(name)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from swarm.consensus import codec, wal_format
 from swarm.consensus.config import DEFAULTS
+from swarm.consensus.disk import AppendFile, Directory
 from swarm.consensus.faults import Damaged
 from swarm.consensus.interface import Member
 from swarm.consensus.snapshot import Meta, SnapshotStore
@@ -26,7 +27,7 @@ ME = ("a@h:1",)
 
 
 def _new(directory: Path, **options: Any) -> Wal:
-    return Wal.create(directory, ME, die, **options)
+    return Wal.create(Directory(directory), ME, die, **options)
 
 
 def _add(wal: Wal, *payloads: bytes, term: int = 1) -> None:
@@ -53,7 +54,7 @@ def test_entries_term_vote_and_members_survive(tmp_path: Path) -> None:
     wal.sync()
     before = _state(wal)
     wal.close()
-    again = Wal.load(tmp_path, die)
+    again = Wal.load(Directory(tmp_path), die)
     assert _state(again) == before
     assert again.members() == ("a@h:1", "b@h:2")
     assert again.getRaftCommitIndex() == 2
@@ -120,14 +121,14 @@ def test_after_a_crash_at_any_byte_the_log_is_a_synced_state(
         data = path.read_bytes()
         cut = max(synced[0][0], min(cut, len(data)))
         path.write_bytes(data[:cut] + (garbage if cut < len(data) else b""))
-        again = Wal.load(directory, die)
+        again = Wal.load(Directory(directory), die)
         expected = [state for size, state in synced if size <= cut][-1]
         assert _state(again) == expected
         _add(again, b"life goes on", term=again.getCurrentTerm())
         again.sync()
         final = _state(again)
         again.abandon()
-        third = Wal.load(directory, die)
+        third = Wal.load(Directory(directory), die)
         assert _state(third) == final
         third.abandon()
     finally:
@@ -148,7 +149,7 @@ def test_damage_before_the_last_batch_is_refused(tmp_path: Path) -> None:
     for position in range(first, last_batch):
         path.write_bytes(good[:position] + bytes([good[position] ^ 0x40]) + good[position + 1 :])
         with pytest.raises(Damaged) as refusal:
-            Wal.load(tmp_path, die)
+            Wal.load(Directory(tmp_path), die)
         assert "demote this node" in str(refusal.value)
 
 
@@ -166,7 +167,7 @@ def test_a_torn_batch_may_be_there_in_any_part(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[start : start + 40] = bytes(40)
     path.write_bytes(data)
-    again = Wal.load(tmp_path, die)
+    again = Wal.load(Directory(tmp_path), die)
     assert _state(again) == safe
     again.abandon()
 
@@ -182,26 +183,36 @@ def test_damage_in_an_older_segment_and_a_missing_one_are_refused(tmp_path: Path
     good = paths[1].read_bytes()
     paths[1].write_bytes(good[:-3])
     with pytest.raises(Damaged, match=paths[1].name):
-        Wal.load(tmp_path, die)
+        Wal.load(Directory(tmp_path), die)
     paths[1].unlink()
     with pytest.raises(Damaged, match="missing"):
-        Wal.load(tmp_path, die)
+        Wal.load(Directory(tmp_path), die)
     paths[1].write_bytes(good)
-    Wal.load(tmp_path, die).close()
+    Wal.load(Directory(tmp_path), die).close()
 
 
 def test_a_log_without_term_and_vote_is_refused(tmp_path: Path) -> None:
     records = [wal_format.Record(wal_format.Kind.ENTRY, 1, 0, codec.NO_OP)]
     (tmp_path / "wal-00000001.log").write_bytes(wal_format.FILE_MAGIC + wal_format.encode_batch(records, 1))
     with pytest.raises(Damaged, match="vote twice"):
-        Wal.load(tmp_path, die)
+        Wal.load(Directory(tmp_path), die)
+
+
+class _FillingUp(Directory):
+    """Full once the log has been made."""
+
+    def append(self, name: str, size: int) -> AppendFile:
+        file = super().append(name, size)
+
+        def full() -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        file.sync = full  # type: ignore[method-assign]
+        return file
 
 
 def test_a_failing_disk_ends_the_process(tmp_path: Path) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    wal = _new(tmp_path, datasync=full)
+    wal = Wal.create(_FillingUp(tmp_path), ME, die)
     _add(wal, b"x")
     with pytest.raises(Died, match="No space left"):
         wal.sync()
@@ -221,7 +232,7 @@ def _grown(directory: Path) -> tuple[Wal, SnapshotStore]:
     """Ninety entries, a member added at 70, snapshots at 30, 60 and 80: the first is gone."""
     directory.mkdir(exist_ok=True)
     wal = _new(directory, config=replace(DEFAULTS, tail_entries=5))
-    store = SnapshotStore(directory)
+    store = SnapshotStore(Directory(directory))
     for index in range(1, 91):
         command = codec.membership_command("add", "b@h:2") if index == 70 else codec.entry_command(b"%d" % index)
         wal.add(command, index, 1)
@@ -234,7 +245,7 @@ def _grown(directory: Path) -> tuple[Wal, SnapshotStore]:
 def test_space_is_reclaimed_but_not_what_the_older_snapshot_needs(tmp_path: Path) -> None:
     wal, store = _grown(tmp_path)
     wal.close()
-    assert len(store.paths()) == 2
+    assert len(store.names()) == 2
     entries = [
         located.record.index
         for path in sorted(tmp_path.glob("wal-*.log"))
@@ -242,7 +253,7 @@ def test_space_is_reclaimed_but_not_what_the_older_snapshot_needs(tmp_path: Path
         if located.record.kind is wal_format.Kind.ENTRY
     ]
     assert 30 < min(entries) <= 59
-    storage = open_storage(tmp_path, (), die)
+    storage = open_storage(Directory(tmp_path), (), die)
     assert storage.snapshot is not None
     assert storage.snapshot.index == 80
     assert (storage.wal.first_index, storage.wal.last_index) == (79, 90)
@@ -253,36 +264,37 @@ def test_space_is_reclaimed_but_not_what_the_older_snapshot_needs(tmp_path: Path
 def test_a_damaged_newest_snapshot_is_replaced_by_the_older_and_the_log(tmp_path: Path) -> None:
     wal, store = _grown(tmp_path)
     wal.close()
-    newest = store.paths()[0]
+    newest = tmp_path / store.names()[0]
     data = bytearray(newest.read_bytes())
     data[-20] ^= 1
     newest.write_bytes(data)
-    storage = open_storage(tmp_path, (), die)
+    storage = open_storage(Directory(tmp_path), (), die)
     assert storage.snapshot is not None
     assert storage.snapshot.index == 60
     assert (storage.wal.first_index, storage.wal.last_index) == (59, 90)
     assert storage.wal.members() == ("a@h:1", "b@h:2"), "the change between the snapshots is in the log"
     storage.wal.close()
-    for path in store.paths():
+    for name in store.names():
+        path = tmp_path / name
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(Damaged, match="no snapshot can be read"):
-        open_storage(tmp_path, (), die)
+        open_storage(Directory(tmp_path), (), die)
 
 
 def test_a_log_without_its_snapshot_and_a_snapshot_without_a_log_are_refused(tmp_path: Path) -> None:
     wal, store = _grown(tmp_path)
     wal.close()
-    kept = [(path, path.read_bytes()) for path in store.paths()]
+    kept = [(tmp_path / name, (tmp_path / name).read_bytes()) for name in store.names()]
     for path, _ in kept:
         path.unlink()
     with pytest.raises(Damaged, match="no snapshot before it"):
-        open_storage(tmp_path, (), die)
+        open_storage(Directory(tmp_path), (), die)
     for path, data in kept:
         path.write_bytes(data)
     for path in tmp_path.glob("wal-*.log"):
         path.unlink()
     with pytest.raises(Damaged, match="no log"):
-        open_storage(tmp_path, (), die)
+        open_storage(Directory(tmp_path), (), die)
 
 
 def test_a_crash_while_a_received_snapshot_replaces_the_log(tmp_path: Path) -> None:
@@ -292,8 +304,8 @@ def test_a_crash_while_a_received_snapshot_replaces_the_log(tmp_path: Path) -> N
     wal.setCurrentTerm(6, "b@h:2")
     wal.close()
     ending = ((codec.NO_OP, 39, 5), (codec.NO_OP, 40, 5))
-    SnapshotStore(tmp_path).write(Meta(*ending, ("b@h:2", "a@h:1")), [])
-    storage = open_storage(tmp_path, (), die)
+    SnapshotStore(Directory(tmp_path)).write(Meta(*ending, ("b@h:2", "a@h:1")), [])
+    storage = open_storage(Directory(tmp_path), (), die)
     assert list(storage.wal[:]) == list(ending)
     assert storage.wal.members() == ("b@h:2", "a@h:1")
     assert (storage.wal.getCurrentTerm(), storage.wal.getVotedForNodeId()) == (6, "b@h:2")
@@ -301,7 +313,7 @@ def test_a_crash_while_a_received_snapshot_replaces_the_log(tmp_path: Path) -> N
 
 
 def test_members_are_read_from_disk_not_from_the_caller(tmp_path: Path) -> None:
-    open_storage(tmp_path, (Member("a", "h:1"),), die).wal.close()
-    storage = open_storage(tmp_path, (Member("z", "h:9"),), die)
+    open_storage(Directory(tmp_path), (Member("a", "h:1"),), die).wal.close()
+    storage = open_storage(Directory(tmp_path), (Member("z", "h:9"),), die)
     assert storage.wal.members() == ("a@h:1",)
     storage.wal.close()

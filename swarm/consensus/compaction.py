@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import structlog
@@ -19,6 +18,7 @@ from pysyncobj.config import SERIALIZER_STATE
 from pysyncobj.node import Node
 
 from swarm.consensus.config import RaftConfig
+from swarm.consensus.disk import AppendFile
 from swarm.consensus.faults import Fatal
 from swarm.consensus.interface import StateMachine
 from swarm.consensus.membership import MemberId
@@ -40,7 +40,7 @@ class _Outgoing:
 
 @dataclass(slots=True)
 class _Incoming:
-    file: BinaryIO
+    file: AppendFile
     offset: int = 0
 
 
@@ -69,7 +69,7 @@ class Compaction:
         self._fatal = fatal
         self._window_open = window_open
         self._applied = applied
-        self._writing: Future[Path] | None = None
+        self._writing: Future[str] | None = None
         self._writing_meta: Meta | None = None
         self._outgoing: dict[MemberId, _Outgoing] = {}
         self._incoming: _Incoming | None = None
@@ -147,10 +147,10 @@ class Compaction:
             return None
         transfer = self._outgoing.get(node.id)
         if transfer is None:
-            path = self._store.newest()
-            if path is None:
+            name = self._store.newest()
+            if name is None:
                 return None
-            transfer = _Outgoing(path.open("rb"), path.stat().st_size)
+            transfer = _Outgoing(*self._store.open(name))
             self._outgoing[node.id] = transfer
         offset = transfer.offset
         data = transfer.file.read(self._config.chunk_bytes)
@@ -168,13 +168,14 @@ class Compaction:
         if offset == 0:
             if self._incoming is not None:
                 self._incoming.file.close()
-            self._incoming = _Incoming(self._store.receiving().open("wb"))
+            self._incoming = _Incoming(self._store.receive())
         if self._incoming is None or self._incoming.offset != offset:
             return False  # a piece is missing: the sender will see that our log does not reach, and start anew
         try:
             self._incoming.file.write(data)
             self._incoming.offset += len(data)
             if is_last:
+                self._incoming.file.sync()
                 self._incoming.file.close()
         except OSError as error:
             self._fatal(f"cannot store a received snapshot: {error}; free or replace the disk, then start again")
@@ -184,16 +185,15 @@ class Compaction:
         return self._install()
 
     def _install(self) -> bool:
-        received = self._store.receiving()
         try:
-            meta = self._store.check(received)
+            meta = self._store.check_received()
         except BadSnapshot as error:
             log.error("a received snapshot is damaged and was not installed", reason=str(error))
             return False
         if meta.index <= self._applied() or self._wal.term_at(meta.index) == meta.term:
             return False  # held already: the log after it must stay
         try:
-            self._store.adopt(received, meta)
+            self._store.adopt_received(meta)
         except OSError as error:
             self._fatal(f"cannot store a received snapshot: {error}; free or replace the disk, then start again")
         self._to_load = meta

@@ -91,13 +91,12 @@ class Engine:
             window_open=self._window_open,
             applied=lambda: self.kernel.applied(),  # noqa: PLW0108  # the kernel comes to be after this
         )
-        newest = storage.snapshots.newest()
         self.kernel = Kernel(
             Host(clock, random, storage.wal, self.compaction),
             me=member_id(me),
             others=[name for name in storage.wal.members() if node_id_of(name) != me.node_id],
             config=config,
-            snapshot_path=str(newest or "none"),
+            has_snapshot=storage.snapshots.newest() is not None,
             said=self._said,
             apply=self._apply,
             feed=self._proposals.feed,

@@ -77,7 +77,7 @@ class Kernel:
         me: MemberId,
         others: Iterable[MemberId],
         config: RaftConfig,
-        snapshot_path: str,
+        has_snapshot: bool,
         said: Callable[[MemberId, Message], None],
         apply: Callable[[bytes], bytes],
         feed: Callable[[bool], Iterable[tuple[bytes, Callback]]],
@@ -106,7 +106,7 @@ class Kernel:
             dynamicMembershipChange=True,
             logCompactionMinEntries=NEVER,
             logCompactionMinTime=NEVER,
-            fullDumpFile=snapshot_path,
+            fullDumpFile=__file__ if has_snapshot else "none",  # only asked whether it is a file
             serializer=_never,
             deserializer=_never,
             journalFile="wal",

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import structlog
 
 from proto.raft_pb2 import RaftFrame
 from swarm.consensus.changes import PROBE_TIMEOUT_S, MemberChanges
 from swarm.consensus.config import DEFAULTS, RaftConfig
+from swarm.consensus.disk import Disk
 from swarm.consensus.engine import Engine
 from swarm.consensus.faults import Fatal, exit_process
 from swarm.consensus.futures import answer, settle
@@ -39,7 +38,7 @@ log = structlog.get_logger()
 
 
 class RaftNode:
-    """Implements `interface.Consensus`. `members` is read only when `directory` is empty: `[me]` founds a cluster,
+    """Implements `interface.Consensus`. `members` is read only when `disk` is empty: `[me]` founds a cluster,
     what `ask_to_join` returned joins one; afterwards the log knows. Raises Damaged from `start`.
     `fatal` ends the process when its disk or its state cannot be trusted."""
 
@@ -48,7 +47,7 @@ class RaftNode:
         *,
         me: Member,
         members: Sequence[Member],
-        directory: Path,
+        disk: Disk,
         machine: StateMachine,
         transport: FrameTransport,
         config: RaftConfig = DEFAULTS,
@@ -58,7 +57,7 @@ class RaftNode:
     ) -> None:
         self._me = me
         self._first_members = tuple(members)
-        self._directory = directory
+        self._disk = disk
         self._machine = machine
         self._transport = transport
         self._config = config
@@ -84,7 +83,7 @@ class RaftNode:
 
     async def start(self) -> None:
         """Open the log and take part. Raises Damaged."""
-        storage = open_storage(self._directory, self._first_members, self._fatal, config=self._config)
+        storage = open_storage(self._disk, self._first_members, self._fatal, self._config)
         self._engine = Engine(
             me=self._me,
             storage=storage,
@@ -373,11 +372,10 @@ class RaftNode:
 
     def _check_disk(self) -> None:
         engine = self.running()
-        disk = os.statvfs(self._directory)
-        is_low = disk.f_bavail * disk.f_frsize < self._config.disk_reserve_bytes
-        reason = f"the disk of this manager is nearly full ({self._directory}): free space on it"
+        is_low = self._disk.free_bytes() < self._config.disk_reserve_bytes
+        reason = f"the disk of this manager is nearly full ({self._disk}): free space on it"
         if is_low and not engine.paused_because:
-            log.error("too little disk space to take on changes", directory=str(self._directory))
+            log.error("too little disk space to take on changes", directory=str(self._disk))
             engine.paused_because = reason
         elif not is_low and engine.paused_because == reason:
             engine.paused_because = ""

@@ -11,16 +11,15 @@ Two snapshots are kept: if the newest is damaged, the one before it and the log,
 from __future__ import annotations
 
 import json
-import os
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
+from swarm.consensus.disk import AppendFile, Disk
 from swarm.consensus.faults import Damaged
-from swarm.consensus.files import publish, sync_directory
 from swarm.consensus.membership import MemberId
 from swarm.consensus.wal import Entry
 
@@ -32,7 +31,11 @@ _MAGIC = b"PYSWSNAP"
 _RECORD = struct.Struct(">II")
 _FOOTER = struct.Struct(">IQI")
 _FOOTER_MARK = 0xFFFFFFFF
-_PATTERN = "snapshot-*.snap"
+_NAME = re.compile(r"snapshot-([0-9a-f]{16})-[0-9a-f]{8}\.snap")
+WRITING, RECEIVING = "writing.new", "receiving.new"
+"""Where one is written, and where one that another member sends is collected."""
+BUFFER_BYTES = 1 << 18
+"""Gathered before a write: records are small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,88 +60,108 @@ class BadSnapshot(ValueError):
 
 
 class SnapshotStore:
-    """The snapshots in one directory. Methods may be called from any one thread at a time."""
+    """The snapshots on one disk. Methods may be called from any one thread at a time."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
 
-    def write(self, meta: Meta, records: Iterable[bytes]) -> Path:
+    def write(self, meta: Meta, records: Iterable[bytes]) -> str:
         """Store a snapshot durably and forget all but the newest two."""
-        temporary = self._directory / "writing.new"
-        with temporary.open("wb") as file:
+        file = self._disk.create(WRITING)
+        try:
             _write(file, meta, records)
-            file.flush()
-            os.fsync(file.fileno())
-        return self._adopt(temporary, meta)
+            file.sync()
+        finally:
+            file.close()
+        return self._adopt(WRITING, meta)
 
-    def receiving(self) -> Path:
-        """Where to collect a snapshot that another member sends."""
-        return self._directory / "receiving.new"
+    def receive(self) -> AppendFile:
+        """An empty file for a snapshot that another member sends."""
+        return self._disk.create(RECEIVING)
 
-    def check(self, path: Path) -> Meta:
+    def check_received(self) -> Meta:
+        """Raises BadSnapshot."""
+        return self.check(RECEIVING)
+
+    def adopt_received(self, meta: Meta) -> str:
+        """Keep the received file, which was synced and checked."""
+        return self._adopt(RECEIVING, meta)
+
+    def check(self, name: str) -> Meta:
         """Read the whole file. Raises BadSnapshot."""
-        reader = _Reader(path)
+        reader = _Reader(self._disk, name)
         with reader.file:
             for _ in reader.records():
                 pass
         return reader.meta
 
-    def adopt(self, received: Path, meta: Meta) -> Path:
-        """Keep a received, checked file."""
-        with received.open("rb") as file:
-            os.fsync(file.fileno())
-        return self._adopt(received, meta)
+    def _adopt(self, temporary: str, meta: Meta) -> str:
+        name = _name(meta)
+        self._disk.rename(temporary, name)
+        self._disk.sync_names()
+        for old in self.names()[KEPT:]:
+            self._disk.remove(old)
+        self._disk.sync_names()
+        return name
 
-    def _adopt(self, temporary: Path, meta: Meta) -> Path:
-        path = self._directory / f"snapshot-{meta.index:016x}-{meta.term:08x}.snap"
-        publish(temporary, path)
-        for old in self.paths()[KEPT:]:
-            old.unlink(missing_ok=True)
-        sync_directory(self._directory)
-        return path
-
-    def paths(self) -> list[Path]:
+    def names(self) -> list[str]:
         """Newest first."""
-        return sorted(self._directory.glob(_PATTERN), reverse=True)
+        return [name for name in reversed(self._disk.names()) if _NAME.fullmatch(name)]
 
-    def newest(self) -> Path | None:
-        return next(iter(self.paths()), None)
+    def newest(self) -> str | None:
+        return next(iter(self.names()), None)
+
+    def open(self, name: str) -> tuple[BinaryIO, int]:
+        """To send it: the file and its size."""
+        file = self._disk.open(name)
+        size = file.seek(0, 2)
+        file.seek(0)
+        return file, size
 
     def oldest_index(self) -> int:
         """Index of the older of the kept snapshots, 0 if there is at most one: the log must reach back to it."""
-        paths = self.paths()
-        return int(paths[-1].stem.split("-")[1], 16) if len(paths) == KEPT else 0
+        names = self.names()
+        return int(names[-1].split("-")[1], 16) if len(names) == KEPT else 0
 
     def newest_good(self) -> tuple[Meta | None, list[str]]:
         """The newest snapshot that checks, and what is wrong with newer ones. Raises Damaged if all are bad."""
         problems: list[str] = []
-        for path in self.paths():
+        for name in self.names():
             try:
-                return self.check(path), problems
+                return self.check(name), problems
             except BadSnapshot as error:
                 problems.append(str(error))
         if problems:
-            raise Damaged(self._directory, f"no snapshot can be read: {'; '.join(problems)}")
+            raise Damaged(self._disk, f"no snapshot can be read: {'; '.join(problems)}")
         return None, problems
 
     def read(self, meta: Meta) -> Iterator[bytes]:
         """The state machine's records. Raises BadSnapshot on the way if the file has been damaged since."""
-        reader = _Reader(self._directory / f"snapshot-{meta.index:016x}-{meta.term:08x}.snap")
+        reader = _Reader(self._disk, _name(meta))
         with reader.file:
             yield from reader.records()
 
     def discard_temporaries(self) -> None:
-        for path in self._directory.glob("*.new"):
-            path.unlink()
+        for name in self._disk.names():
+            if name.endswith(".new"):
+                self._disk.remove(name)
 
 
-def _write(file: BinaryIO, meta: Meta, records: Iterable[bytes]) -> None:
+def _name(meta: Meta) -> str:
+    return f"snapshot-{meta.index:016x}-{meta.term:08x}.snap"
+
+
+def _write(file: AppendFile, meta: Meta, records: Iterable[bytes]) -> None:
     crc = count = 0
+    buffer = bytearray()
 
     def put(data: bytes) -> None:
         nonlocal crc
-        file.write(data)
         crc = zlib.crc32(data, crc)
+        buffer.extend(data)
+        if len(buffer) >= BUFFER_BYTES:
+            file.write(bytes(buffer))
+            buffer.clear()
 
     def put_record(data: bytes) -> None:
         put(_RECORD.pack(len(data), zlib.crc32(data)) + data)
@@ -156,19 +179,19 @@ def _write(file: BinaryIO, meta: Meta, records: Iterable[bytes]) -> None:
     for record in records:
         put_record(record)
         count += 1
-    file.write(_FOOTER.pack(_FOOTER_MARK, count, crc))
+    file.write(bytes(buffer) + _FOOTER.pack(_FOOTER_MARK, count, crc))
 
 
 class _Reader:
     """Reads a file once, forwards. `meta` is there from the start."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, disk: Disk, name: str) -> None:
+        self._path = f"{disk}/{name}"
         self._crc = 0
         try:
-            self.file = path.open("rb")
+            self.file = disk.open(name)
         except OSError as error:
-            raise BadSnapshot(f"{path}: {error.strerror}") from None
+            raise BadSnapshot(f"{self._path}: {error.strerror}") from None
         try:
             self.meta = self._read_meta()
         except BaseException:

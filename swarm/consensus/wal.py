@@ -9,36 +9,34 @@ In memory the log begins shortly before the newest snapshot, on disk before the 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pysyncobj.journal import Journal
 
 from swarm.consensus import codec, membership, wal_format
 from swarm.consensus.config import DEFAULTS, RaftConfig
+from swarm.consensus.disk import AppendFile, Disk, write_whole
 from swarm.consensus.faults import Damaged, Fatal
-from swarm.consensus.files import sync_directory, write_whole
 from swarm.consensus.membership import MemberId
 from swarm.consensus.wal_format import Kind, Record
 
 Entry = tuple[bytes, int, int]
 """Command, index, term: the kernel's shape."""
-_PATTERN = "wal-*.log"
+_NAME = re.compile(r"wal-(\d{8})\.log")
 
 
 @dataclass(slots=True)
 class _Segment:
     number: int
-    path: Path
+    name: str
     last_index: int = 0
     """Highest entry that was ever written to it."""
 
 
-def _path(directory: Path, number: int) -> Path:
-    return directory / f"wal-{number:08d}.log"
+def _name(number: int) -> str:
+    return f"wal-{number:08d}.log"
 
 
 class Wal(Journal):  # type: ignore[misc]  # pysyncobj has no types
@@ -46,15 +44,13 @@ class Wal(Journal):  # type: ignore[misc]  # pysyncobj has no types
 
     def __init__(
         self,
-        directory: Path,
+        disk: Disk,
         fatal: Fatal,
         config: RaftConfig = DEFAULTS,
-        datasync: Callable[[int], None] = os.fdatasync,
     ) -> None:
-        self._directory = directory
+        self._disk = disk
         self._fatal = fatal
         self._config = config
-        self._datasync = datasync
         self._entries: list[Entry] = []
         self._term, self._vote, self._commit = 0, "", 1
         self._commit_written = 1
@@ -63,7 +59,7 @@ class Wal(Journal):  # type: ignore[misc]  # pysyncobj has no types
         self._pending: list[Record] = []
         self._batch = 0
         self._segments: list[_Segment] = []
-        self._file = -1
+        self._file: AppendFile | None = None
         self._file_bytes = 0
         self.log_bytes = 0
         """Bytes of commands held in memory."""
@@ -76,32 +72,33 @@ class Wal(Journal):  # type: ignore[misc]  # pysyncobj has no types
     # ---- opening
 
     @classmethod
-    def create(cls, directory: Path, members: tuple[MemberId, ...], fatal: Fatal, **options: Any) -> Wal:
-        """A new log in an empty directory, whose base is these members."""
-        wal = cls(directory, fatal, **options)
+    def create(cls, disk: Disk, members: tuple[MemberId, ...], fatal: Fatal, config: RaftConfig = DEFAULTS) -> Wal:
+        """A new log on an empty disk, whose base is these members."""
+        wal = cls(disk, fatal, config)
         wal._base = (0, members)
         wal._start_segment(1)
         return wal
 
     @classmethod
-    def load(cls, directory: Path, fatal: Fatal, **options: Any) -> Wal:
+    def load(cls, disk: Disk, fatal: Fatal, config: RaftConfig = DEFAULTS) -> Wal:
         """What a run before this one left. Raises Damaged, and then has changed nothing."""
-        wal = cls(directory, fatal, **options)
-        paths = sorted(directory.glob(_PATTERN))
-        expected = int(paths[0].stem[4:])
-        for number, path in enumerate(paths, expected):
-            if path != _path(directory, number):
-                raise Damaged(_path(directory, number), "this part of the log is missing")
-            wal._replay(number, path, is_newest=path == paths[-1])
+        wal = cls(disk, fatal, config)
+        numbers = _numbers(disk)
+        for expected, number in enumerate(numbers, numbers[0]):
+            if number != expected:
+                raise Damaged(f"{disk}/{_name(expected)}", "this part of the log is missing")
+            wal._replay(number, is_newest=number == numbers[-1])
         wal._commit_written = wal._commit
         return wal
 
     @staticmethod
-    def exists(directory: Path) -> bool:
-        return any(directory.glob(_PATTERN))
+    def exists(disk: Disk) -> bool:
+        return bool(_numbers(disk))
 
-    def _replay(self, number: int, path: Path, is_newest: bool) -> None:
-        data = path.read_bytes()
+    def _replay(self, number: int, is_newest: bool) -> None:
+        name = _name(number)
+        path = f"{self._disk}/{name}"
+        data = self._disk.read(name)
         if not data.startswith(wal_format.FILE_MAGIC):
             raise Damaged(path, "it is not a log of this program, or its beginning is damaged")
         found, stop = wal_format.scan(data)
@@ -111,20 +108,18 @@ class Wal(Journal):  # type: ignore[misc]  # pysyncobj has no types
             found.pop()  # the torn batch: nothing in it was promised to anyone
         if not found or found[0].record.kind is not Kind.HARD:
             raise Damaged(path, "term and vote are missing, so this member might vote twice")
-        segment = _Segment(number, path)
+        segment = _Segment(number, name)
         self._segments.append(segment)
         for located in found:
             self._redo(located.record, path)
             segment.last_index = max(segment.last_index, self.last_index)
         self._batch = found[-1].batch
         if is_newest:
-            self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             self._file_bytes = found[-1].end
-            os.ftruncate(self._file, self._file_bytes)
-            os.lseek(self._file, 0, os.SEEK_END)
-            os.fsync(self._file)
+            self._file = self._disk.append(name, self._file_bytes)
+            self._file.sync()
 
-    def _redo(self, record: Record, path: Path) -> None:
+    def _redo(self, record: Record, path: str) -> None:
         match record.kind:
             case Kind.ENTRY:
                 if self._entries and record.index != self.last_index + 1:
@@ -149,14 +144,13 @@ class Wal(Journal):  # type: ignore[misc]  # pysyncobj has no types
             Record(Kind.BASE, self._base[0], 0, "\n".join(self._base[1]).encode()),
         ]
         self._batch += 1
-        path = _path(self._directory, number)
+        name = _name(number)
         data = wal_format.FILE_MAGIC + wal_format.encode_batch(header, self._batch)
-        write_whole(path, data)
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        write_whole(self._disk, name, data)
+        self.abandon()
+        self._file = self._disk.append(name, len(data))
         self._file_bytes = len(data)
-        self._segments.append(_Segment(number, path, 0))
+        self._segments.append(_Segment(number, name, 0))
 
     # ---- durability
 
@@ -167,11 +161,10 @@ class Wal(Journal):  # type: ignore[misc]  # pysyncobj has no types
         records, self._pending = self._pending, []
         self._batch += 1
         data = wal_format.encode_batch(records, self._batch)
+        assert self._file is not None
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._file, view) :]
-            self._datasync(self._file)
+            self._file.write(data)
+            self._file.sync()
             self.syncs += 1
             self._file_bytes += len(data)
             highest = max((record.index for record in records if record.kind is Kind.ENTRY), default=0)
@@ -179,7 +172,8 @@ class Wal(Journal):  # type: ignore[misc]  # pysyncobj has no types
             if self._file_bytes > self._config.segment_bytes:
                 self._start_segment(self._segments[-1].number + 1)
         except OSError as error:
-            self._fatal(f"cannot write {self._segments[-1].path}: {error}; free or replace the disk, then start again")
+            path = f"{self._disk}/{self._segments[-1].name}"
+            self._fatal(f"cannot write {path}: {error}; free or replace the disk, then start again")
 
     @property
     def is_dirty(self) -> bool:
@@ -187,18 +181,17 @@ class Wal(Journal):  # type: ignore[misc]  # pysyncobj has no types
 
     def close(self) -> None:
         """Write what is known to be committed, so that the next start need not ask, and close."""
-        if self._file < 0:
+        if self._file is None:
             return
         self.onOneSecondTimer()
         self.sync()
-        os.close(self._file)
-        self._file = -1
+        self.abandon()
 
     def abandon(self) -> None:
         """Close without writing: what a crash leaves."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def drop_below(self, index: int) -> None:
         """Reclaim the disk space of entries below `index`; starts a segment so that the next call reclaims more."""
@@ -207,10 +200,10 @@ class Wal(Journal):  # type: ignore[misc]  # pysyncobj has no types
             if self._segments[-1].last_index:
                 self._start_segment(self._segments[-1].number + 1)
             while len(self._segments) > 1 and self._segments[0].last_index < index:
-                self._segments.pop(0).path.unlink()
-            sync_directory(self._directory)
+                self._disk.remove(self._segments.pop(0).name)
+            self._disk.sync_names()
         except OSError as error:
-            self._fatal(f"cannot reclaim space in {self._directory}: {error}; free or replace the disk")
+            self._fatal(f"cannot reclaim space in {self._disk}: {error}; free or replace the disk")
 
     # ---- what the engine asks
 
@@ -344,6 +337,11 @@ class Wal(Journal):  # type: ignore[misc]  # pysyncobj has no types
 
     def _destroy(self) -> None:
         self.close()
+
+
+def _numbers(disk: Disk) -> list[int]:
+    """Of the segments, in order."""
+    return sorted(int(found[1]) for found in map(_NAME.fullmatch, disk.names()) if found)
 
 
 def _members_of(payload: bytes) -> tuple[MemberId, ...]:
