@@ -28,7 +28,6 @@ from proto.local_pb2 import Bootstrap
 from proto.objects_pb2 import Network
 from swarm.api.control import ControlService
 from swarm.api.join import CertificatesService, JoinService
-from swarm.consensus.disk import Directory
 from swarm.consensus.grpc_transport import GrpcTransport, ask_to_join
 from swarm.consensus.interface import Member
 from swarm.consensus.raft import RaftNode
@@ -42,6 +41,7 @@ from swarm.roles import RoleManager, demotion_refusal
 from swarm.security.authorize import RULES, RoleInterceptor
 from swarm.security.certificates import NodeCredentials
 from swarm.security.peers import peer_identity
+from swarm.security.raft_key import has_log, raft_disk
 from swarm.store.changes import Create, Group
 from swarm.store.store import Store
 from swarm.store.writer import Writer
@@ -68,7 +68,7 @@ class Manager:
         self._consensus = RaftNode(
             me=self._me,
             members=[self._me],
-            disk=Directory(paths.raft),
+            disk=raft_disk(paths.raft),
             machine=self._store,
             transport=self._transport,
         )
@@ -96,7 +96,7 @@ class Manager:
         _bind_unix(local, self._paths.manager_socket)
 
         await mtls.start()  # the leader calls back before it admits this manager
-        if bootstrap is None and not self._has_log():
+        if bootstrap is None and not has_log(self._paths.raft):
             self._consensus.begin_with(await self._ask_to_join())
         await self._consensus.start()
         self._consensus.on_leadership(self._on_leadership)
@@ -135,9 +135,6 @@ class Manager:
             random_id,
             demotion_refusal,
         )
-
-    def _has_log(self) -> bool:
-        return self._paths.raft.is_dir() and any(self._paths.raft.iterdir())
 
     def _is_blocked(self, node_id: str) -> bool:
         cluster = self._store.cluster

@@ -11,7 +11,8 @@ import itertools
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 import structlog
 from pysyncobj.config import SERIALIZER_STATE
@@ -33,8 +34,7 @@ log = structlog.get_logger()
 
 @dataclass(slots=True)
 class _Outgoing:
-    file: BinaryIO
-    size_bytes: int
+    file: BufferedReader
     offset: int = 0
 
 
@@ -150,12 +150,12 @@ class Compaction:
             name = self._store.newest()
             if name is None:
                 return None
-            transfer = _Outgoing(*self._store.open(name))
+            transfer = _Outgoing(self._store.open(name))
             self._outgoing[node.id] = transfer
         offset = transfer.offset
         data = transfer.file.read(self._config.chunk_bytes)
         transfer.offset += len(data)
-        is_last = transfer.offset >= transfer.size_bytes
+        is_last = not transfer.file.peek(1)
         if is_last:
             self.forget(node.id)
         return data, offset, is_last

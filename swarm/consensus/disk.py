@@ -6,8 +6,9 @@ Names are flat. A write is durable after `sync`, a name (created, renamed, remov
 from __future__ import annotations
 
 import os
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 
 class AppendFile(Protocol):
@@ -33,7 +34,7 @@ class Disk(Protocol):
 
     def read(self, name: str) -> bytes: ...
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> BufferedReader:
         """For reading."""
         ...
 
@@ -91,7 +92,7 @@ class Directory:
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> BufferedReader:
         return (self.path / name).open("rb")
 
     def create(self, name: str) -> AppendFile:

@@ -16,7 +16,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from io import BufferedReader
 
 from swarm.consensus.disk import AppendFile, Disk
 from swarm.consensus.faults import Damaged
@@ -111,12 +111,9 @@ class SnapshotStore:
     def newest(self) -> str | None:
         return next(iter(self.names()), None)
 
-    def open(self, name: str) -> tuple[BinaryIO, int]:
-        """To send it: the file and its size."""
-        file = self._disk.open(name)
-        size = file.seek(0, 2)
-        file.seek(0)
-        return file, size
+    def open(self, name: str) -> BufferedReader:
+        """To send it."""
+        return self._disk.open(name)
 
     def oldest_index(self) -> int:
         """Index of the older of the kept snapshots, 0 if there is at most one: the log must reach back to it."""
@@ -187,11 +184,11 @@ class _Reader:
 
     def __init__(self, disk: Disk, name: str) -> None:
         self._path = f"{disk}/{name}"
-        self._crc = 0
+        self._crc = self._at = 0
         try:
             self.file = disk.open(name)
         except OSError as error:
-            raise BadSnapshot(f"{self._path}: {error.strerror}") from None
+            raise BadSnapshot(f"{self._path}: {error.strerror or error}") from None
         try:
             self.meta = self._read_meta()
         except BaseException:
@@ -232,13 +229,14 @@ class _Reader:
             raise self._bad(f"a record claims {size} bytes")
         data = self._take(size)
         if zlib.crc32(data) != check:
-            raise self._bad(f"the record before byte {self.file.tell()} is damaged")
+            raise self._bad(f"the record before byte {self._at} is damaged")
         return data
 
     def _take(self, size: int) -> bytes:
         data = self.file.read(size)
         if len(data) != size:
             raise self._bad("it ends too early")
+        self._at += size
         self._crc = zlib.crc32(data, self._crc)
         return data
 

@@ -98,7 +98,10 @@ class Wal(Journal):  # type: ignore[misc]  # pysyncobj has no types
     def _replay(self, number: int, is_newest: bool) -> None:
         name = _name(number)
         path = f"{self._disk}/{name}"
-        data = self._disk.read(name)
+        try:
+            data = self._disk.read(name)
+        except OSError as error:
+            raise Damaged(path, f"it cannot be read: {error}") from None
         if not data.startswith(wal_format.FILE_MAGIC):
             raise Damaged(path, "it is not a log of this program, or its beginning is damaged")
         found, stop = wal_format.scan(data)
