@@ -7,6 +7,7 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from swarm.consensus.config import DEFAULTS, PROPOSAL_BYTES_MAX, PROPOSALS_MAX, 
 from swarm.consensus.faults import Damaged
 from swarm.consensus.grpc_transport import ask_leader, ask_to_join
 from swarm.consensus.interface import Consensus, Member
+from swarm.consensus.raft import RaftNode
 from swarm.errors import Busy, Denied, Invalid, NoLeader, OutcomeUnknown, SwarmError
 from tests.consensus_cluster import Manager, cluster, free_port, leader_of
 from tests.waiting import until
@@ -302,3 +304,29 @@ async def test_a_peer_is_dialled_again_after_it_ended_a_stream_and_then_did_not_
     await until(lambda: not leader.node.is_leader(), what="the lone leader to step down")
     await follower.restart()
     assert await _write(managers, b"x") == b"1", "it takes streams in both directions"
+
+
+class _Deaf:
+    """A manager that is up and answers, but takes nothing in."""
+
+    def __init__(self, node: RaftNode) -> None:
+        self._node = node
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._node, name)
+
+    def on_frame(self, node_id: str, frame: RaftFrame) -> None: ...
+
+
+async def test_a_manager_that_does_not_catch_up_is_not_added(make: Make, tmp_path: Path) -> None:
+    managers = await make(1)
+    await _write(managers, b"x")
+    newcomer = Manager("deaf", tmp_path)
+    managers.append(newcomer)
+    await newcomer.listen()
+    await newcomer.run([managers[0].me, newcomer.me])
+    newcomer.transport.attach(_Deaf(newcomer.node))
+    with pytest.raises(Busy, match=r"did not get the whole log \(0 of \d+ entries\)"):
+        await managers[0].node.add_member(newcomer.me, 2)
+    assert managers[0].node.members() == (managers[0].me,)
+    await _write(managers, b"y")

@@ -16,6 +16,7 @@ VIEW = View(
     term=5,
     decided=4,
     others=frozenset({"a@h:1", "b@h:1"}),
+    learners=frozenset(),
     voters=frozenset(),
     silence_s=0.1,
     sticky_s=0.5,

@@ -228,3 +228,59 @@ def test_a_member_meets_a_leader_that_joined_while_it_was_away(tmp_path: Path) -
     net.until(lambda: len(returned.members()) == 4)
     assert returned.leader() == net.member("D")
     net.close()
+
+
+def test_a_learner_gets_the_log_but_counts_in_no_quorum(tmp_path: Path) -> None:
+    net = Net(tmp_path, "ABC", config=replace(DEFAULTS, snapshot_entries=10, tail_entries=1, chunk_bytes=32))
+    leader = _force_leader(net, "A")
+    _stored(net, leader, *(b"%d" % number for number in range(30)))
+    learner = net.start("D", (*leader.members(), net.member("D")))
+    leader.teach(net.member("D"))
+    during = write(leader, b"meanwhile")
+    net.until(lambda: during.is_stored)
+    net.until(lambda: net.machines["D"].entries == net.machines["A"].entries)
+    assert learner.compaction.installed == 1, "the log before was a snapshot already"
+    assert not learner.is_member()
+
+    net.crash("B")
+    net.crash("C")
+    alone = write(leader, b"without a quorum")
+    net.until(lambda: leader.kernel.match("D@D:1") == leader.wal.last_index)
+    net.until(lambda: not leader.kernel.leads())
+    assert not alone.is_stored, "the learner's acknowledgement counted"
+    net.close()
+
+
+def test_a_learner_that_is_silent_holds_nothing_up_and_one_that_is_added_keeps_its_place(tmp_path: Path) -> None:
+    net = Net(tmp_path, "A")
+    leader = net.elect()
+    leader.teach(net.member("D"))
+    _stored(net, leader, *(b"%d" % number for number in range(30)))
+    learner = net.start("D", (net.member("A"), net.member("D")))
+    net.until(lambda: leader.kernel.match("D@D:1") == leader.wal.last_index)
+    added = Outcome()
+    leader.change_members("add", "D@D:1", added)
+    net.until(lambda: added.is_stored)
+    assert leader.kernel.others() == {"D@D:1"}
+    assert not leader.kernel.learners()
+    leader.kernel.hand_over()
+    net.until(learner.is_leader)
+    leader.forget("D")
+    _stored(net, learner, b"more")
+    net.until(lambda: net.machines["A"].entries == net.machines["D"].entries)
+    net.close()
+
+
+def test_a_learner_deposes_nobody(tmp_path: Path) -> None:
+    net = Net(tmp_path, "A")
+    leader = net.elect()
+    net.start("D", (net.member("A"), net.member("D")))
+    leader.teach(net.member("D"))
+    net.step(100)
+    term = leader.kernel.term()
+    for kind in ("request_vote", "pre_vote"):
+        frame = RaftFrame(type=kind, term=term + 5, last_index=999, last_term=term + 4, transfer=True, round=1)
+        net.inject("D", "A", frame)
+    assert leader.is_leader()
+    assert leader.kernel.term() == term
+    net.close()

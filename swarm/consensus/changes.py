@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 PROBE_TIMEOUT_S = 2.0
 """For a manager to say who it is: a round trip and a handshake, with room for a loaded machine."""
 PROBE_EVERY_S = 0.1
-ADMISSION_TIMEOUT_S = 30.0
-"""For a manager that was promised membership to start its consensus."""
+ADMISSION_TIMEOUT_S = 300.0
+"""For a manager that was promised membership to start its consensus and to get the log: 1 GB at 4 MB/s."""
 
 log = structlog.get_logger()
 
@@ -39,34 +39,45 @@ class MemberChanges:
         self._lock = asyncio.Lock()
 
     async def add(self, member: Member, timeout_s: float) -> None:
-        """Leader only. The new member must answer at its address, and its consensus must run, before it counts.
+        """Leader only. The new member must answer at its address, run its consensus and hold the log before it counts:
+        until then it is a learner, which costs nobody a quorum, and other changes go on beside it.
         Adding a known member with its known address is a no-op; with another one, its address is replaced."""
         deadline = self._clock() + timeout_s
+        engine = self._node.running()
+        if not engine.is_leader():
+            raise engine.not_leading()
+        if member in engine.members():
+            return
+        if member.node_id == self._me.node_id:
+            raise Invalid("the leader's own address cannot change: hand leadership over first")
+        await self._await_running(member, deadline)
+        await self._remove_old_address(member, deadline)
+        engine.teach(member)
+        try:
+            await self._await_frames(member, deadline)
+            await self._await_log(member, deadline)
+            async with self._lock:
+                if member not in engine.members():  # else somebody else has added it meanwhile
+                    self._check_quorum_with(member)
+                    await self._change("add", member, deadline)
+        finally:
+            engine.forget(member.node_id)
+
+    async def _remove_old_address(self, member: Member, deadline_s: float) -> None:
         async with self._lock:
-            engine = self._node.running()
-            if not engine.is_leader():
-                raise engine.not_leading()
-            known = {each.node_id: each for each in engine.members()}
-            if known.get(member.node_id) == member:
-                return
-            if member.node_id == self._me.node_id:
-                raise Invalid("the leader's own address cannot change: hand leadership over first")
-            await self._await_running(member, deadline)
-            if member.node_id in known:
-                await self._change("rem", known[member.node_id], deadline)
-            count = len(engine.members()) + 1
-            reachable = len(self._node.reachable_others()) + 2
-            if reachable < quorum(count):
-                raise Invalid(
-                    f"adding manager {member.node_id} would leave {reachable} of {count} managers reachable, which is"
-                    " no quorum: bring the unreachable managers back, or remove them first"
-                )
-            engine.introduce((member,))
-            try:
-                await self._await_frames(member, deadline)
-                await self._change("add", member, deadline)
-            finally:
-                engine.forget(member.node_id)
+            old = next((each for each in self._node.members() if each.node_id == member.node_id), None)
+            if old is not None:
+                await self._change("rem", old, deadline_s)
+
+    def _check_quorum_with(self, member: Member) -> None:
+        """Raises Invalid."""
+        count = len(self._node.members()) + 1
+        reachable = len(self._node.reachable_others()) + 2
+        if reachable < quorum(count):
+            raise Invalid(
+                f"adding manager {member.node_id} would leave {reachable} of {count} managers reachable, which is"
+                " no quorum: bring the unreachable managers back, or remove them first"
+            )
 
     async def remove(self, node_id: str, timeout_s: float) -> None:
         """Leader only; an unknown member is a no-op. Raises Invalid when the rest would not have a reachable quorum.
@@ -129,6 +140,30 @@ class MemberChanges:
                 f"manager {member.node_id} answers at {member.addr}, but no frames go both ways between it and"
                 f" {self._me.addr}: check that each can reach the other's port"
             )
+
+    async def _await_log(self, member: Member, deadline_s: float) -> None:
+        """Rounds, each up to the end that the log had when it began, until one takes less than an election: then the
+        new member cannot hold up commits for longer than that (Ongaro's thesis, 4.2.1)."""
+        engine, name = self._node.running(), member_id(member)
+
+        def has_gone() -> bool:
+            return not engine.is_leader() or not self._node.reachable(member.node_id)
+
+        while True:
+            began_s, target = self._clock(), engine.wal.last_index
+            in_time = await self._node.until(
+                lambda end=target: has_gone() or engine.kernel.match(name) >= end,  # type: ignore[misc]
+                deadline_s - began_s,
+            )
+            if not engine.is_leader():
+                raise engine.not_leading()
+            if not in_time or has_gone():
+                raise Busy(
+                    f"manager {member.node_id} at {member.addr} did not get the whole log ({engine.kernel.match(name)}"
+                    f" of {target} entries), so it was not added: see its own log for the reason, then try again"
+                )
+            if self._clock() - began_s < engine.config.election_min_s:
+                return
 
     async def admit(self, member: Member) -> tuple[Member, ...]:
         """A manager asks to join. It is promised membership at once, and gets it when its consensus runs: so a

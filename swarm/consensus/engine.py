@@ -72,6 +72,7 @@ class Engine:
         self._up: set[str] = set()
         self._full: set[MemberId] = set()
         self._acquaintances: dict[str, MemberId] = {}
+        self._learners: set[MemberId] = set()
         self._names: dict[str, MemberId] = {}
         self._membership_seen = (-1, -1)
         self._inbox: deque[tuple[str, RaftFrame]] = deque()
@@ -195,9 +196,18 @@ class Engine:
         self._membership_seen = (-1, -1)
         self._settle()
 
+    def teach(self, learner: Member) -> None:
+        """Replicate to it while this member leads, without counting it: it is to become a member."""
+        self.introduce((learner,))
+        self._learners.add(member_id(learner))
+        self._settle()
+
     def forget(self, node_id: str) -> None:
-        """Undo `introduce`."""
+        """Undo `introduce` and `teach`."""
         self._acquaintances.pop(node_id, None)
+        for name in [name for name in self._learners if node_id_of(name) == node_id]:
+            self._learners.discard(name)
+            self.compaction.forget(name)
         self._membership_seen = (-1, -1)
         self._settle()
 
@@ -227,7 +237,8 @@ class Engine:
         """The kernel replicates to members that are up and whose window is open, while it leads."""
         wanted: set[MemberId] = set()
         if self.kernel.leads():
-            wanted = {name for name in self.kernel.others() if node_id_of(name) in self._up} - self._full
+            taught = self.kernel.others() | self._learners
+            wanted = {name for name in taught if node_id_of(name) in self._up} - self._full
         self.kernel.connect(wanted)
 
     def _said(self, name: MemberId, message: Message) -> None:
@@ -347,6 +358,7 @@ class Engine:
             term=term,
             decided=max(self.kernel.commit(), self.kernel.applied()),
             others=frozenset(self.kernel.others()),
+            learners=frozenset(self._learners),
             voters=frozenset(self._voters[1]),
             silence_s=self._clock() - self.election.heard_at_s,
             sticky_s=self.config.election_min_s,
@@ -357,6 +369,10 @@ class Engine:
         others = {name for name in self.wal.members() if node_id_of(name) != self.me.node_id}
         if self.kernel.others() != others:
             self.kernel.set_others(others)
+        self._learners = self._learners - others if self.kernel.leads() else set()
+        if self.kernel.learners() != self._learners:
+            self.kernel.teach(self._learners)
+            self._connect()
         seen = (self.wal.membership_version, len(self._acquaintances))
         if seen != self._membership_seen:
             for name in others:

@@ -87,6 +87,7 @@ class Kernel:
         self.me = me
         self._transport = KernelTransport(said)
         self._connected: set[MemberId] = set()
+        self._learners: set[MemberId] = set()
 
         def on_state(old: int, new: int) -> None:
             if _LEADER_STATE in (old, new):
@@ -150,6 +151,9 @@ class Kernel:
     def others(self) -> set[MemberId]:
         return {node.id for node in self._get("otherNodes")}
 
+    def learners(self) -> set[MemberId]:
+        return set(self._learners)
+
     def match(self, name: MemberId) -> int:
         """Leader only: the last entry known to be on that member's disk."""
         return int(self._get("raftMatchIndex").get(Node(name), 0))
@@ -188,6 +192,21 @@ class Kernel:
         for name in self._connected - names:
             self._transport._onNodeDisconnected(Node(name))
         self._connected = set(names)
+
+    def teach(self, names: set[MemberId]) -> None:
+        """Replicate to exactly these, too, while leading, but count them in no quorum (to pysyncobj they are
+        "read-only nodes"). One that has become a member keeps its place."""
+        bindings.enter(self._host)
+        for name in names - self._learners:
+            self._transport._onReadonlyNodeConnected(Node(name))
+            self._connected.add(name)
+        for name in self._learners - names:
+            if name in self.others():
+                self._get("readonlyNodes").discard(Node(name))
+            else:
+                self._transport._onReadonlyNodeDisconnected(Node(name))
+                self._connected.discard(name)
+        self._learners = set(names)
 
     def campaign(self) -> None:
         """Start a real election now: a new term, and a request for votes to every other member."""

@@ -33,6 +33,8 @@ class View:
     decided: int
     """Entries up to here are committed, as far as is known here."""
     others: frozenset[MemberId]
+    learners: frozenset[MemberId]
+    """Who gets the log from this leader, but is no member yet."""
     voters: frozenset[MemberId]
     """Whose votes of this term have been counted."""
     silence_s: float
@@ -58,7 +60,7 @@ def judge(view: View, log: LogView, sender: MemberId, message: Message) -> Verdi
         case "next_node_idx":
             return _acknowledgement(view, log, sender, message)
         case "request_vote":
-            return _vote_request(view, message)
+            return _vote_request(view, sender, message)
         case "response_vote":
             return _vote(view, sender, message)
         case "timeout_now":
@@ -68,8 +70,10 @@ def judge(view: View, log: LogView, sender: MemberId, message: Message) -> Verdi
     return Verdict(refused=f"{message['type']!r} is nothing for the kernel")
 
 
-def _vote_request(view: View, message: Message) -> Verdict:
+def _vote_request(view: View, sender: MemberId, message: Message) -> Verdict:
     """Leader stickiness (S12): whoever comes back with a high term does not depose a leader that works."""
+    if sender in view.learners:
+        return Verdict(refused="a learner is no candidate")
     if not message["transfer"] and (view.leads or view.silence_s < view.sticky_s):
         return Verdict(refused="a leader is at work")
     return Verdict(deliver=message)
@@ -86,7 +90,7 @@ def _vote(view: View, sender: MemberId, message: Message) -> Verdict:
 
 def _acknowledgement(view: View, log: LogView, sender: MemberId, message: Message) -> Verdict:
     """Acknowledgements count only in the term that they were made for (S5), and never beyond the log."""
-    if not view.leads or sender not in view.others or message["term"] != view.term:
+    if not view.leads or sender not in view.others | view.learners or message["term"] != view.term:
         return Verdict(refused="the acknowledgement does not count")
     wanted = message["next_node_idx"]
     if wanted > log.last_index + 1:
