@@ -77,8 +77,8 @@ class FakeConsensus:
         return self._group.store.apply(entry)
 
     async def read_barrier(self, timeout_s: float) -> None:
-        if not self.is_leader():
-            raise NoLeader("this manager does not lead")
+        if self.leader() is None:
+            raise NoLeader("nobody leads")
 
     async def add_member(self, member: Member, timeout_s: float) -> None:
         self._group.member(member.node_id, member.addr)

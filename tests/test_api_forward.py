@@ -33,8 +33,15 @@ async def test_a_follower_answers_as_the_leader_would() -> None:
 
 async def test_self_is_the_manager_that_was_asked_not_the_one_that_answers() -> None:
     async with managing(a_cluster(), *map(a_manager, THREE), names=THREE) as made:
-        node = await made.stubs["m2"].GetNode(pb.GetRequest(ref="self"))
-        assert (node.id, node.manager_status.leader) == ("m2", False)
+        _, message = await refused(made.stubs["m2"].RemoveNode(pb.RemoveRequest(ref="self")))
+        assert "node m2 is a" in message, message
+
+
+async def test_a_read_is_answered_where_it_was_asked() -> None:
+    async with managing(a_cluster(), *map(a_manager, THREE), names=THREE) as made:
+        await made["m1"].server.stop(None)
+        assert (await made.stubs["m2"].GetNode(pb.GetRequest(ref="self"))).id == "m2"
+        assert len((await made.stubs["m3"].ListNodes(pb.ListRequest())).nodes) == 3
 
 
 async def test_a_call_waits_for_an_election() -> None:
@@ -80,7 +87,7 @@ async def test_without_a_leader_the_answer_says_what_to_do() -> None:
 
 async def test_a_forwarded_call_is_never_forwarded_again() -> None:
     async with managing(a_cluster(), names=THREE) as made:
-        call = made.stubs["m2"].GetCluster(pb.ClusterRequest(), metadata=(("forwarded-by", "m3"),))
+        call = made.stubs["m2"].RemoveService(pb.RemoveRequest(ref="web"), metadata=(("forwarded-by", "m3"),))
         code, _ = await refused(call)
         assert code is grpc.StatusCode.UNAVAILABLE
         assert dict(await call.trailing_metadata() or ())["leader-addr"] == made["m1"].addr

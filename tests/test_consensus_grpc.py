@@ -96,14 +96,18 @@ async def test_stopping_the_leader_hands_leadership_over(make: Make) -> None:
         await leader.node.propose(b"y", 1)
 
 
-async def test_a_read_barrier_is_granted_to_the_leader_only(make: Make) -> None:
+async def test_reads_at_any_manager_see_what_was_written_before(make: Make) -> None:
     managers = await make(3)
     leader = await _leader(managers)
-    await asyncio.gather(*(leader.node.read_barrier(5) for _ in range(50)))
-    follower = next(manager for manager in managers if manager is not leader)
-    with pytest.raises(NoLeader) as refusal:
-        await follower.node.read_barrier(5)
-    assert refusal.value.leader_addr == leader.me.addr
+    for number in range(20):
+        await _write(managers, b"%d" % number)
+        for manager in managers:
+            await asyncio.gather(*(manager.node.read_barrier(5) for _ in range(20)))
+            assert len(manager.machine.entries) == number + 1
+    follower, other = (manager for manager in managers if manager is not leader)
+    await asyncio.gather(leader.kill(), other.kill())
+    with pytest.raises(NoLeader):
+        await follower.node.read_barrier(0.5)
 
 
 async def test_without_a_quorum_a_write_is_open_and_then_refused(make: Make) -> None:

@@ -41,7 +41,7 @@ def _reply_type(name: str) -> Any:
 
 
 def _unary(
-    handler: Callable[[ControlService, Req, Call], Awaitable[Rep]],
+    handler: Callable[[ControlService, Req, Call], Awaitable[Rep]], *, reads: bool = False
 ) -> Callable[[ControlService, Req, Context], Awaitable[Rep]]:
     """The handler runs on the leader, wherever the call came in."""
     name = handler.__name__
@@ -50,11 +50,15 @@ def _unary(
     async def method(self: ControlService, request: Req, context: Context) -> Rep:
         local = functools.partial(handler, self)
         reply: Rep = await self.router.unary(
-            _path(name), self.localised(name, request), _reply_type(name), context, local
+            _path(name), self.localised(name, request), _reply_type(name), context, local, reads=reads
         )
         return reply
 
     return method
+
+
+_read = functools.partial(_unary, reads=True)
+"""The handler runs on the manager that was asked, once its state is as new as the leader's."""
 
 
 def _stream(
@@ -98,7 +102,7 @@ class ControlService(ControlServicer):
 
     def localised(self, name: str, request: Req) -> Req:
         """ "self" means this node; the leader, if the call goes there, would take it for its own."""
-        field = {"GetNode": "ref", "RemoveNode": "ref", "UpdateNode": "id"}.get(name)
+        field = {"RemoveNode": "ref", "UpdateNode": "id"}.get(name)
         if field is None or getattr(request, field) != find.SELF:
             return request
         copy = type(request)()
@@ -108,7 +112,7 @@ class ControlService(ControlServicer):
 
     # ---- cluster
 
-    @_unary
+    @_read
     async def GetCluster(self, request: pb.ClusterRequest, call: Call) -> Cluster:
         return views.shown_cluster(nodes.the_cluster(self._store))
 
@@ -118,12 +122,12 @@ class ControlService(ControlServicer):
 
     # ---- nodes
 
-    @_unary
+    @_read
     async def GetNode(self, request: pb.GetRequest, call: Call) -> Node:
         node = find.find_node(self._store, request.ref, self._own_id)
         return views.shown_node(node, self._backend.consensus)
 
-    @_unary
+    @_read
     async def ListNodes(self, request: pb.ListRequest, call: Call) -> pb.NodeList:
         found = [node for node in self._store.nodes if views.node_matches(node, request.filter)]
         found.sort(key=lambda node: (node.description.hostname, node.id))
@@ -144,11 +148,11 @@ class ControlService(ControlServicer):
     async def CreateService(self, request: pb.ServiceRequest, call: Call) -> pb.ServiceReply:
         return await services.create(self._backend, request.spec, call.request_id)
 
-    @_unary
+    @_read
     async def GetService(self, request: pb.GetRequest, call: Call) -> Service:
         return views.shown_service(find.find_service(self._store, request.ref))
 
-    @_unary
+    @_read
     async def ListServices(self, request: pb.ListRequest, call: Call) -> pb.ServiceList:
         found = [service for service in self._store.services if views.service_matches(service, request.filter)]
         found.sort(key=lambda service: service.spec.annotations.name)
@@ -171,7 +175,7 @@ class ControlService(ControlServicer):
 
     # ---- tasks
 
-    @_unary
+    @_read
     async def ListTasks(self, request: pb.ListRequest, call: Call) -> pb.TaskList:
         wanted = request.filter
         if len(wanted.service_ids) == 1:
@@ -182,7 +186,7 @@ class ControlService(ControlServicer):
             tasks = list(self._store.tasks)
         return pb.TaskList(tasks=[views.shown_task(task) for task in tasks if views.task_matches(task, wanted)])
 
-    @_unary
+    @_read
     async def GetTask(self, request: pb.GetRequest, call: Call) -> Task:
         return views.shown_task(find.find_task(self._store, request.ref))
 
@@ -196,11 +200,11 @@ class ControlService(ControlServicer):
     async def CreateNetwork(self, request: pb.NetworkRequest, call: Call) -> Network:
         return await networks.create(self._backend, request.spec, call.request_id)
 
-    @_unary
+    @_read
     async def GetNetwork(self, request: pb.GetRequest, call: Call) -> Network:
         return find.find_network(self._store, request.ref)
 
-    @_unary
+    @_read
     async def ListNetworks(self, request: pb.ListRequest, call: Call) -> pb.NetworkList:
         found = [network for network in self._store.networks if views.network_matches(network, request.filter)]
         found.sort(key=lambda network: network.spec.annotations.name)

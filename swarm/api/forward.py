@@ -1,4 +1,4 @@
-"""Any manager answers: the leader itself, the others by passing the call on to it.
+"""Any manager answers: reads by itself, once it has what the leader has; the rest the leader, by passing the call on.
 
 A call waits up to LEADER_WAIT_S for an election to end, so that the death of a leader is a pause and
 not an error. Passing a write on twice is safe: it carries a request ID from the first manager that saw
@@ -86,11 +86,13 @@ class Router:
         reply: type[Rep],
         context: Context,
         local: Callable[[Req, Call], Awaitable[Rep]],
+        *,
+        reads: bool = False,
     ) -> Rep:
-        """Answer here or at the leader; every error ends the call with its status."""
+        """Answer here if the call only reads, else at the leader; every error ends the call with its status."""
         call = self._call_of(path, context)
         try:
-            return await self._unary(request, reply, call, local)
+            return await self._unary(request, reply, call, local, reads=reads)
         except (SwarmError, grpc.aio.AioRpcError) as error:
             await _refuse(context, error)
         except Exception:
@@ -130,12 +132,12 @@ class Router:
     # ---- routing
 
     async def _unary(
-        self, request: Req, reply: type[Rep], call: Call, local: Callable[[Req, Call], Awaitable[Rep]]
+        self, request: Req, reply: type[Rep], call: Call, local: Callable[[Req, Call], Awaitable[Rep]], *, reads: bool
     ) -> Rep:
         give_up_at = _loop_time() + LEADER_WAIT_S
         while True:
             try:
-                leader = await self._elsewhere(call)
+                leader = await self._elsewhere(call, reads=reads)
                 if leader is None:
                     return await local(request, call)
                 return await self._ask(leader, request, reply, call)
@@ -160,14 +162,14 @@ class Router:
                     raise
                 await self._pause_or_raise(error, call, give_up_at)
 
-    async def _elsewhere(self, call: Call) -> Member | None:
-        """None: we lead, and what we read now is current. Else the leader. Raises NoLeader."""
-        if self._consensus.is_leader():
+    async def _elsewhere(self, call: Call, *, reads: bool = False) -> Member | None:
+        """None: answer here, where what is read now is current. Else the leader. Raises NoLeader."""
+        leader = self._consensus.leader()
+        if leader is None or (leader.node_id == self._consensus.node_id and not self._consensus.is_leader()):
+            raise NoLeader(NO_LEADER)
+        if reads or self._consensus.is_leader():
             await self._consensus.read_barrier(BARRIER_TIMEOUT_S)
             return None
-        leader = self._consensus.leader()
-        if leader is None or leader.node_id == self._consensus.node_id:
-            raise NoLeader(NO_LEADER)
         if call.is_forwarded:
             raise NoLeader(f"the leader is now {leader.node_id}", leader.addr)
         return leader

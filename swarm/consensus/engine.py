@@ -324,7 +324,7 @@ class Engine:
         kind = message["type"]
         if kind in ("pre_vote", "pre_vote_reply"):
             self.election.handle(self._view(), name, message)
-        elif kind in ("read_index", "read_reply"):
+        elif kind in ("read_index", "read_reply", "read_ask", "read_at"):
             self.reads.handle(self.is_leader(), name, message)
         elif kind == "higher_term":
             if message["term"] > self.kernel.term() and name in self.kernel.others():

@@ -21,6 +21,8 @@ _PLAIN_KEYS = {
     "pre_vote_reply": ("granted", "round"),
     "read_index": ("round",),
     "read_reply": ("round",),
+    "read_ask": ("round",),
+    "read_at": ("round", "index"),
     "higher_term": (),
 }
 """Type of frame -> its fields besides the term."""
@@ -33,6 +35,7 @@ _FIELD = {
     "success": "success",
     "granted": "granted",
     "round": "round",
+    "index": "last_index",
 }
 
 

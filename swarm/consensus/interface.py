@@ -54,8 +54,8 @@ class Consensus(Protocol):
         ...
 
     async def read_barrier(self, timeout_s: float) -> None:
-        """Return once reads of the local state are as new as any write acknowledged before the call.
-        Leader only; raises NoLeader."""
+        """Return once reads of the local state are as new as any write acknowledged before the call, here or
+        elsewhere. Raises NoLeader."""
         ...
 
     async def add_member(self, member: Member, timeout_s: float) -> None:

@@ -265,19 +265,20 @@ class RaftNode:
         return await answer(future, timeout_s)
 
     async def read_barrier(self, timeout_s: float) -> None:
-        """Return once reads of the local state are as new as any write acknowledged before the call.
-        Leader only; raises NoLeader."""
+        """Return once reads of the local state are as new as any write acknowledged before the call, here or
+        elsewhere. Raises NoLeader."""
         engine = self.running()
-        if not engine.is_leader():
-            raise engine.not_leading()
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        engine.reads.add(partial(settle, future))
+        done = partial(settle, future)
+        engine.reads.add(done)
         self.want_turn()
         try:
             async with asyncio.timeout(timeout_s):
                 await future
         except TimeoutError:
-            raise NoLeader(f"no quorum confirmed within {timeout_s:g} s that this manager leads; try again") from None
+            raise NoLeader(f"no leader with a quorum answered within {timeout_s:g} s; try again") from None
+        finally:
+            engine.reads.drop(done)
 
     async def transfer(self, timeout_s: float) -> None:
         """Hand leadership to the most up-to-date reachable member. Raises NoLeader, Invalid, Busy (still leading)."""
