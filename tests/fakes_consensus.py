@@ -52,6 +52,9 @@ class FakeConsensus:
         leader_id = self._group.leader_id
         return self._group.nodes[leader_id].member if leader_id is not None and self.sees_leader else None
 
+    def is_removed(self) -> bool:
+        return self.node_id not in self._group.nodes
+
     def members(self) -> tuple[Member, ...]:
         return tuple(node.member for node in self._group.nodes.values())
 

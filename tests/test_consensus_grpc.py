@@ -159,6 +159,24 @@ async def test_joining_through_a_follower_and_leaving(make: Make, tmp_path: Path
     await _write([leader, follower], b"y")
 
 
+async def test_a_removed_manager_is_told_and_disturbs_nobody(make: Make) -> None:
+    managers = await make(3, replace(DEFAULTS, doubt_s=0.5))
+    leader = await _leader(managers)
+    gone = next(manager for manager in managers if manager is not leader)
+    rest = [manager for manager in managers if manager is not gone]
+    await gone.kill()
+    await leader.node.remove_member(gone.me.node_id, 5)
+    term = leader.node.running().kernel.term()
+    await gone.restart()
+    await until(gone.node.is_removed, what="being told")
+    await _write(rest, b"x")
+    assert leader.node.running().kernel.term() == term
+    with pytest.raises(NoLeader):
+        await gone.node.read_barrier(0.2)
+    await leader.node.add_member(gone.me, 10)
+    await until(lambda: gone.machine.entries == [b"x"] and not gone.node.is_removed())
+
+
 async def test_a_leader_does_not_remove_itself_but_hands_over(make: Make) -> None:
     managers = await make(3)
     leader = await _leader(managers)

@@ -38,6 +38,10 @@ NO_LEADER = (
     "the swarm does not have a leader: more than half of the managers have to be up and reach each other; "
     "see which are with `pyswarm node ls` on another manager, start the missing ones and try again"
 )
+REMOVED = (
+    "this node is no manager any more: the other managers have removed it; use one of them, "
+    "or leave with `pyswarm swarm leave --force` and join again"
+)
 
 Req = TypeVar("Req", bound=Message)
 Rep = TypeVar("Rep", bound=Message)
@@ -164,6 +168,8 @@ class Router:
 
     async def _elsewhere(self, call: Call, *, reads: bool = False) -> Member | None:
         """None: answer here, where what is read now is current. Else the leader. Raises NoLeader."""
+        if self._consensus.is_removed():
+            raise NoLeader(REMOVED)
         leader = self._consensus.leader()
         if leader is None or (leader.node_id == self._consensus.node_id and not self._consensus.is_leader()):
             raise NoLeader(NO_LEADER)

@@ -50,6 +50,9 @@ class RaftConfig:
     """One piece of a snapshot on the wire."""
     disk_reserve_bytes: int = 64_000_000
     """Below this much free space nothing new is proposed here, and leadership is handed on."""
+    doubt_s: float = 3.0
+    """Silence of leaders after which a manager asks whether it still belongs, and the time between two such questions.
+    Longer than `leader_fallback_s`: so of two answers in a row not both can come from a leader that was deposed."""
     join_retry_s: float = 1.0
     """How often a manager that was promised membership, but hears no leader, asks again."""
 

@@ -63,6 +63,8 @@ class Engine:
         """Not empty: proposals are refused with this reason."""
         self.strangers: set[str] = set()
         """Node IDs that spoke to us and are no members we know of (see `introduce`)."""
+        self.is_removed = False
+        """Whether a leader has told us that we are no member any more: then we are silent until one speaks to us."""
         self.turns_wanted = False
         """Whether something was left for another `pump`."""
         self._machine = machine
@@ -277,7 +279,7 @@ class Engine:
             self._connect()
         while self._inbox:
             self._handle(*self._inbox.popleft())
-        if self.is_member():
+        if self.is_member() and not self.is_removed:
             self.election.step()
         if self.compaction.is_due():
             self.kernel.take_snapshot()
@@ -337,6 +339,7 @@ class Engine:
         verdict = judge(self._view(), self.wal, name, message)
         if verdict.heard_leader:
             self.election.heard_leader()
+            self.is_removed = False
         if verdict.deliver is not None:
             if message["type"] == "response_vote":
                 self._voters[1].add(name)

@@ -38,6 +38,10 @@ class Consensus(Protocol):
 
     def leader(self) -> Member | None: ...
 
+    def is_removed(self) -> bool:
+        """The other managers have removed this one, and a leader has told it so."""
+        ...
+
     def members(self) -> tuple[Member, ...]: ...
 
     def reachable(self, node_id: str) -> bool:

@@ -17,13 +17,14 @@ from functools import partial
 import structlog
 
 from proto.raft_pb2 import RaftFrame
-from swarm.consensus.changes import PROBE_TIMEOUT_S, MemberChanges
+from swarm.consensus.changes import MemberChanges
 from swarm.consensus.config import DEFAULTS, RaftConfig
 from swarm.consensus.disk import Disk
 from swarm.consensus.engine import Engine
 from swarm.consensus.faults import Fatal, exit_process
 from swarm.consensus.futures import answer, settle
 from swarm.consensus.interface import Member, StateMachine
+from swarm.consensus.standing import Standing
 from swarm.consensus.storage import open_storage
 from swarm.consensus.transport import Answer, FrameTransport
 from swarm.errors import Busy, Invalid, NoLeader, SwarmError
@@ -31,8 +32,6 @@ from swarm.errors import Busy, Invalid, NoLeader, SwarmError
 STOP_TRANSFER_S = 2.0
 DISK_CHECK_S = 1.0
 LOW_DISK_TRANSFER_S = 5.0
-STRANGER_ASK_S = 1.0
-"""Between two inquiries about who an unknown manager is."""
 
 log = structlog.get_logger()
 
@@ -73,7 +72,7 @@ class RaftNode:
         self._watchers: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._changes = MemberChanges(self, me, transport, clock)
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._next_disk_check_s = self._next_inquiry_s = self._next_join_s = 0.0
+        self._next_disk_check_s = 0.0
 
     # ---- life
 
@@ -97,7 +96,7 @@ class RaftNode:
         )
         self._transport.attach(self)
         self._engine.start()
-        self._next_join_s = self._clock() + self._config.join_retry_s
+        self._standing = Standing(self, self._me, self._transport, self._config, self._clock)
         self._on_timer()
 
     async def stop(self) -> None:
@@ -163,13 +162,7 @@ class RaftNode:
         if now >= self._next_disk_check_s:
             self._next_disk_check_s = now + DISK_CHECK_S
             self._check_disk()
-        if self._engine.strangers and now >= self._next_inquiry_s:
-            self._next_inquiry_s = now + STRANGER_ASK_S
-            strangers, self._engine.strangers = self._engine.strangers, set()
-            self.spawn("inquiry", partial(self._inquire, strangers))
-        if now >= self._next_join_s and self._has_heard_nothing():
-            self._next_join_s = now + self._config.join_retry_s
-            self.spawn("join", self._ask_again)
+        self._standing.check()
         self.want_turn()
 
     def _set_timer(self) -> None:
@@ -230,6 +223,10 @@ class RaftNode:
 
     def leader(self) -> Member | None:
         return self._engine.leader() if self._engine is not None else None
+
+    def is_removed(self) -> bool:
+        """The other managers have removed this one, and a leader has told it so."""
+        return self._engine is not None and self._engine.is_removed
 
     def members(self) -> tuple[Member, ...]:
         return self._engine.members() if self._engine is not None else ()
@@ -348,28 +345,6 @@ class RaftNode:
         return self.members()
 
     # ---- in the background
-
-    def _has_heard_nothing(self) -> bool:
-        """A manager that was promised membership and waits for the leader's first entry."""
-        engine = self._engine
-        return engine is not None and engine.wal.last_index <= 1 and bool(engine.kernel.others())
-
-    async def _ask_again(self) -> None:
-        for each in self.members():
-            if each.node_id == self._me.node_id:
-                continue
-            with contextlib.suppress(SwarmError):
-                await self._transport.request_join(each.addr, self._me, PROBE_TIMEOUT_S)
-                return
-
-    async def _inquire(self, strangers: set[str]) -> None:
-        """Managers that we do not know speak to us: perhaps we were away for long. Ask those that we do know."""
-        for each in self.reachable_others():
-            with contextlib.suppress(NoLeader):
-                answer = await self._transport.probe(each.addr, PROBE_TIMEOUT_S)
-                if answer.node_id == each.node_id and strangers & {other.node_id for other in answer.members}:
-                    self.running().introduce(answer.members)
-                    return
 
     def _check_disk(self) -> None:
         engine = self.running()
