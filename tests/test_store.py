@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 from google.protobuf.message import Message
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proto import store_pb2 as pb
 from proto.objects_pb2 import Network, Service, Task
 from swarm.store.changes import Create, Group, Remove, Update, transaction
 from swarm.store.store import Store
+from swarm.store.table import Table
 
 OK, CONFLICT, EXISTS, NAME_TAKEN, NOT_FOUND = (
     pb.Verdict.OK,
@@ -112,3 +118,62 @@ def test_listeners_see_before_and_after() -> None:
     assert stored is not None
     apply(store, (Remove(stored),))
     assert seen == [(None, stored), (stored, None)]
+
+
+_Step = tuple[str, type[Service] | type[Task], str, str, str]
+_IDS = st.sampled_from(["a", "b", "c"])
+_STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["create", "update", "remove"]),
+        st.sampled_from([Service, Task]),
+        _IDS,
+        st.sampled_from(["", "x", "y"]),  # name of a service; node of a task
+        st.sampled_from(["", "r1", "r2"]),  # request
+    ),
+    max_size=25,
+)
+
+
+def _made(kind: type[Service] | type[Task], object_id: str, word: str) -> Service | Task:
+    return service(object_id, word) if kind is Service else Task(id=object_id, service_id="s", node_id=word)
+
+
+def _indexes(store: Store) -> list[dict[str, dict[str, set[str]]]]:
+    def of(table: Table[Any]) -> dict[str, dict[str, set[str]]]:
+        return {
+            index: {key: {row.id for row in table.where(index, key)} for key in table.keys(index)}
+            for index in table.indexes
+        }
+
+    return [of(store.services), of(store.tasks)]
+
+
+@given(_STEPS)
+def test_digest_and_indexes_kept_up_to_date_equal_those_made_from_scratch(
+    steps: Iterable[_Step],
+) -> None:
+    store = Store()
+    for action, kind, object_id, word, request_id in steps:
+        record = _made(kind, object_id, word)
+        stored = (store.services if kind is Service else store.tasks).get(object_id)
+        if stored is not None:
+            record.meta.version = stored.meta.version
+        change = Create(record) if action == "create" else Update(record) if action == "update" else Remove(record)
+        apply(store, (change,), request_id=request_id)
+    fresh = Store()
+    fresh.load(store.dump())
+    assert fresh.digest() == store.digest()
+    assert _indexes(fresh) == _indexes(store)
+    assert list(fresh.dump()) == list(store.dump())
+
+
+def test_any_difference_shows_in_the_digest() -> None:
+    digests = set()
+    for name, request_id in (("web", ""), ("web", "r"), ("db", ""), ("db", "r")):
+        store = Store()
+        apply(store, (Create(service("s1", name)),), request_id=request_id)
+        digests.add(store.digest())
+    store = Store()
+    assert len(digests | {store.digest()}) == 5
+    apply(store, ())
+    assert store.digest() != Store().digest(), "the version counts, too"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
+from google.protobuf.message import Message
+
 from swarm.store.changes import Record
+
+DIGEST_BYTES = 16
+DIGEST_MODULUS = 1 << (8 * DIGEST_BYTES)
 
 T = TypeVar("T", bound=Record)
 NameOf = Callable[[T], str]
@@ -20,6 +26,8 @@ class Table(Generic[T]):
         self._rows: dict[str, T] = {}
         self._name_of = name_of
         self._ids_by_name: dict[str, str] = {}
+        self.digest = 0
+        """Sum of the objects' digests: equal wherever the objects are equal."""
         self._keys_of: Mapping[str, KeysOf[T]] = indexes
         self._indexes: dict[str, dict[str, dict[str, T]]] = {name: {} for name in indexes}
 
@@ -50,6 +58,10 @@ class Table(Generic[T]):
         """Every key under which something is filed."""
         return list(self._indexes[index])
 
+    @property
+    def indexes(self) -> list[str]:
+        return list(self._indexes)
+
     def name_owner(self, record: T) -> str | None:
         """ID of another object that holds this record's name."""
         name = self._name_of(record).lower() if self._name_of else ""
@@ -57,29 +69,55 @@ class Table(Generic[T]):
         return owner if owner != record.id else None
 
     def put(self, record: T) -> None:
-        self.discard(record.id)
-        self._rows[record.id] = record
-        if self._name_of and (name := self._name_of(record)):
-            self._ids_by_name[name.lower()] = record.id
-        for index, key_of in self._keys_of.items():
-            for key in _several(key_of(record)):
-                self._indexes[index].setdefault(key, {})[record.id] = record
+        object_id = record.id  # one string for all places: each reading of the field makes another
+        before = self._rows.get(object_id)
+        self._rows[object_id] = record
+        self._name(before, record)
+        for index, keys_of in self._keys_of.items():
+            keys = _several(keys_of(record))
+            self._unfile(index, before, keys)
+            for key in keys:
+                self._indexes[index].setdefault(key, {})[object_id] = record
+        self.digest = (
+            self.digest + digest_of(record) - (digest_of(before) if before is not None else 0)
+        ) % DIGEST_MODULUS
 
     def discard(self, object_id: str) -> None:
-        record = self._rows.pop(object_id, None)
-        if record is None:
+        before = self._rows.pop(object_id, None)
+        if before is None:
             return
-        if self._name_of and (name := self._name_of(record)):
-            self._ids_by_name.pop(name.lower(), None)
-        for index, key_of in self._keys_of.items():
-            for key in _several(key_of(record)):
-                rows = self._indexes[index][key]
-                del rows[object_id]
-                if not rows:
-                    del self._indexes[index][key]
+        self._name(before, None)
+        for index in self._keys_of:
+            self._unfile(index, before, ())
+        self.digest = (self.digest - digest_of(before)) % DIGEST_MODULUS
+
+    def _name(self, before: T | None, after: T | None) -> None:
+        if self._name_of is None:
+            return
+        if before is not None:
+            self._ids_by_name.pop(self._name_of(before).lower(), None)
+        if after is not None and (name := self._name_of(after)):
+            self._ids_by_name[name.lower()] = after.id
+
+    def _unfile(self, index: str, before: T | None, but: Container[str]) -> None:
+        """Drop what the index says about an object, except under the keys where it stays."""
+        if before is None:
+            return
+        filed = self._indexes[index]
+        for key in _several(self._keys_of[index](before)):
+            if key not in but:
+                del filed[key][before.id]
+                if not filed[key]:
+                    del filed[key]
 
 
-def _several(keys: str | Iterable[str]) -> Iterable[str]:
+def digest_of(message: Message) -> int:
+    """Of one object. Sums of these do not depend on the order, so a table's costs no more than what changes."""
+    raw = message.SerializeToString(deterministic=True)
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=DIGEST_BYTES).digest(), "big")
+
+
+def _several(keys: str | Iterable[str]) -> Collection[str]:
     if isinstance(keys, str):
         return (keys,) if keys else ()
-    return keys
+    return keys if isinstance(keys, Collection) else tuple(keys)
