@@ -1515,19 +1515,23 @@ class ManagerStatus(_message.Message):
     LEADER_FIELD_NUMBER: _builtins.int
     REACHABLE_FIELD_NUMBER: _builtins.int
     ADDR_FIELD_NUMBER: _builtins.int
+    WARNING_FIELD_NUMBER: _builtins.int
     leader: _builtins.bool
     reachable: _builtins.bool
     addr: _builtins.str
+    warning: _builtins.str
+    """of the manager that answers: why its own state cannot be trusted"""
     def __init__(
         self,
         *,
         leader: _builtins.bool = ...,
         reachable: _builtins.bool = ...,
         addr: _builtins.str = ...,
+        warning: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addr", b"addr", "leader", b"leader", "reachable", b"reachable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addr", b"addr", "leader", b"leader", "reachable", b"reachable", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10proto/raft.proto\x12\x07pyswarm\"9\n\tRaftEntry\x12\x0f\n\x07\x63ommand\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\x04\x12\x0c\n\x04term\x18\x03 \x01(\x04\"\xc3\x02\n\tRaftFrame\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12#\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x12.pyswarm.RaftEntry\x12\x14\n\x0c\x63ommit_index\x18\x05 \x01(\x04\x12\x12\n\nprev_index\x18\x06 \x01(\x04\x12\x11\n\tprev_term\x18\x07 \x01(\x04\x12\x12\n\nlast_index\x18\x08 \x01(\x04\x12\x11\n\tlast_term\x18\t \x01(\x04\x12\x12\n\nnext_index\x18\n \x01(\x04\x12\r\n\x05reset\x18\x0b \x01(\x08\x12\x0f\n\x07success\x18\x0c \x01(\x08\x12\x10\n\x08transfer\x18\r \x01(\x08\x12\x0f\n\x07granted\x18\x0e \x01(\x08\x12\r\n\x05round\x18\x0f \x01(\x04\x12%\n\x05\x63hunk\x18\x10 \x01(\x0b\x32\x16.pyswarm.SnapshotChunkJ\x04\x08\x03\x10\x04\";\n\rSnapshotChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04last\x18\x03 \x01(\x08\"\'\n\x06Member\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04\x61\x64\x64r\x18\x02 \x01(\t\"4\n\x11MembershipRequest\x12\x1f\n\x06member\x18\x01 \x01(\x0b\x32\x0f.pyswarm.Member\"3\n\x0fMembershipReply\x12 \n\x07members\x18\x01 \x03(\x0b\x32\x0f.pyswarm.Member\"\x0f\n\rLeaderRequest\"a\n\x0bLeaderReply\x12\x1f\n\x06leader\x18\x01 \x01(\x0b\x32\x0f.pyswarm.Member\x12 \n\x07members\x18\x02 \x03(\x0b\x32\x0f.pyswarm.Member\x12\x0f\n\x07node_id\x18\x03 \x01(\t2\xfd\x01\n\x04Raft\x12\x34\n\x06Stream\x12\x12.pyswarm.RaftFrame\x1a\x12.pyswarm.RaftFrame(\x01\x30\x01\x12\x41\n\tAddMember\x12\x1a.pyswarm.MembershipRequest\x1a\x18.pyswarm.MembershipReply\x12\x44\n\x0cRemoveMember\x12\x1a.pyswarm.MembershipRequest\x1a\x18.pyswarm.MembershipReply\x12\x36\n\x06Leader\x12\x16.pyswarm.LeaderRequest\x1a\x14.pyswarm.LeaderReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10proto/raft.proto\x12\x07pyswarm\"9\n\tRaftEntry\x12\x0f\n\x07\x63ommand\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\x04\x12\x0c\n\x04term\x18\x03 \x01(\x04\"\xd3\x02\n\tRaftFrame\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12#\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x12.pyswarm.RaftEntry\x12\x14\n\x0c\x63ommit_index\x18\x05 \x01(\x04\x12\x12\n\nprev_index\x18\x06 \x01(\x04\x12\x11\n\tprev_term\x18\x07 \x01(\x04\x12\x12\n\nlast_index\x18\x08 \x01(\x04\x12\x11\n\tlast_term\x18\t \x01(\x04\x12\x12\n\nnext_index\x18\n \x01(\x04\x12\r\n\x05reset\x18\x0b \x01(\x08\x12\x0f\n\x07success\x18\x0c \x01(\x08\x12\x10\n\x08transfer\x18\r \x01(\x08\x12\x0f\n\x07granted\x18\x0e \x01(\x08\x12\r\n\x05round\x18\x0f \x01(\x04\x12%\n\x05\x63hunk\x18\x10 \x01(\x0b\x32\x16.pyswarm.SnapshotChunk\x12\x0e\n\x06\x64igest\x18\x11 \x01(\tJ\x04\x08\x03\x10\x04\";\n\rSnapshotChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04last\x18\x03 \x01(\x08\"\'\n\x06Member\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04\x61\x64\x64r\x18\x02 \x01(\t\"4\n\x11MembershipRequest\x12\x1f\n\x06member\x18\x01 \x01(\x0b\x32\x0f.pyswarm.Member\"3\n\x0fMembershipReply\x12 \n\x07members\x18\x01 \x03(\x0b\x32\x0f.pyswarm.Member\"\x0f\n\rLeaderRequest\"a\n\x0bLeaderReply\x12\x1f\n\x06leader\x18\x01 \x01(\x0b\x32\x0f.pyswarm.Member\x12 \n\x07members\x18\x02 \x03(\x0b\x32\x0f.pyswarm.Member\x12\x0f\n\x07node_id\x18\x03 \x01(\t2\xfd\x01\n\x04Raft\x12\x34\n\x06Stream\x12\x12.pyswarm.RaftFrame\x1a\x12.pyswarm.RaftFrame(\x01\x30\x01\x12\x41\n\tAddMember\x12\x1a.pyswarm.MembershipRequest\x1a\x18.pyswarm.MembershipReply\x12\x44\n\x0cRemoveMember\x12\x1a.pyswarm.MembershipRequest\x1a\x18.pyswarm.MembershipReply\x12\x36\n\x06Leader\x12\x16.pyswarm.LeaderRequest\x1a\x14.pyswarm.LeaderReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,19 +34,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RAFTENTRY']._serialized_start=29
   _globals['_RAFTENTRY']._serialized_end=86
   _globals['_RAFTFRAME']._serialized_start=89
-  _globals['_RAFTFRAME']._serialized_end=412
-  _globals['_SNAPSHOTCHUNK']._serialized_start=414
-  _globals['_SNAPSHOTCHUNK']._serialized_end=473
-  _globals['_MEMBER']._serialized_start=475
-  _globals['_MEMBER']._serialized_end=514
-  _globals['_MEMBERSHIPREQUEST']._serialized_start=516
-  _globals['_MEMBERSHIPREQUEST']._serialized_end=568
-  _globals['_MEMBERSHIPREPLY']._serialized_start=570
-  _globals['_MEMBERSHIPREPLY']._serialized_end=621
-  _globals['_LEADERREQUEST']._serialized_start=623
-  _globals['_LEADERREQUEST']._serialized_end=638
-  _globals['_LEADERREPLY']._serialized_start=640
-  _globals['_LEADERREPLY']._serialized_end=737
-  _globals['_RAFT']._serialized_start=740
-  _globals['_RAFT']._serialized_end=993
+  _globals['_RAFTFRAME']._serialized_end=428
+  _globals['_SNAPSHOTCHUNK']._serialized_start=430
+  _globals['_SNAPSHOTCHUNK']._serialized_end=489
+  _globals['_MEMBER']._serialized_start=491
+  _globals['_MEMBER']._serialized_end=530
+  _globals['_MEMBERSHIPREQUEST']._serialized_start=532
+  _globals['_MEMBERSHIPREQUEST']._serialized_end=584
+  _globals['_MEMBERSHIPREPLY']._serialized_start=586
+  _globals['_MEMBERSHIPREPLY']._serialized_end=637
+  _globals['_LEADERREQUEST']._serialized_start=639
+  _globals['_LEADERREQUEST']._serialized_end=654
+  _globals['_LEADERREPLY']._serialized_start=656
+  _globals['_LEADERREPLY']._serialized_end=753
+  _globals['_RAFT']._serialized_start=756
+  _globals['_RAFT']._serialized_end=1009
 # @@protoc_insertion_point(module_scope)

@@ -64,8 +64,9 @@ class RaftFrame(_message.Message):
     GRANTED_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     type: _builtins.str
-    """request_vote, append_entries, next_node_idx, pre_vote, read_index, hello, ..."""
+    """request_vote, append_entries, next_node_idx, pre_vote, read_index, digest, hello, ..."""
     term: _builtins.int
     commit_index: _builtins.int
     prev_index: _builtins.int
@@ -83,6 +84,8 @@ class RaftFrame(_message.Message):
     granted: _builtins.bool
     round: _builtins.int
     """matches replies of pre-votes and read rounds to their question; hello: epoch of the connection"""
+    digest: _builtins.str
+    """of the state after entry `last_index`"""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___RaftEntry]: ...
     @_builtins.property
@@ -105,10 +108,11 @@ class RaftFrame(_message.Message):
         granted: _builtins.bool = ...,
         round: _builtins.int = ...,
         chunk: Global___SnapshotChunk | None = ...,
+        digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "commit_index", b"commit_index", "entries", b"entries", "granted", b"granted", "last_index", b"last_index", "last_term", b"last_term", "next_index", b"next_index", "prev_index", b"prev_index", "prev_term", b"prev_term", "reset", b"reset", "round", b"round", "success", b"success", "term", b"term", "transfer", b"transfer", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "commit_index", b"commit_index", "digest", b"digest", "entries", b"entries", "granted", b"granted", "last_index", b"last_index", "last_term", b"last_term", "next_index", b"next_index", "prev_index", b"prev_index", "prev_term", b"prev_term", "reset", b"reset", "round", b"round", "success", b"success", "term", b"term", "transfer", b"transfer", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,6 +55,9 @@ class FakeConsensus:
     def is_removed(self) -> bool:
         return self.node_id not in self._group.nodes
 
+    def difference(self) -> str:
+        return ""
+
     def members(self) -> tuple[Member, ...]:
         return tuple(node.member for node in self._group.nodes.values())
 

@@ -10,6 +10,7 @@ import pytest
 
 from proto.raft_pb2 import RaftFrame
 from swarm.consensus.config import DEFAULTS
+from swarm.consensus.digests import Digests, Mark
 from swarm.consensus.engine import Engine
 from swarm.errors import Busy, NoLeader
 from tests.consensus_sim import Net, Outcome, write
@@ -284,3 +285,33 @@ def test_a_learner_deposes_nobody(tmp_path: Path) -> None:
     assert leader.is_leader()
     assert leader.kernel.term() == term
     net.close()
+
+
+def test_a_state_that_differs_from_the_leaders_is_an_alarm(tmp_path: Path) -> None:
+    """However it came about: a bit that flipped in memory, or an entry that was applied in two ways."""
+    net = Net(tmp_path, "ABC")
+    leader = net.elect()
+    others = [name for name in "ABC" if name != leader.me.node_id]
+    for number in range(5):
+        _stored(net, leader, b"%d" % number)
+        net.step(120)
+    assert all(net.engines[name].digests.compared >= 4 for name in others)
+    assert not any(net.engines[name].digests.difference for name in others)
+    net.machines[others[0]].entries[-1] = b"flipped"
+    _stored(net, leader, b"x")
+    net.step(120)
+    difference = net.engines[others[0]].digests.difference
+    assert f"the state of manager {others[0]} is not that of the leader {leader.kernel.me}" in difference
+    assert not net.engines[others[1]].digests.difference
+    net.close()
+
+
+def test_a_follower_that_is_behind_compares_when_it_has_caught_up(tmp_path: Path) -> None:
+    digests = Digests("B")
+    digests.note(Mark(4, "four"))
+    digests.told("A@A:1", Mark(6, "six"))
+    digests.note(Mark(5, "five"))
+    digests.note(Mark(6, "sicks"))
+    assert "after entry 6" in digests.difference
+    assert digests.due(0.0) == Mark(6, "sicks")
+    assert digests.due(5.0) is None, "nothing new"

@@ -73,6 +73,8 @@ def shown_node(node: Node, consensus: Consensus) -> Node:
     is_member = any(member.node_id == node.id for member in consensus.members())
     copy.manager_status.reachable = is_member and consensus.reachable(node.id)
     copy.manager_status.addr = node.manager_addr
+    if node.id == consensus.node_id:
+        copy.manager_status.warning = consensus.difference()
     return copy
 
 

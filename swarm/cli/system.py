@@ -110,6 +110,7 @@ def _info_json() -> dict[str, Any]:
             state["Error"] = failure.message  # the host's own state is worth showing without a leader
         else:
             state["Nodes"] = len(nodes)
+            state["Warnings"] = [node.manager_status.warning for node in nodes if node.manager_status.warning]
             state["Managers"] = sum(1 for node in nodes if node.role == pb.MANAGER)
             state["Cluster"] |= {
                 "DefaultAddrPool": list(cluster.default_addr_pool),
@@ -151,6 +152,7 @@ def info_text(shape: dict[str, Any]) -> str:
             ]
         lines += [f" Node Address: {state['NodeAddr']}", " Manager Addresses:"]
         lines += [f"  {manager['Addr']}" for manager in state["RemoteManagers"]]
+    lines += [f"WARNING: {warning}" for warning in state.get("Warnings", ())]
     pids = {name: pid for name, pid in shape["Processes"].items() if pid}
     lines.append("Processes: " + ", ".join(f"{name} {pid}" for name, pid in pids.items()))
     return "\n".join(lines)

@@ -22,6 +22,7 @@ from swarm.consensus.config import (
     SEND_WINDOW_BYTES,
     RaftConfig,
 )
+from swarm.consensus.digests import Digests, Mark
 from swarm.consensus.election import Election
 from swarm.consensus.faults import Fatal
 from swarm.consensus.interface import Member, StateMachine
@@ -109,6 +110,7 @@ class Engine:
             kernel=self.kernel, log=self.wal, config=config, clock=clock, random=random, say=self.say
         )
         self.reads = Reads(self.kernel, config, clock, self.say)
+        self.digests = Digests(me.node_id)
 
     def start(self) -> None:
         """Load the snapshot and apply what is known to be committed. A member that is alone leads at once."""
@@ -285,6 +287,7 @@ class Engine:
             self.kernel.take_snapshot()
         self._work()
         self.reads.step(self.is_leader(), self.not_leading)
+        self._tell_digest()
         self._release()
 
     def _release(self) -> None:
@@ -313,6 +316,11 @@ class Engine:
             self.turns_wanted = True
         self.wal.sync()
 
+    def _tell_digest(self) -> None:
+        if self.kernel.leads() and (mark := self.digests.due(self._clock())) is not None:
+            for name in self.kernel.others():
+                self.say(name, {"type": "digest", "index": mark.index, "digest": mark.digest})
+
     def _handle(self, node_id: str, frame: RaftFrame) -> None:
         name = self._names.get(node_id)
         if name is None:
@@ -328,6 +336,9 @@ class Engine:
             self.election.handle(self._view(), name, message)
         elif kind in ("read_index", "read_reply", "read_ask", "read_at"):
             self.reads.handle(self.is_leader(), name, message)
+        elif kind == "digest":
+            if message["term"] == self.kernel.term() and name == self.kernel.leader():
+                self.digests.told(name, Mark(message["index"], message["digest"]))
         elif kind == "higher_term":
             if message["term"] > self.kernel.term() and name in self.kernel.others():
                 self.kernel.observe_term(name, message["term"])
@@ -397,7 +408,9 @@ class Engine:
 
     def _apply(self, payload: bytes) -> bytes:
         try:
-            return self._machine.apply(payload)
+            result = self._machine.apply(payload)
+            self.digests.note(Mark(self.kernel.applied() + 1, self._machine.digest()))
+            return result
         except Exception as error:
             # Skipping it here, but not elsewhere, would make the managers differ without anyone noticing.
             self._fatal(f"the state machine failed at entry {self.kernel.applied() + 1}: {error!r}")

@@ -24,6 +24,7 @@ _PLAIN_KEYS = {
     "read_ask": ("round",),
     "read_at": ("round", "index"),
     "higher_term": (),
+    "digest": ("index", "digest"),
 }
 """Type of frame -> its fields besides the term."""
 _FIELD = {
@@ -36,6 +37,7 @@ _FIELD = {
     "granted": "granted",
     "round": "round",
     "index": "last_index",
+    "digest": "digest",
 }
 
 

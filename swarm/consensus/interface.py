@@ -27,6 +27,10 @@ class StateMachine(Protocol):
 
     def load(self, records: Iterable[bytes]) -> None: ...
 
+    def digest(self) -> str:
+        """Equal wherever the same entries have been applied; asked after each entry, so it must be at hand."""
+        ...
+
 
 class Consensus(Protocol):
     @property
@@ -40,6 +44,10 @@ class Consensus(Protocol):
 
     def is_removed(self) -> bool:
         """The other managers have removed this one, and a leader has told it so."""
+        ...
+
+    def difference(self) -> str:
+        """Not empty: the state here is not the leader's, as it should be; says where that showed first."""
         ...
 
     def members(self) -> tuple[Member, ...]: ...

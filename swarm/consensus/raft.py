@@ -228,6 +228,10 @@ class RaftNode:
         """The other managers have removed this one, and a leader has told it so."""
         return self._engine is not None and self._engine.is_removed
 
+    def difference(self) -> str:
+        """Not empty: the state here is not the leader's, as it should be; says where that showed first."""
+        return self._engine.digests.difference if self._engine is not None else ""
+
     def members(self) -> tuple[Member, ...]:
         return self._engine.members() if self._engine is not None else ()
 
