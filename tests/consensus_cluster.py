@@ -104,9 +104,12 @@ class Manager:
     async def listen(self) -> None:
         self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         self.transport = GrpcTransport(self.me, self.open_channel, peer_id)
-        self.transport.add_to(self.server)
+        self._add_services()
         self.server.add_insecure_port(self.me.addr)
         await self.server.start()
+
+    def _add_services(self) -> None:
+        self.transport.add_to(self.server)
 
     async def run(self, members: Iterable[Member]) -> None:
         self.machine = ListMachine()
