@@ -4,7 +4,7 @@ PYTHON  := $(VENV)/bin/python
 PACKAGES := conmon crun skopeo nftables libnftables1 iproute2 util-linux busybox-static docker-registry dnsutils curl \
             procps iputils-ping python3-venv apache2-utils
 
-.PHONY: demo test check lint types unit bench test-vm proto install clean
+.PHONY: demo test check lint types unit bench sim-nightly test-vm proto install clean
 
 demo: install
 	$(PYTHON) -m tests.demo
@@ -22,7 +22,10 @@ types:
 	$(VENV)/bin/mypy
 
 unit:
-	$(PYTHON) -m pytest -q -m "not root and not lab and not vm"
+	$(PYTHON) -m pytest -q -m "not root and not lab and not vm and not sim"
+
+sim-nightly: install
+	$(PYTHON) -m tests.sim --seeds 1..10000 --scenario mixed
 
 bench: install
 	$(PYTHON) -m tests.bench.scale

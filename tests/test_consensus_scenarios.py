@@ -4,7 +4,6 @@ Each drives the real engine; the numbers are the audit's."""
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,7 @@ from swarm.consensus.config import DEFAULTS
 from swarm.consensus.digests import Digests, Mark
 from swarm.consensus.engine import Engine
 from swarm.errors import Busy, NoLeader
-from tests.consensus_sim import Net, Outcome, write
+from tests.sim.net import Net, Outcome, write
 
 
 def _stored(net: Net, engine: Engine, *payloads: bytes) -> None:
@@ -32,9 +31,9 @@ def _force_leader(net: Net, name: str) -> Engine:
     return engine
 
 
-def test_s2_a_repeated_old_message_erases_nothing(tmp_path: Path) -> None:
+def test_s2_a_repeated_old_message_erases_nothing() -> None:
     """Bare: the follower cuts off whatever follows the message's entries: 15 of 20 acknowledged writes lost."""
-    net = Net(tmp_path, "ABC")
+    net = Net("ABC")
     leader = _force_leader(net, "A")
     net.isolate("C")
     tape: list[RaftFrame] = []
@@ -54,9 +53,9 @@ def test_s2_a_repeated_old_message_erases_nothing(tmp_path: Path) -> None:
     net.close()
 
 
-def test_s3_a_snapshot_piece_commits_nothing(tmp_path: Path) -> None:
+def test_s3_a_snapshot_piece_commits_nothing() -> None:
     """Bare: a deposed leader that catches up by snapshot applies its own uncommitted write and reports success."""
-    net = Net(tmp_path, "ABC", config=replace(DEFAULTS, snapshot_entries=10, tail_entries=1, chunk_bytes=32))
+    net = Net("ABC", config=replace(DEFAULTS, snapshot_entries=10, tail_entries=1, chunk_bytes=32))
     old = _force_leader(net, "A")
     net.isolate("A")
     lost = write(old, b"LOST")
@@ -75,9 +74,9 @@ def test_s3_a_snapshot_piece_commits_nothing(tmp_path: Path) -> None:
     net.close()
 
 
-def test_s4_a_second_change_of_members_waits_for_the_first(tmp_path: Path) -> None:
+def test_s4_a_second_change_of_members_waits_for_the_first() -> None:
     """Bare: both are accepted, and two disjoint quorums commit."""
-    net = Net(tmp_path, "ABC")
+    net = Net("ABC")
     leader = _force_leader(net, "A")
     members = (*leader.members(), net.member("D"), net.member("E"))
     for name in "DE":
@@ -101,9 +100,9 @@ def test_s4_a_second_change_of_members_waits_for_the_first(tmp_path: Path) -> No
     net.close()
 
 
-def test_s5_an_acknowledgement_of_an_earlier_term_does_not_count(tmp_path: Path) -> None:
+def test_s5_an_acknowledgement_of_an_earlier_term_does_not_count() -> None:
     """Bare: a write is reported as stored with two copies of five."""
-    net = Net(tmp_path, "ABCDE")
+    net = Net("ABCDE")
     leader = _force_leader(net, "A")
     _stored(net, leader, b"old")
     term = leader.kernel.term()
@@ -124,9 +123,9 @@ def test_s5_an_acknowledgement_of_an_earlier_term_does_not_count(tmp_path: Path)
     net.close()
 
 
-def test_s11_a_vote_counts_once_and_only_members_are_heard(tmp_path: Path) -> None:
+def test_s11_a_vote_counts_once_and_only_members_are_heard() -> None:
     """Bare: one voter's vote delivered twice elects; a stranger's message makes it the leader."""
-    net = Net(tmp_path, "ABCDE")
+    net = Net("ABCDE")
     candidate = net.engines["A"]
     candidate.kernel.campaign()
     vote = RaftFrame(type="response_vote", term=candidate.kernel.term())
@@ -142,9 +141,9 @@ def test_s11_a_vote_counts_once_and_only_members_are_heard(tmp_path: Path) -> No
     net.close()
 
 
-def test_s12_a_member_that_comes_back_does_not_depose_the_leader(tmp_path: Path) -> None:
+def test_s12_a_member_that_comes_back_does_not_depose_the_leader() -> None:
     """Bare: it has counted up its term in the meantime, and any higher term deposes."""
-    net = Net(tmp_path, "ABC")
+    net = Net("ABC")
     leader = net.elect()
     net.step(100)
     term = leader.kernel.term()
@@ -159,9 +158,9 @@ def test_s12_a_member_that_comes_back_does_not_depose_the_leader(tmp_path: Path)
     net.close()
 
 
-def test_a_member_in_a_higher_term_is_not_locked_out(tmp_path: Path) -> None:
+def test_a_member_in_a_higher_term_is_not_locked_out() -> None:
     """The reverse of S12: refusing its votes must not make the leader's messages fall on deaf ears for ever."""
-    net = Net(tmp_path, "ABC")
+    net = Net("ABC")
     leader = net.elect()
     ahead = next(engine for engine in net.engines.values() if engine is not leader)
     ahead.kernel.observe_term(leader.kernel.me, leader.kernel.term() + 5)
@@ -172,9 +171,9 @@ def test_a_member_in_a_higher_term_is_not_locked_out(tmp_path: Path) -> None:
     net.close()
 
 
-def test_a_leader_that_loses_its_followers_steps_down(tmp_path: Path) -> None:
+def test_a_leader_that_loses_its_followers_steps_down() -> None:
     """Bare: after 30 s. Its writes are answered as open, its barrier is refused."""
-    net = Net(tmp_path, "ABC")
+    net = Net("ABC")
     leader = net.elect()
     net.isolate(leader.me.node_id)
     outcome = write(leader, b"w")
@@ -188,8 +187,8 @@ def test_a_leader_that_loses_its_followers_steps_down(tmp_path: Path) -> None:
     net.close()
 
 
-def test_s13_leadership_is_handed_over_without_silence(tmp_path: Path) -> None:
-    net = Net(tmp_path, "ABC")
+def test_s13_leadership_is_handed_over_without_silence() -> None:
+    net = Net("ABC")
     leader = net.elect()
     net.step(100)
     assert leader.best_successor() is not None
@@ -200,9 +199,9 @@ def test_s13_leadership_is_handed_over_without_silence(tmp_path: Path) -> None:
     net.close()
 
 
-def test_votes_survive_a_restart(tmp_path: Path) -> None:
+def test_votes_survive_a_restart() -> None:
     """S1: a member that has voted does not vote again in the same term after a crash."""
-    net = Net(tmp_path, "ABC")
+    net = Net("ABC")
     ask = RaftFrame(type="request_vote", term=7, last_index=9, last_term=7)
     net.inject("A", "B", ask)
     assert net.engines["B"].wal.getVotedForNodeId() == "A@A:1"
@@ -215,9 +214,9 @@ def test_votes_survive_a_restart(tmp_path: Path) -> None:
     net.close()
 
 
-def test_a_member_meets_a_leader_that_joined_while_it_was_away(tmp_path: Path) -> None:
+def test_a_member_meets_a_leader_that_joined_while_it_was_away() -> None:
     """Its own log knows only a part of the cluster; what a member that it knows says about others is believed."""
-    net = Net(tmp_path, "ABC")
+    net = Net("ABC")
     leader = _force_leader(net, "A")
     net.crash("C")
     net.start("D", (*leader.members(), net.member("D")))
@@ -231,8 +230,8 @@ def test_a_member_meets_a_leader_that_joined_while_it_was_away(tmp_path: Path) -
     net.close()
 
 
-def test_a_learner_gets_the_log_but_counts_in_no_quorum(tmp_path: Path) -> None:
-    net = Net(tmp_path, "ABC", config=replace(DEFAULTS, snapshot_entries=10, tail_entries=1, chunk_bytes=32))
+def test_a_learner_gets_the_log_but_counts_in_no_quorum() -> None:
+    net = Net("ABC", config=replace(DEFAULTS, snapshot_entries=10, tail_entries=1, chunk_bytes=32))
     leader = _force_leader(net, "A")
     _stored(net, leader, *(b"%d" % number for number in range(30)))
     learner = net.start("D", (*leader.members(), net.member("D")))
@@ -252,8 +251,8 @@ def test_a_learner_gets_the_log_but_counts_in_no_quorum(tmp_path: Path) -> None:
     net.close()
 
 
-def test_a_learner_that_is_silent_holds_nothing_up_and_one_that_is_added_keeps_its_place(tmp_path: Path) -> None:
-    net = Net(tmp_path, "A")
+def test_a_learner_that_is_silent_holds_nothing_up_and_one_that_is_added_keeps_its_place() -> None:
+    net = Net("A")
     leader = net.elect()
     leader.teach(net.member("D"))
     _stored(net, leader, *(b"%d" % number for number in range(30)))
@@ -272,8 +271,8 @@ def test_a_learner_that_is_silent_holds_nothing_up_and_one_that_is_added_keeps_i
     net.close()
 
 
-def test_a_learner_deposes_nobody(tmp_path: Path) -> None:
-    net = Net(tmp_path, "A")
+def test_a_learner_deposes_nobody() -> None:
+    net = Net("A")
     leader = net.elect()
     net.start("D", (net.member("A"), net.member("D")))
     leader.teach(net.member("D"))
@@ -287,9 +286,9 @@ def test_a_learner_deposes_nobody(tmp_path: Path) -> None:
     net.close()
 
 
-def test_a_state_that_differs_from_the_leaders_is_an_alarm(tmp_path: Path) -> None:
+def test_a_state_that_differs_from_the_leaders_is_an_alarm() -> None:
     """However it came about: a bit that flipped in memory, or an entry that was applied in two ways."""
-    net = Net(tmp_path, "ABC")
+    net = Net("ABC")
     leader = net.elect()
     others = [name for name in "ABC" if name != leader.me.node_id]
     for number in range(5):
@@ -306,7 +305,7 @@ def test_a_state_that_differs_from_the_leaders_is_an_alarm(tmp_path: Path) -> No
     net.close()
 
 
-def test_a_follower_that_is_behind_compares_when_it_has_caught_up(tmp_path: Path) -> None:
+def test_a_follower_that_is_behind_compares_when_it_has_caught_up() -> None:
     digests = Digests("B")
     digests.note(Mark(4, "four"))
     digests.told("A@A:1", Mark(6, "six"))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
 from swarm.consensus.config import DEFAULTS
 from swarm.consensus.engine import Engine
 from swarm.errors import SwarmError
-from tests.consensus_sim import Net, Outcome, write
+from tests.sim.net import Net, Outcome, write
 
 SMALL_SNAPSHOTS = replace(DEFAULTS, snapshot_entries=40, tail_entries=5, segment_bytes=4_000, chunk_bytes=64)
 
@@ -88,8 +87,8 @@ def _disturb(net: Net, names: str) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("names", ["ABC", "ABCDE"])
-def test_no_acknowledged_write_is_lost_under_random_faults(tmp_path: Path, names: str, seed: int) -> None:
-    net = Net(tmp_path, names, seed, SMALL_SNAPSHOTS)
+def test_no_acknowledged_write_is_lost_under_random_faults(names: str, seed: int) -> None:
+    net = Net(names, seed, SMALL_SNAPSHOTS)
     net.loss = 0.02 if seed % 2 else 0.0
     net.latency_s = (0.0, 0.05)
     history = History(net)
@@ -127,9 +126,9 @@ def _change_members(net: Net, leader: Engine, names: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_members_come_and_go_under_faults(tmp_path: Path, seed: int) -> None:
+def test_members_come_and_go_under_faults(seed: int) -> None:
     names = "ABCDE"
-    net = Net(tmp_path, "ABC", seed, SMALL_SNAPSHOTS)
+    net = Net("ABC", seed, SMALL_SNAPSHOTS)
     net.latency_s = (0.0, 0.03)
     history = History(net)
     seen: set[frozenset[str]] = set()
@@ -175,8 +174,8 @@ def test_members_come_and_go_under_faults(tmp_path: Path, seed: int) -> None:
     net.close()
 
 
-def test_everything_survives_when_all_crash_at_once(tmp_path: Path) -> None:
-    net = Net(tmp_path, "ABC", 1, SMALL_SNAPSHOTS)
+def test_everything_survives_when_all_crash_at_once() -> None:
+    net = Net("ABC", 1, SMALL_SNAPSHOTS)
     history = History(net)
     net.elect()
     for _ in range(300):
@@ -191,8 +190,8 @@ def test_everything_survives_when_all_crash_at_once(tmp_path: Path) -> None:
     net.close()
 
 
-def test_a_member_that_was_away_gets_a_snapshot(tmp_path: Path) -> None:
-    net = Net(tmp_path, "ABC", 2, SMALL_SNAPSHOTS)
+def test_a_member_that_was_away_gets_a_snapshot() -> None:
+    net = Net("ABC", 2, SMALL_SNAPSHOTS)
     leader = net.elect()
     away = next(name for name in "ABC" if name != leader.me.node_id)
     net.crash(away)
@@ -209,8 +208,8 @@ def test_a_member_that_was_away_gets_a_snapshot(tmp_path: Path) -> None:
     net.close()
 
 
-def test_a_lone_member_leads_at_once_and_keeps_its_writes(tmp_path: Path) -> None:
-    net = Net(tmp_path, "A", 3, SMALL_SNAPSHOTS)
+def test_a_lone_member_leads_at_once_and_keeps_its_writes() -> None:
+    net = Net("A", 3, SMALL_SNAPSHOTS)
     net.step(2)
     leader = net.leader()
     assert leader is not None

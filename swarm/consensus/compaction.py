@@ -165,13 +165,13 @@ class Compaction:
         if chunk is None:
             return False
         data, offset, is_last = chunk
-        if offset == 0:
-            if self._incoming is not None:
-                self._incoming.file.close()
-            self._incoming = _Incoming(self._store.receive())
-        if self._incoming is None or self._incoming.offset != offset:
-            return False  # a piece is missing: the sender will see that our log does not reach, and start anew
         try:
+            if offset == 0:
+                if self._incoming is not None:
+                    self._incoming.file.close()
+                self._incoming = _Incoming(self._store.receive())
+            if self._incoming is None or self._incoming.offset != offset:
+                return False  # a piece is missing: the sender will see that our log does not reach, and start anew
             self._incoming.file.write(data)
             self._incoming.offset += len(data)
             if is_last:

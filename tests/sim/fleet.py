@@ -1,0 +1,40 @@
+"""Many runs, on all cores."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import structlog
+
+from tests.sim.scenarios import Result, run
+
+
+def quiet() -> None:
+    """The members' own logs carry the real clock; the story here is the simulator's."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    logging.disable()
+
+
+def one(seed: int, scenario: str) -> Result:
+    quiet()
+    return run(seed, scenario)
+
+
+def failures(seeds: range, scenario: str) -> Iterator[Result]:
+    """Those that fail, as they come. Progress goes to a terminal only."""
+    failed = 0
+    context = multiprocessing.get_context("spawn")  # whoever calls may have threads
+    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        runs = [pool.submit(one, seed, scenario) for seed in seeds]
+        for count, done in enumerate(as_completed(runs), 1):
+            result = done.result()
+            if result.violation:
+                failed += 1
+                yield result
+            if sys.stderr.isatty():
+                print(f"\r{count} of {len(seeds)} runs, {failed} failed", end="", file=sys.stderr, flush=True)
