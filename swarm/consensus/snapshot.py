@@ -10,6 +10,7 @@ Two snapshots are kept: if the newest is damaged, the one before it and the log,
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import struct
@@ -69,7 +70,8 @@ class SnapshotStore:
         """Store a snapshot durably and forget all but the newest two."""
         file = self._disk.create(WRITING)
         try:
-            _write(file, meta, records)
+            for piece in encode(meta, records):
+                file.write(piece)
             file.sync()
         finally:
             file.close()
@@ -134,7 +136,11 @@ class SnapshotStore:
 
     def read(self, meta: Meta) -> Iterator[bytes]:
         """The state machine's records. Raises BadSnapshot on the way if the file has been damaged since."""
-        reader = _Reader(self._disk, _name(meta))
+        yield from self.records(_name(meta))
+
+    def records(self, name: str) -> Iterator[bytes]:
+        """The same of any file. Raises BadSnapshot."""
+        reader = _Reader(self._disk, name)
         with reader.file:
             yield from reader.records()
 
@@ -148,35 +154,25 @@ def _name(meta: Meta) -> str:
     return f"snapshot-{meta.index:016x}-{meta.term:08x}.snap"
 
 
-def _write(file: AppendFile, meta: Meta, records: Iterable[bytes]) -> None:
-    crc = count = 0
-    buffer = bytearray()
-
-    def put(data: bytes) -> None:
-        nonlocal crc
-        crc = zlib.crc32(data, crc)
-        buffer.extend(data)
-        if len(buffer) >= BUFFER_BYTES:
-            file.write(bytes(buffer))
-            buffer.clear()
-
-    def put_record(data: bytes) -> None:
-        put(_RECORD.pack(len(data), zlib.crc32(data)) + data)
-
+def encode(meta: Meta, records: Iterable[bytes]) -> Iterator[bytes]:
+    """The file, in pieces of at least BUFFER_BYTES."""
     header = {
         "format": FORMAT,
         "index": [meta.previous[1], meta.last[1]],
         "term": [meta.previous[2], meta.last[2]],
         "members": list(meta.members),
     }
-    put(_MAGIC)
-    put_record(json.dumps(header).encode())
-    for command in (meta.previous[0], meta.last[0]):
-        put_record(command)
-    for record in records:
-        put_record(record)
+    crc, count = zlib.crc32(_MAGIC), -3
+    buffer = bytearray(_MAGIC)
+    for data in itertools.chain([json.dumps(header).encode(), meta.previous[0], meta.last[0]], records):
+        framed = _RECORD.pack(len(data), zlib.crc32(data)) + data
+        crc = zlib.crc32(framed, crc)
         count += 1
-    file.write(bytes(buffer) + _FOOTER.pack(_FOOTER_MARK, count, crc))
+        buffer += framed
+        if len(buffer) >= BUFFER_BYTES:
+            yield bytes(buffer)
+            buffer.clear()
+    yield bytes(buffer) + _FOOTER.pack(_FOOTER_MARK, count, crc)
 
 
 class _Reader:
