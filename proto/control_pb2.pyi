@@ -444,6 +444,66 @@ class RotateTokenRequest(_message.Message):
 Global___RotateTokenRequest: _TypeAlias = RotateTokenRequest  # noqa: Y015
 
 @_typing.final
+class ClusterUpdateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AUTO_LOCK_MANAGERS_FIELD_NUMBER: _builtins.int
+    ROTATE_UNLOCK_KEY_FIELD_NUMBER: _builtins.int
+    auto_lock_managers: _builtins.bool
+    """on: a new unlock key; unset: as it is"""
+    rotate_unlock_key: _builtins.bool
+    """needs autolock to be on"""
+    def __init__(
+        self,
+        *,
+        auto_lock_managers: _builtins.bool | None = ...,
+        rotate_unlock_key: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_auto_lock_managers", b"_auto_lock_managers", "auto_lock_managers", b"auto_lock_managers"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_auto_lock_managers", b"_auto_lock_managers", "auto_lock_managers", b"auto_lock_managers", "rotate_unlock_key", b"rotate_unlock_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__auto_lock_managers: _TypeAlias = _typing.Literal["auto_lock_managers"]  # noqa: Y015
+    _WhichOneofArgType__auto_lock_managers: _TypeAlias = _typing.Literal["_auto_lock_managers", b"_auto_lock_managers"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__auto_lock_managers) -> _WhichOneofReturnType__auto_lock_managers | None: ...
+
+Global___ClusterUpdateRequest: _TypeAlias = ClusterUpdateRequest  # noqa: Y015
+
+@_typing.final
+class UnlockKeyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnlockKeyRequest: _TypeAlias = UnlockKeyRequest  # noqa: Y015
+
+@_typing.final
+class UnlockKeyReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNLOCK_KEY_FIELD_NUMBER: _builtins.int
+    unlock_key: _builtins.str
+    def __init__(
+        self,
+        *,
+        unlock_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["unlock_key", b"unlock_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnlockKeyReply: _TypeAlias = UnlockKeyReply  # noqa: Y015
+
+@_typing.final
 class WatchRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -45,6 +45,16 @@ class ControlStub:
                 request_serializer=proto_dot_control__pb2.RotateTokenRequest.SerializeToString,
                 response_deserializer=proto_dot_objects__pb2.Cluster.FromString,
                 _registered_method=True)
+        self.UpdateCluster = channel.unary_unary(
+                '/pyswarm.Control/UpdateCluster',
+                request_serializer=proto_dot_control__pb2.ClusterUpdateRequest.SerializeToString,
+                response_deserializer=proto_dot_objects__pb2.Cluster.FromString,
+                _registered_method=True)
+        self.GetUnlockKey = channel.unary_unary(
+                '/pyswarm.Control/GetUnlockKey',
+                request_serializer=proto_dot_control__pb2.UnlockKeyRequest.SerializeToString,
+                response_deserializer=proto_dot_control__pb2.UnlockKeyReply.FromString,
+                _registered_method=True)
         self.GetNode = channel.unary_unary(
                 '/pyswarm.Control/GetNode',
                 request_serializer=proto_dot_control__pb2.GetRequest.SerializeToString,
@@ -136,13 +146,25 @@ class ControlServicer:
     """Missing associated documentation comment in .proto file."""
 
     def GetCluster(self, request, context):
-        """without the CA key
+        """without the CA's and the unlock key
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RotateJoinToken(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateCluster(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUnlockKey(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -263,6 +285,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.RotateJoinToken,
                     request_deserializer=proto_dot_control__pb2.RotateTokenRequest.FromString,
                     response_serializer=proto_dot_objects__pb2.Cluster.SerializeToString,
+            ),
+            'UpdateCluster': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateCluster,
+                    request_deserializer=proto_dot_control__pb2.ClusterUpdateRequest.FromString,
+                    response_serializer=proto_dot_objects__pb2.Cluster.SerializeToString,
+            ),
+            'GetUnlockKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUnlockKey,
+                    request_deserializer=proto_dot_control__pb2.UnlockKeyRequest.FromString,
+                    response_serializer=proto_dot_control__pb2.UnlockKeyReply.SerializeToString,
             ),
             'GetNode': grpc.unary_unary_rpc_method_handler(
                     servicer.GetNode,
@@ -404,6 +436,60 @@ class Control:
             '/pyswarm.Control/RotateJoinToken',
             proto_dot_control__pb2.RotateTokenRequest.SerializeToString,
             proto_dot_objects__pb2.Cluster.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateCluster(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pyswarm.Control/UpdateCluster',
+            proto_dot_control__pb2.ClusterUpdateRequest.SerializeToString,
+            proto_dot_objects__pb2.Cluster.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUnlockKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pyswarm.Control/GetUnlockKey',
+            proto_dot_control__pb2.UnlockKeyRequest.SerializeToString,
+            proto_dot_control__pb2.UnlockKeyReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,8 +36,10 @@ class ControlStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ControlAsyncStub: ...
     GetCluster: _grpc.UnaryUnaryMultiCallable[_control_pb2.ClusterRequest, _objects_pb2.Cluster]
-    """without the CA key"""
+    """without the CA's and the unlock key"""
     RotateJoinToken: _grpc.UnaryUnaryMultiCallable[_control_pb2.RotateTokenRequest, _objects_pb2.Cluster]
+    UpdateCluster: _grpc.UnaryUnaryMultiCallable[_control_pb2.ClusterUpdateRequest, _objects_pb2.Cluster]
+    GetUnlockKey: _grpc.UnaryUnaryMultiCallable[_control_pb2.UnlockKeyRequest, _control_pb2.UnlockKeyReply]
     GetNode: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Node]
     ListNodes: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.NodeList]
     UpdateNode: _grpc.UnaryUnaryMultiCallable[_control_pb2.NodeUpdateRequest, _objects_pb2.Node]
@@ -61,8 +63,10 @@ class ControlStub:
 class ControlAsyncStub(ControlStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetCluster: _aio.UnaryUnaryMultiCallable[_control_pb2.ClusterRequest, _objects_pb2.Cluster]  # type: ignore[assignment]
-    """without the CA key"""
+    """without the CA's and the unlock key"""
     RotateJoinToken: _aio.UnaryUnaryMultiCallable[_control_pb2.RotateTokenRequest, _objects_pb2.Cluster]  # type: ignore[assignment]
+    UpdateCluster: _aio.UnaryUnaryMultiCallable[_control_pb2.ClusterUpdateRequest, _objects_pb2.Cluster]  # type: ignore[assignment]
+    GetUnlockKey: _aio.UnaryUnaryMultiCallable[_control_pb2.UnlockKeyRequest, _control_pb2.UnlockKeyReply]  # type: ignore[assignment]
     GetNode: _aio.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Node]  # type: ignore[assignment]
     ListNodes: _aio.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.NodeList]  # type: ignore[assignment]
     UpdateNode: _aio.UnaryUnaryMultiCallable[_control_pb2.NodeUpdateRequest, _objects_pb2.Node]  # type: ignore[assignment]
@@ -89,7 +93,7 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.ClusterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_objects_pb2.Cluster, _abc.Awaitable[_objects_pb2.Cluster]]:
-        """without the CA key"""
+        """without the CA's and the unlock key"""
 
     @_abc_1.abstractmethod
     def RotateJoinToken(
@@ -97,6 +101,20 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.RotateTokenRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_objects_pb2.Cluster, _abc.Awaitable[_objects_pb2.Cluster]]: ...
+
+    @_abc_1.abstractmethod
+    def UpdateCluster(
+        self,
+        request: _control_pb2.ClusterUpdateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_objects_pb2.Cluster, _abc.Awaitable[_objects_pb2.Cluster]]: ...
+
+    @_abc_1.abstractmethod
+    def GetUnlockKey(
+        self,
+        request: _control_pb2.UnlockKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.UnlockKeyReply, _abc.Awaitable[_control_pb2.UnlockKeyReply]]: ...
 
     @_abc_1.abstractmethod
     def GetNode(

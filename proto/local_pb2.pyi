@@ -49,12 +49,14 @@ class InfoReply(_message.Message):
         PENDING: InfoReply._State.ValueType  # 1
         ACTIVE: InfoReply._State.ValueType  # 2
         ERROR: InfoReply._State.ValueType  # 3
+        LOCKED: InfoReply._State.ValueType  # 4
 
     class State(_State, metaclass=_StateEnumTypeWrapper): ...
     INACTIVE: InfoReply.State.ValueType  # 0
     PENDING: InfoReply.State.ValueType  # 1
     ACTIVE: InfoReply.State.ValueType  # 2
     ERROR: InfoReply.State.ValueType  # 3
+    LOCKED: InfoReply.State.ValueType  # 4
 
     STATE_FIELD_NUMBER: _builtins.int
     NODE_ID_FIELD_NUMBER: _builtins.int
@@ -124,6 +126,7 @@ class InitRequest(_message.Message):
     HEARTBEAT_PERIOD_S_FIELD_NUMBER: _builtins.int
     NODE_CERT_EXPIRY_S_FIELD_NUMBER: _builtins.int
     FORCE_NEW_CLUSTER_FIELD_NUMBER: _builtins.int
+    AUTO_LOCK_MANAGERS_FIELD_NUMBER: _builtins.int
     advertise_addr: _builtins.str
     """host[:port] or an interface name; "" = found"""
     listen_addr: _builtins.str
@@ -136,6 +139,7 @@ class InitRequest(_message.Message):
     heartbeat_period_s: _builtins.float
     node_cert_expiry_s: _builtins.float
     force_new_cluster: _builtins.bool
+    auto_lock_managers: _builtins.bool
     @_builtins.property
     def default_addr_pool(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -152,10 +156,11 @@ class InitRequest(_message.Message):
         heartbeat_period_s: _builtins.float = ...,
         node_cert_expiry_s: _builtins.float = ...,
         force_new_cluster: _builtins.bool = ...,
+        auto_lock_managers: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advertise_addr", b"advertise_addr", "availability", b"availability", "data_path_addr", b"data_path_addr", "data_path_port", b"data_path_port", "default_addr_pool", b"default_addr_pool", "force_new_cluster", b"force_new_cluster", "heartbeat_period_s", b"heartbeat_period_s", "listen_addr", b"listen_addr", "node_cert_expiry_s", b"node_cert_expiry_s", "subnet_size", b"subnet_size", "task_history_limit", b"task_history_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advertise_addr", b"advertise_addr", "auto_lock_managers", b"auto_lock_managers", "availability", b"availability", "data_path_addr", b"data_path_addr", "data_path_port", b"data_path_port", "default_addr_pool", b"default_addr_pool", "force_new_cluster", b"force_new_cluster", "heartbeat_period_s", b"heartbeat_period_s", "listen_addr", b"listen_addr", "node_cert_expiry_s", b"node_cert_expiry_s", "subnet_size", b"subnet_size", "task_history_limit", b"task_history_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -168,8 +173,11 @@ class InitReply(_message.Message):
     NODE_ID_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     JOIN_ADDR_FIELD_NUMBER: _builtins.int
+    UNLOCK_KEY_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     join_addr: _builtins.str
+    unlock_key: _builtins.str
+    """"" = managers are not locked"""
     @_builtins.property
     def tokens(self) -> _objects_pb2.JoinTokens: ...
     def __init__(
@@ -178,10 +186,11 @@ class InitReply(_message.Message):
         node_id: _builtins.str = ...,
         tokens: _objects_pb2.JoinTokens | None = ...,
         join_addr: _builtins.str = ...,
+        unlock_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["join_addr", b"join_addr", "node_id", b"node_id", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["join_addr", b"join_addr", "node_id", b"node_id", "tokens", b"tokens", "unlock_key", b"unlock_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -246,29 +255,105 @@ Global___JoinReply: _TypeAlias = JoinReply  # noqa: Y015
 
 @_typing.final
 class Bootstrap(_message.Message):
-    """From the agent to the first manager of a new swarm, on its standard input: it holds the CA's key."""
+    """From the agent to a manager process, on its standard input: a pipe is seen by nobody else, and nothing of it is on disk."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CLUSTER_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
+    UNLOCK_KEYS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def cluster(self) -> _objects_pb2.Cluster: ...
+    def cluster(self) -> _objects_pb2.Cluster:
+        """of a new swarm, for its first manager: holds the CA's key"""
+
     @_builtins.property
     def node(self) -> _objects_pb2.Node: ...
+    @_builtins.property
+    def unlock_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """one of them opens this manager's raft.key, if that is wrapped"""
+
     def __init__(
         self,
         *,
         cluster: _objects_pb2.Cluster | None = ...,
         node: _objects_pb2.Node | None = ...,
+        unlock_keys: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "node", b"node"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "node", b"node", "unlock_keys", b"unlock_keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Bootstrap: _TypeAlias = Bootstrap  # noqa: Y015
+
+@_typing.final
+class UnlockRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNLOCK_KEY_FIELD_NUMBER: _builtins.int
+    unlock_key: _builtins.str
+    def __init__(
+        self,
+        *,
+        unlock_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["unlock_key", b"unlock_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnlockRequest: _TypeAlias = UnlockRequest  # noqa: Y015
+
+@_typing.final
+class UnlockReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnlockReply: _TypeAlias = UnlockReply  # noqa: Y015
+
+@_typing.final
+class KeepUnlockKeyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNLOCK_KEY_FIELD_NUMBER: _builtins.int
+    unlock_key: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        unlock_key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["unlock_key", b"unlock_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepUnlockKeyRequest: _TypeAlias = KeepUnlockKeyRequest  # noqa: Y015
+
+@_typing.final
+class KeepUnlockKeyReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepUnlockKeyReply: _TypeAlias = KeepUnlockKeyReply  # noqa: Y015
 
 @_typing.final
 class LeaveRequest(_message.Message):

@@ -54,6 +54,16 @@ class LocalStub:
                 request_serializer=proto_dot_local__pb2.LeaveRequest.SerializeToString,
                 response_deserializer=proto_dot_local__pb2.LeaveReply.FromString,
                 _registered_method=True)
+        self.Unlock = channel.unary_unary(
+                '/pyswarm.Local/Unlock',
+                request_serializer=proto_dot_local__pb2.UnlockRequest.SerializeToString,
+                response_deserializer=proto_dot_local__pb2.UnlockReply.FromString,
+                _registered_method=True)
+        self.KeepUnlockKey = channel.unary_unary(
+                '/pyswarm.Local/KeepUnlockKey',
+                request_serializer=proto_dot_local__pb2.KeepUnlockKeyRequest.SerializeToString,
+                response_deserializer=proto_dot_local__pb2.KeepUnlockKeyReply.FromString,
+                _registered_method=True)
         self.ListImages = channel.unary_unary(
                 '/pyswarm.Local/ListImages',
                 request_serializer=proto_dot_local__pb2.ImageListRequest.SerializeToString,
@@ -104,6 +114,19 @@ class LocalServicer:
 
     def Leave(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unlock(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def KeepUnlockKey(self, request, context):
+        """This host's manager says what its key is about to be wrapped with, so that it can be started again without a question.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -162,6 +185,16 @@ def add_LocalServicer_to_server(servicer, server):
                     servicer.Leave,
                     request_deserializer=proto_dot_local__pb2.LeaveRequest.FromString,
                     response_serializer=proto_dot_local__pb2.LeaveReply.SerializeToString,
+            ),
+            'Unlock': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unlock,
+                    request_deserializer=proto_dot_local__pb2.UnlockRequest.FromString,
+                    response_serializer=proto_dot_local__pb2.UnlockReply.SerializeToString,
+            ),
+            'KeepUnlockKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.KeepUnlockKey,
+                    request_deserializer=proto_dot_local__pb2.KeepUnlockKeyRequest.FromString,
+                    response_serializer=proto_dot_local__pb2.KeepUnlockKeyReply.SerializeToString,
             ),
             'ListImages': grpc.unary_unary_rpc_method_handler(
                     servicer.ListImages,
@@ -297,6 +330,60 @@ class Local:
             '/pyswarm.Local/Leave',
             proto_dot_local__pb2.LeaveRequest.SerializeToString,
             proto_dot_local__pb2.LeaveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unlock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pyswarm.Local/Unlock',
+            proto_dot_local__pb2.UnlockRequest.SerializeToString,
+            proto_dot_local__pb2.UnlockReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KeepUnlockKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pyswarm.Local/KeepUnlockKey',
+            proto_dot_local__pb2.KeepUnlockKeyRequest.SerializeToString,
+            proto_dot_local__pb2.KeepUnlockKeyReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,9 @@ class LocalStub:
     Init: _grpc.UnaryUnaryMultiCallable[_local_pb2.InitRequest, _local_pb2.InitReply]
     Join: _grpc.UnaryUnaryMultiCallable[_local_pb2.JoinRequest, _local_pb2.JoinReply]
     Leave: _grpc.UnaryUnaryMultiCallable[_local_pb2.LeaveRequest, _local_pb2.LeaveReply]
+    Unlock: _grpc.UnaryUnaryMultiCallable[_local_pb2.UnlockRequest, _local_pb2.UnlockReply]
+    KeepUnlockKey: _grpc.UnaryUnaryMultiCallable[_local_pb2.KeepUnlockKeyRequest, _local_pb2.KeepUnlockKeyReply]
+    """This host's manager says what its key is about to be wrapped with, so that it can be started again without a question."""
     ListImages: _grpc.UnaryUnaryMultiCallable[_local_pb2.ImageListRequest, _local_pb2.ImageList]
     ResolveImage: _grpc.UnaryUnaryMultiCallable[_local_pb2.PullRequest, _local_pb2.ResolveReply]
     """The name pinned by digest: found in this host's store, else asked of its registry.
@@ -51,6 +54,9 @@ class LocalAsyncStub(LocalStub):
     Init: _aio.UnaryUnaryMultiCallable[_local_pb2.InitRequest, _local_pb2.InitReply]  # type: ignore[assignment]
     Join: _aio.UnaryUnaryMultiCallable[_local_pb2.JoinRequest, _local_pb2.JoinReply]  # type: ignore[assignment]
     Leave: _aio.UnaryUnaryMultiCallable[_local_pb2.LeaveRequest, _local_pb2.LeaveReply]  # type: ignore[assignment]
+    Unlock: _aio.UnaryUnaryMultiCallable[_local_pb2.UnlockRequest, _local_pb2.UnlockReply]  # type: ignore[assignment]
+    KeepUnlockKey: _aio.UnaryUnaryMultiCallable[_local_pb2.KeepUnlockKeyRequest, _local_pb2.KeepUnlockKeyReply]  # type: ignore[assignment]
+    """This host's manager says what its key is about to be wrapped with, so that it can be started again without a question."""
     ListImages: _aio.UnaryUnaryMultiCallable[_local_pb2.ImageListRequest, _local_pb2.ImageList]  # type: ignore[assignment]
     ResolveImage: _aio.UnaryUnaryMultiCallable[_local_pb2.PullRequest, _local_pb2.ResolveReply]  # type: ignore[assignment]
     """The name pinned by digest: found in this host's store, else asked of its registry.
@@ -88,6 +94,21 @@ class LocalServicer(metaclass=_abc_1.ABCMeta):
         request: _local_pb2.LeaveRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_local_pb2.LeaveReply, _abc.Awaitable[_local_pb2.LeaveReply]]: ...
+
+    @_abc_1.abstractmethod
+    def Unlock(
+        self,
+        request: _local_pb2.UnlockRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_local_pb2.UnlockReply, _abc.Awaitable[_local_pb2.UnlockReply]]: ...
+
+    @_abc_1.abstractmethod
+    def KeepUnlockKey(
+        self,
+        request: _local_pb2.KeepUnlockKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_local_pb2.KeepUnlockKeyReply, _abc.Awaitable[_local_pb2.KeepUnlockKeyReply]]:
+        """This host's manager says what its key is about to be wrapped with, so that it can be started again without a question."""
 
     @_abc_1.abstractmethod
     def ListImages(

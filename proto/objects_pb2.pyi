@@ -1628,6 +1628,7 @@ class ClusterSpec(_message.Message):
     TASK_HISTORY_LIMIT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_PERIOD_S_FIELD_NUMBER: _builtins.int
     NODE_CERT_EXPIRY_S_FIELD_NUMBER: _builtins.int
+    ENCRYPTION_FIELD_NUMBER: _builtins.int
     task_history_limit: _builtins.int
     """default 5"""
     heartbeat_period_s: _builtins.float
@@ -1636,6 +1637,8 @@ class ClusterSpec(_message.Message):
     """default 90 days"""
     @_builtins.property
     def annotations(self) -> Global___Annotations: ...
+    @_builtins.property
+    def encryption(self) -> Global___EncryptionConfig: ...
     def __init__(
         self,
         *,
@@ -1643,14 +1646,34 @@ class ClusterSpec(_message.Message):
         task_history_limit: _builtins.int = ...,
         heartbeat_period_s: _builtins.float = ...,
         node_cert_expiry_s: _builtins.float = ...,
+        encryption: Global___EncryptionConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "encryption", b"encryption"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "heartbeat_period_s", b"heartbeat_period_s", "node_cert_expiry_s", b"node_cert_expiry_s", "task_history_limit", b"task_history_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "encryption", b"encryption", "heartbeat_period_s", b"heartbeat_period_s", "node_cert_expiry_s", b"node_cert_expiry_s", "task_history_limit", b"task_history_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClusterSpec: _TypeAlias = ClusterSpec  # noqa: Y015
+
+@_typing.final
+class EncryptionConfig(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AUTO_LOCK_MANAGERS_FIELD_NUMBER: _builtins.int
+    auto_lock_managers: _builtins.bool
+    def __init__(
+        self,
+        *,
+        auto_lock_managers: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_lock_managers", b"auto_lock_managers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EncryptionConfig: _TypeAlias = EncryptionConfig  # noqa: Y015
 
 @_typing.final
 class Cluster(_message.Message):
@@ -1686,6 +1709,8 @@ class Cluster(_message.Message):
     SUBNET_SIZE_FIELD_NUMBER: _builtins.int
     DATA_PATH_PORT_FIELD_NUMBER: _builtins.int
     BLOCKED_CERTIFICATES_FIELD_NUMBER: _builtins.int
+    UNLOCK_KEY_FIELD_NUMBER: _builtins.int
+    UNLOCK_REVISION_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     root_ca_cert_pem: _builtins.bytes
     root_ca_key_pem: _builtins.bytes
@@ -1694,6 +1719,10 @@ class Cluster(_message.Message):
     """24"""
     data_path_port: _builtins.int
     """4789"""
+    unlock_key: _builtins.bytes
+    """32 bytes while autolock is on; managers only, like the CA's key"""
+    unlock_revision: _builtins.int
+    """counts its changes: a manager never goes back to an older one"""
     @_builtins.property
     def meta(self) -> Global___Meta: ...
     @_builtins.property
@@ -1721,10 +1750,12 @@ class Cluster(_message.Message):
         subnet_size: _builtins.int = ...,
         data_path_port: _builtins.int = ...,
         blocked_certificates: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        unlock_key: _builtins.bytes = ...,
+        unlock_revision: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["join_tokens", b"join_tokens", "meta", b"meta", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocked_certificates", b"blocked_certificates", "data_path_port", b"data_path_port", "default_addr_pool", b"default_addr_pool", "id", b"id", "join_tokens", b"join_tokens", "meta", b"meta", "root_ca_cert_pem", b"root_ca_cert_pem", "root_ca_key_pem", b"root_ca_key_pem", "spec", b"spec", "subnet_size", b"subnet_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocked_certificates", b"blocked_certificates", "data_path_port", b"data_path_port", "default_addr_pool", b"default_addr_pool", "id", b"id", "join_tokens", b"join_tokens", "meta", b"meta", "root_ca_cert_pem", b"root_ca_cert_pem", "root_ca_key_pem", b"root_ca_key_pem", "spec", b"spec", "subnet_size", b"subnet_size", "unlock_key", b"unlock_key", "unlock_revision", b"unlock_revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -35,8 +35,12 @@ from proto.local_pb2 import (
     InitRequest,
     JoinReply,
     JoinRequest,
+    KeepUnlockKeyReply,
+    KeepUnlockKeyRequest,
     LeaveReply,
     LeaveRequest,
+    UnlockReply,
+    UnlockRequest,
 )
 from proto.local_pb2_grpc import LocalServicer, add_LocalServicer_to_server
 from proto.objects_pb2 import NodeDescription
@@ -95,6 +99,12 @@ class LocalService(ImageApi, LocalServicer):
 
     async def Leave(self, request: LeaveRequest, context: Context) -> LeaveReply:
         return await _answer(self._host.leave, request, context)
+
+    async def Unlock(self, request: UnlockRequest, context: Context) -> UnlockReply:
+        return await _answer(self._host.unlock, request, context)
+
+    async def KeepUnlockKey(self, request: KeepUnlockKeyRequest, context: Context) -> KeepUnlockKeyReply:
+        return await _answer(self._host.keep_unlock_key, request, context)
 
 
 async def _answer(

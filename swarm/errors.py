@@ -36,6 +36,16 @@ class Denied(SwarmError):
     """The caller's certificate, role or token does not permit this."""
 
 
+class Locked(SwarmError):
+    """This host's manager has not been started since the host came up: it needs the unlock key."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Swarm is encrypted and needs to be unlocked before it can be used. "
+            'Please use "pyswarm swarm unlock" to unlock it.'
+        )
+
+
 class NoLeader(SwarmError):
     """This manager does not lead, or no manager does: nothing was written."""
 

@@ -28,8 +28,12 @@ from proto.local_pb2 import (
     InitRequest,
     JoinReply,
     JoinRequest,
+    KeepUnlockKeyReply,
+    KeepUnlockKeyRequest,
     LeaveReply,
     LeaveRequest,
+    UnlockReply,
+    UnlockRequest,
 )
 from proto.objects_pb2 import MANAGER, Cluster, Node, NodeRole, NodeStatus
 from swarm.addresses import check_listen, choose_advertise_host, host_addresses, split_host_port
@@ -39,7 +43,9 @@ from swarm.hostfiles import HostPaths, Membership
 from swarm.ids import random_id
 from swarm.security.bootstrap import create_cluster, join_cluster
 from swarm.security.certificates import NodeCredentials
+from swarm.security.unlock_key import locked, random_key, text_of
 from swarm.supervise import Supervisor
+from swarm.unlocking import HostLock
 from swarm.version import __version__
 
 MANAGER_START_TIMEOUT_S = 30.0
@@ -82,11 +88,13 @@ class HostMembership:
         self._role_change = asyncio.Lock()
         self._changing = asyncio.Lock()
         self._node: Node | None = None
+        self._lock = HostLock(paths)
         self._manager = Supervisor(
             "manager",
             [sys.executable, "-m", "swarm.manager", "--state-dir", str(paths.state), "--run-dir", str(paths.run)],
             paths.run / "manager.lock",
             paths.manager_log,
+            self._lock.manager_input,
         )
 
     # ---- life of the daemon
@@ -157,6 +165,7 @@ class HostMembership:
         else:
             await self._manager.stop(MANAGER_STOP_TIMEOUT_S)
             shutil.rmtree(self._paths.raft, ignore_errors=True)
+            self._lock.forget()
             self._paths.manager_socket.unlink(missing_ok=True)
 
     async def _keep_certificate(self) -> None:
@@ -183,9 +192,11 @@ class HostMembership:
             reply.role = self._credentials.identity.role
             reply.node_addr = self._membership.advertise_host
             reply.manager_addrs.extend(self._membership.manager_addrs)
-            if reply.role == MANAGER:
-                reply.manager_socket = str(self._paths.manager_socket)
             reply.manager_pid = self._manager.pid
+            if self._is_locked():
+                reply.state = InfoReply.LOCKED
+            elif reply.role == MANAGER:
+                reply.manager_socket = str(self._paths.manager_socket)
         return reply
 
     async def init(self, request: InitRequest) -> InitReply:
@@ -204,6 +215,9 @@ class HostMembership:
             cluster.spec.heartbeat_period_s = request.heartbeat_period_s
             cluster.spec.node_cert_expiry_s = request.node_cert_expiry_s
             self._check_pools(cluster)
+            if request.auto_lock_managers:
+                cluster = locked(cluster, random_key())
+                self._lock.keep(cluster.unlock_key)
             bootstrap = create_cluster(cluster, random_id, time.time())
             node = bootstrap.node
             node.spec.availability = request.availability
@@ -220,7 +234,12 @@ class HostMembership:
             node.manager_addr = membership.manager_addr
             self._credentials = bootstrap.save(self._paths.certificates)
             await self._become(membership, bootstrap.message().SerializeToString())
-            return InitReply(node_id=node.id, tokens=bootstrap.cluster.join_tokens, join_addr=membership.join_addr)
+            return InitReply(
+                node_id=node.id,
+                tokens=bootstrap.cluster.join_tokens,
+                join_addr=membership.join_addr,
+                unlock_key=text_of(cluster.unlock_key),
+            )
 
     @staticmethod
     def _check_pools(cluster: Cluster) -> None:
@@ -311,6 +330,44 @@ class HostMembership:
     async def _session_stands(self) -> bool:
         return self._node is not None and self._node.status.state == NodeStatus.READY
 
+    def _is_locked(self) -> bool:
+        """Whether this host's manager waits for its unlock key."""
+        return (
+            self._credentials is not None
+            and self._credentials.identity.role == MANAGER
+            and not self._manager.pid
+            and self._lock.is_locked()
+        )
+
+    async def unlock(self, request: UnlockRequest) -> UnlockReply:
+        """`swarm unlock`: start the manager with this key, if it is the right one. Raises Invalid, NoLeader."""
+        async with self._changing:
+            if self._membership is None:
+                raise Invalid("this node is not part of a swarm")
+            if not self._is_locked():
+                raise Invalid("swarm is not locked")
+            self._lock.unlock(request.unlock_key)
+            log.info("unlocked")
+            self._manager.wake()
+            await self._until(self._manager_listens, MANAGER_START_TIMEOUT_S, "the manager process does not answer")
+        return UnlockReply()
+
+    async def _manager_listens(self) -> bool:
+        """It opened its files. It may not answer before other managers, perhaps locked themselves, make a quorum."""
+        if not self._manager.pid:
+            return False
+        try:
+            _, writer = await asyncio.open_unix_connection(self._paths.manager_socket)
+        except OSError:
+            return False
+        writer.close()
+        return True
+
+    async def keep_unlock_key(self, request: KeepUnlockKeyRequest) -> KeepUnlockKeyReply:
+        """From this host's manager, before it wraps its key with this one. Raises Invalid."""
+        self._lock.keep(request.unlock_key)
+        return KeepUnlockKeyReply()
+
     async def leave(self, request: LeaveRequest) -> LeaveReply:
         """`swarm leave`: stop every task and forget the swarm. A manager needs --force."""
         async with self._changing:
@@ -349,6 +406,7 @@ class HostMembership:
             await agent.leave()
         await self._manager.stop(MANAGER_STOP_TIMEOUT_S)
         shutil.rmtree(self._paths.raft, ignore_errors=True)
+        self._lock.forget()
         self._paths.forget_membership()
         shutil.rmtree(self._paths.certificates, ignore_errors=True)
         self._paths.manager_socket.unlink(missing_ok=True)

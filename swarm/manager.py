@@ -4,7 +4,8 @@ It builds and wires everything that decides: the replicated store, consensus, th
 manager leads, the loops that turn desired state into assignments. It holds no container and no kernel
 networking, so its end disturbs nothing that runs.
 
-On the first manager of a new swarm the agent writes a `Bootstrap` message to its standard input.
+The agent writes a `Bootstrap` message to its standard input: to the first manager of a new swarm, and to one whose
+files are locked.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ import structlog
 
 from proto.control_pb2_grpc import add_ControlServicer_to_server
 from proto.join_pb2_grpc import add_CertificatesServicer_to_server, add_JoinServicer_to_server
-from proto.local_pb2 import Bootstrap
+from proto.local_pb2 import Bootstrap, KeepUnlockKeyRequest
+from proto.local_pb2_grpc import LocalStub
 from proto.objects_pb2 import Network
 from swarm.api.control import ControlService
 from swarm.api.join import CertificatesService, JoinService
+from swarm.consensus.disk import Directory
 from swarm.consensus.grpc_transport import GrpcTransport, ask_to_join
 from swarm.consensus.interface import Member
 from swarm.consensus.raft import RaftNode
@@ -39,9 +42,11 @@ from swarm.leader import LeaderLoop
 from swarm.logs import configure
 from swarm.roles import RoleManager, demotion_refusal
 from swarm.security.authorize import RULES, RoleInterceptor
+from swarm.security.autolock import Autolock
 from swarm.security.certificates import NodeCredentials
 from swarm.security.peers import peer_identity
-from swarm.security.raft_key import has_log, raft_disk
+from swarm.security.raft_key import RaftKey, has_log
+from swarm.security.unlock_key import lock_of
 from swarm.store.changes import Create, Group
 from swarm.store.store import Store
 from swarm.store.writer import Writer
@@ -52,13 +57,15 @@ INGRESS_SUBNET = "10.255.0.0/16"
 JOIN_TIMEOUT_S = 30.0
 JOIN_RETRY_S = 0.5
 STOP_TIMEOUT_S = 5.0
+TELL_TIMEOUT_S = 2.0
+"""The agent answers from memory; while it is down the manager's key is rewrapped all the same."""
 MESSAGE_BYTES_MAX = 8 << 20
 
 log = structlog.get_logger()
 
 
 class Manager:
-    def __init__(self, paths: HostPaths, membership: Membership) -> None:
+    def __init__(self, paths: HostPaths, membership: Membership, key: RaftKey) -> None:
         self._paths = paths
         self._membership = membership
         self._credentials = NodeCredentials.load(paths.certificates)
@@ -68,10 +75,11 @@ class Manager:
         self._consensus = RaftNode(
             me=self._me,
             members=[self._me],
-            disk=raft_disk(paths.raft),
+            disk=key.sealed(),
             machine=self._store,
             transport=self._transport,
         )
+        self._autolock = Autolock(self._store, key, self._tell_agent)
         self._writer = Writer(self._consensus, time.time)
         self._dispatcher = Dispatcher(
             self._store, self._writer, self._consensus, _peer_node_id, time.time, time.monotonic
@@ -96,10 +104,11 @@ class Manager:
         _bind_unix(local, self._paths.manager_socket)
 
         await mtls.start()  # the leader calls back before it admits this manager
-        if bootstrap is None and not has_log(self._paths.raft):
+        if bootstrap is None and not has_log(Directory(self._paths.raft)):
             self._consensus.begin_with(await self._ask_to_join())
         await self._consensus.start()
         self._consensus.on_leadership(self._on_leadership)
+        locking = asyncio.create_task(self._autolock.run())
         if bootstrap is not None:
             await self._bootstrap(bootstrap)
         await join.start()
@@ -107,6 +116,7 @@ class Manager:
         log.info("manager runs", node=self._me.node_id, addr=self._me.addr)
         await stop.wait()
         log.info("manager stops")
+        locking.cancel()
         self._on_leadership(False)
         await local.stop(0)
         await join.stop(0)
@@ -135,6 +145,17 @@ class Manager:
             random_id,
             demotion_refusal,
         )
+
+    async def _tell_agent(self, unlock_key: bytes) -> bool:
+        """This host's agent keeps the key in memory, to start us again with."""
+        async with grpc.aio.insecure_channel(f"unix://{self._paths.daemon_socket}") as channel:
+            try:
+                request = KeepUnlockKeyRequest(unlock_key=unlock_key)
+                await LocalStub(channel).KeepUnlockKey(request, timeout=TELL_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                log.debug("the agent does not hear of the unlock key", reason=error.details())
+                return False
+        return True
 
     def _is_blocked(self, node_id: str) -> bool:
         cluster = self._store.cluster
@@ -210,12 +231,13 @@ async def _main(paths: HostPaths) -> int:
         log.error("this host is no member of a swarm", file=str(paths.membership))
         return 1
     raw = sys.stdin.buffer.read() if not sys.stdin.isatty() else b""
-    bootstrap = Bootstrap.FromString(raw) if raw else None
+    given = Bootstrap.FromString(raw)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        await Manager(paths, membership).run(bootstrap, stop)
+        key = RaftKey.open(Directory(paths.raft), given.unlock_keys, lock_of(given.cluster))
+        await Manager(paths, membership, key).run(given if given.HasField("cluster") else None, stop)
     except SwarmError as error:
         log.error("manager cannot run", reason=str(error))
         return 1

@@ -14,7 +14,7 @@ import select
 import signal
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -55,13 +55,23 @@ def holder(path: Path) -> int:
 
 
 class Supervisor:
-    """`argv` must take the lock at `lock_path` itself."""
+    """`argv` must take the lock at `lock_path` itself. `each_input` is asked before each start for what goes to the
+    standard input; None: it cannot be started now, ask again after `wake`."""
 
-    def __init__(self, name: str, argv: Sequence[str], lock_path: Path, log_path: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        lock_path: Path,
+        log_path: Path,
+        each_input: Callable[[], bytes | None] = lambda: b"",
+    ) -> None:
         self._name = name
         self._argv = list(argv)
         self._lock_path = lock_path
         self._log_path = log_path
+        self._each_input = each_input
+        self._woken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -69,9 +79,13 @@ class Supervisor:
         return holder(self._lock_path)
 
     def start(self, first_input: bytes = b"") -> None:
-        """Run it from now on; `first_input` goes to the standard input of its first start only."""
+        """Run it from now on; `first_input` goes to the standard input of its first start only, before that of each."""
         if self._task is None:
             self._task = asyncio.create_task(self._keep(first_input))
+
+    def wake(self) -> None:
+        """It may be possible now to start what could not be started before."""
+        self._woken.set()
 
     async def stop(self, timeout_s: float) -> None:
         """SIGTERM, then SIGKILL after the timeout; returns when it is gone."""
@@ -99,13 +113,21 @@ class Supervisor:
             started_at = loop.time()
             pid = self.pid
             if not pid:
-                pid = self._spawn(first_input)
+                pid = self._spawn(first_input + await self._input())
                 first_input = b""
             await _gone(pid)
             ran_s = loop.time() - started_at
             delay_s = RESTART_DELAY_FIRST_S if ran_s > STABLE_S else min(delay_s * 2, RESTART_DELAY_MAX_S)
             log.warning("process ended, starting it again", name=self._name, pid=pid, delay_s=delay_s)
             await asyncio.sleep(delay_s)
+
+    async def _input(self) -> bytes:
+        while True:
+            self._woken.clear()
+            if (given := self._each_input()) is not None:
+                return given
+            log.warning("process waits to be unlocked", name=self._name)
+            await self._woken.wait()
 
     def _spawn(self, first_input: bytes) -> int:
         with open(self._log_path, "ab") as output:

@@ -112,10 +112,12 @@ class Host:
         self.agent = agent
         self.manager = manager
 
-    def pyswarm(self, *args: str, status: int = 0, env: dict[str, str] | None = None) -> Result:
+    def pyswarm(
+        self, *args: str, status: int = 0, env: dict[str, str] | None = None, text: str | None = None
+    ) -> Result:
         """Run a command in this process; its exit status is checked."""
         host = f"unix://{self.run_dir / 'pyswarm.sock'}"
-        result = CliRunner().invoke(cli, ["--host", host, *args], env=env, prog_name="pyswarm")
+        result = CliRunner().invoke(cli, ["--host", host, *args], input=text, env=env, prog_name="pyswarm")
         assert result.exit_code == status, (result.output, result.exception)
         return result
 

@@ -461,6 +461,84 @@ def test_join_tokens(host: Host) -> None:
     assert "    pyswarm swarm join --token W 10.1.0.1:2377\n" in text
 
 
+KEY = "SWMKEY-1-7c37Cc8654o6p38HnroywCi19pllOnGtbdZEgtKxZu8"
+HOW_TO_UNLOCK = f"""To unlock a swarm manager after it restarts, run the `pyswarm swarm unlock`
+command and provide the following key:
+
+    {KEY}
+
+Please remember to store this key in a password manager, since without it you
+will not be able to restart the manager.
+"""
+
+
+def test_autolock(host: Host) -> None:
+    cluster = pb.Cluster()
+    host.manager.answers["GetCluster"] = reply(cluster)
+    host.manager.answers["UpdateCluster"] = reply(cluster)
+    host.manager.answers["GetUnlockKey"] = reply(control.UnlockKeyReply(unlock_key=KEY))
+    tokens = pb.JoinTokens(worker="SWMTKN-1-w", manager="SWMTKN-1-m")
+    host.agent.answers["Init"] = reply(local.InitReply(tokens=tokens, unlock_key=KEY))
+    assert host.pyswarm("swarm", "init", "--autolock").stdout.endswith(f"the instructions.\n\n{HOW_TO_UNLOCK}")
+    assert host.agent.requests("Init")[0].auto_lock_managers
+    assert "--autolock" in host.pyswarm("swarm", "update").stdout
+    assert not host.manager.requests("UpdateCluster")
+    assert host.pyswarm("swarm", "update", "--autolock").stdout == "Swarm updated.\n" + HOW_TO_UNLOCK
+    cluster.spec.encryption.auto_lock_managers = True
+    assert host.pyswarm("swarm", "update", "--autolock=true").stdout == "Swarm updated.\n"
+    assert host.pyswarm("swarm", "update", "--autolock=false").stdout == "Swarm updated.\n"
+    assert [sent.auto_lock_managers for sent in host.manager.requests("UpdateCluster")] == [True, True, False]
+    assert host.pyswarm("swarm", "unlock-key").stdout == HOW_TO_UNLOCK
+    assert host.pyswarm("swarm", "unlock-key", "-q").stdout == KEY + "\n"
+    rotated = host.pyswarm("swarm", "unlock-key", "--rotate").stdout
+    assert rotated == "Successfully rotated manager unlock key.\n\n" + HOW_TO_UNLOCK
+    sent = host.manager.requests("UpdateCluster")[-1]
+    assert (sent.rotate_unlock_key, sent.HasField("auto_lock_managers")) == (True, False)
+    host.manager.answers["GetUnlockKey"] = reply(control.UnlockKeyReply())
+    assert host.pyswarm("swarm", "unlock-key", status=1).stderr == "Error: no unlock key is set\n"
+
+
+def test_a_locked_host(tmp_path: Path) -> None:
+    told = (
+        "Error: Swarm is encrypted and needs to be unlocked before it can be used. "
+        'Please use "pyswarm swarm unlock" to unlock it.\n'
+    )
+    info = local.InfoReply(state=local.InfoReply.LOCKED, role=pb.MANAGER, node_id="n")
+    agent = Script(Info=reply(info), Unlock=reply(local.UnlockReply()))
+    with serving(tmp_path, agent, None):
+        host = Host(tmp_path, agent, Script())
+        for words in (("node", "ls"), ("service", "ls"), ("swarm", "unlock-key"), ("swarm", "join-token", "worker")):
+            assert host.pyswarm(*words, status=1).stderr == told
+        assert "Swarm: locked\n" in host.pyswarm("info").stdout
+        assert host.pyswarm("swarm", "unlock", text=f"{KEY}\n").output == ""
+        assert agent.requests("Unlock") == [local.UnlockRequest(unlock_key=KEY)]
+        info.state = local.InfoReply.ACTIVE
+        assert host.pyswarm("swarm", "unlock", status=1).stderr == "Error: swarm is not locked\n"
+        info.state = local.InfoReply.INACTIVE
+        assert host.pyswarm("swarm", "unlock", status=1).stderr == "Error: This node is not part of a swarm\n"
+
+
+def test_the_unlock_key_is_not_echoed_on_a_terminal(tmp_path: Path) -> None:
+    info = local.InfoReply(state=local.InfoReply.LOCKED, role=pb.MANAGER)
+    agent = Script(Info=reply(info), Unlock=reply(local.UnlockReply()))
+    with serving(tmp_path, agent, None):
+        terminal, screen = pty.openpty()
+        argv = [sys.executable, "-m", "swarm.cli.main", "-H", f"unix://{tmp_path / 'pyswarm.sock'}", "swarm", "unlock"]
+        done = subprocess.Popen(argv, stdin=screen, stdout=screen, stderr=screen, start_new_session=True)
+        os.close(screen)
+        seen = b""
+        while b"Enter unlock key: " not in seen:
+            seen += os.read(terminal, 1024)
+        os.write(terminal, KEY.encode() + b"\n")
+        with contextlib.suppress(OSError):  # the terminal is gone when the command has ended
+            while more := os.read(terminal, 1024):
+                seen += more
+        os.close(terminal)
+        assert done.wait(20) == 0
+    assert agent.requests("Unlock") == [local.UnlockRequest(unlock_key=KEY)]
+    assert seen.strip() == b"Enter unlock key:"
+
+
 def test_info_and_version(host: Host) -> None:
     host.manager.answers["GetCluster"] = reply(pb.Cluster(default_addr_pool=["10.0.0.0/8"], subnet_size=24))
     host.manager.answers["ListNodes"] = reply(control.NodeList(nodes=[a_node(pb.MANAGER), a_node(pb.WORKER)]))

@@ -17,7 +17,7 @@ from swarm.consensus.snapshot import BadSnapshot, Meta, SnapshotStore
 from swarm.consensus.storage import open_storage
 from swarm.consensus.wal import Wal
 from swarm.errors import Invalid
-from swarm.security.raft_key import KEY_FILE, raft_disk
+from swarm.security.raft_key import KEY_FILE, RaftKey
 from tests.consensus_cluster import die
 
 KEY, OTHER_KEY = bytes(range(32)), bytes(32)
@@ -121,13 +121,17 @@ def test_every_damaged_byte_and_every_cut_of_a_snapshot_is_noticed(tmp_path: Pat
                 store.check(name)
 
 
+def raft_disk(directory: Path) -> Sealed:
+    return RaftKey.open(Directory(directory)).sealed()
+
+
 def test_a_manager_keeps_its_key_beside_its_log_and_does_not_make_a_second_one(tmp_path: Path) -> None:
     directory = tmp_path / "raft"
     open_storage(raft_disk(directory), (Member("a", "h:1"),), die).wal.close()
     assert (directory / KEY_FILE).stat().st_mode & 0o777 == 0o600
     open_storage(raft_disk(directory), (), die).wal.close()
     (directory / KEY_FILE).write_bytes(b"short")
-    with pytest.raises(Invalid, match="not a key"):
+    with pytest.raises(Invalid, match="are no key"):
         raft_disk(directory)
     (directory / KEY_FILE).unlink()
     with pytest.raises(Invalid, match="is missing"):

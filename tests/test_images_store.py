@@ -259,6 +259,12 @@ class Servicer(ImageApi, local_pb2_grpc.LocalServicer):
     async def Leave(self, request: Any, context: Any) -> pb.LeaveReply:
         return pb.LeaveReply()
 
+    async def Unlock(self, request: Any, context: Any) -> pb.UnlockReply:
+        return pb.UnlockReply()
+
+    async def KeepUnlockKey(self, request: Any, context: Any) -> pb.KeepUnlockKeyReply:
+        return pb.KeepUnlockKeyReply()
+
 
 @pytest.fixture
 async def local(scratch: Path, store: ImageStore) -> AsyncIterator[Any]:

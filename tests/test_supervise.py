@@ -39,6 +39,32 @@ async def test_a_dead_child_is_replaced_and_the_first_input_is_given_once(tmp_pa
     assert kept.pid == 0
 
 
+async def test_what_cannot_be_started_yet_waits_for_its_input(tmp_path: Path) -> None:
+    lock = tmp_path / "child.lock"
+    keys: list[bytes] = []
+    asked = 0
+
+    def each() -> bytes | None:
+        nonlocal asked
+        asked += 1
+        return keys[0] if keys else None
+
+    kept = Supervisor("child", [sys.executable, "-c", CHILD, str(lock)], lock, tmp_path / "child.log", each)
+    given = tmp_path / "child.lock.input"
+    kept.start(b"once ")
+    await until(lambda: asked == 1)
+    kept.wake()
+    await until(lambda: asked == 2)
+    assert kept.pid == 0
+    keys.append(b"key")
+    kept.wake()
+    await until(lambda: given.exists() and given.read_bytes() == b"once key")
+    first = kept.pid
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: kept.pid not in (0, first) and given.read_bytes() == b"key")
+    await kept.stop(5)
+
+
 async def test_a_new_supervisor_adopts_the_running_child(tmp_path: Path) -> None:
     before = supervisor(tmp_path)
     before.start()

@@ -17,11 +17,12 @@ from google.protobuf.message_factory import GetMessageClass
 from proto import control_pb2 as pb
 from proto.control_pb2_grpc import ControlServicer
 from proto.objects_pb2 import Cluster, Network, Node, Service, Task
-from swarm.api import find, logs, networks, nodes, services, views, watch
+from swarm.api import encryption, find, logs, networks, nodes, services, views, watch
 from swarm.api.backend import Backend, Demotion, LostLeadership
 from swarm.api.forward import Call, Router
 from swarm.consensus.interface import Consensus
 from swarm.dispatch.logs import LogRelay
+from swarm.security.unlock_key import text_of
 from swarm.store.store import Store
 from swarm.store.writer import Writer
 
@@ -119,6 +120,14 @@ class ControlService(ControlServicer):
     @_unary
     async def RotateJoinToken(self, request: pb.RotateTokenRequest, call: Call) -> Cluster:
         return views.shown_cluster(await nodes.rotate_token(self._backend, request.role, call.request_id))
+
+    @_unary
+    async def UpdateCluster(self, request: pb.ClusterUpdateRequest, call: Call) -> Cluster:
+        return views.shown_cluster(await encryption.update(self._backend, request, call.request_id))
+
+    @_read
+    async def GetUnlockKey(self, request: pb.UnlockKeyRequest, call: Call) -> pb.UnlockKeyReply:
+        return pb.UnlockKeyReply(unlock_key=text_of(nodes.the_cluster(self._store).unlock_key))
 
     # ---- nodes
 

@@ -13,6 +13,7 @@ _CODES: dict[type[errors.SwarmError], grpc.StatusCode] = {
     errors.Conflict: grpc.StatusCode.ABORTED,
     errors.InUse: grpc.StatusCode.FAILED_PRECONDITION,
     errors.Denied: grpc.StatusCode.PERMISSION_DENIED,
+    errors.Locked: grpc.StatusCode.FAILED_PRECONDITION,
     errors.NoLeader: grpc.StatusCode.UNAVAILABLE,
     errors.Unreachable: grpc.StatusCode.UNAVAILABLE,
     errors.Busy: grpc.StatusCode.UNAVAILABLE,

@@ -26,10 +26,11 @@ from swarm.store.store import Store
 
 
 def shown_cluster(cluster: Cluster) -> Cluster:
-    """Without the CA's key."""
+    """Without the CA's key and the unlock key."""
     copy = Cluster()
     copy.CopyFrom(cluster)
     copy.ClearField("root_ca_key_pem")
+    copy.ClearField("unlock_key")
     return copy
 
 

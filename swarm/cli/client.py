@@ -28,6 +28,7 @@ import grpc
 
 from proto import local_pb2
 from proto.objects_pb2 import WORKER
+from swarm.errors import Locked
 
 if TYPE_CHECKING:
     from proto.control_pb2_grpc import ControlStub
@@ -143,6 +144,8 @@ class Client:
         info = self.info()
         if info.state == local_pb2.InfoReply.INACTIVE:
             raise Failure(NOT_IN_SWARM)
+        if info.state == local_pb2.InfoReply.LOCKED:
+            raise Failure(str(Locked()))
         if info.state == local_pb2.InfoReply.ERROR:
             raise Failure(f"this node's membership of the swarm has failed: {info.error}")
         if info.state == local_pb2.InfoReply.ACTIVE and info.role == WORKER and not info.manager_socket:

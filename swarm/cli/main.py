@@ -24,7 +24,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "network": ("swarm.cli.network:network", "Manage networks"),
     "node": ("swarm.cli.node:node", "Manage swarm nodes"),
     "service": ("swarm.cli.service:service", "Manage services"),
-    "swarm": ("swarm.cli.membership:swarm", "Form, join and leave a swarm"),
+    "swarm": ("swarm.cli.membership:swarm", "Form, join, unlock and leave a swarm"),
     "version": ("swarm.cli.system:version", "Show versions"),
 }
 """Name -> (module:attribute, one line of help)."""

@@ -7,6 +7,7 @@ import click
 from proto import objects_pb2 as pb
 from proto.control_pb2 import ClusterRequest, GetRequest, RotateTokenRequest
 from proto.local_pb2 import InitRequest, JoinRequest, LeaveRequest
+from swarm.cli.autolock import unlock, unlock_key, unlock_text, update
 from swarm.cli.client import MEMBERSHIP_S, Client, connect
 from swarm.cli.command import GoCommand, command
 from swarm.cli.failure import Failure
@@ -32,6 +33,10 @@ def swarm() -> None:
     """
 
 
+for _command in (update, unlock, unlock_key):
+    swarm.add_command(_command)
+
+
 @command(swarm, "init")
 @click.option("--advertise-addr", default="", metavar="ADDR", help="Address told to others: IP[:PORT] or interface.")
 @click.option("--listen-addr", default=DEFAULT_LISTEN, show_default=True, help="Where managers listen.")
@@ -49,7 +54,7 @@ def swarm() -> None:
 @click.option("--dispatcher-heartbeat", default="1s", show_default=True, help="How often nodes report.")
 @click.option("--cert-expiry", default="2160h", show_default=True, help="Validity of node certificates.")
 @click.option("--force-new-cluster", is_flag=True, help="Start a swarm of one manager from this host's state.")
-@click.option("--autolock", is_flag=True, hidden=True)
+@click.option("--autolock", is_flag=True, help="Managers need an unlock key to start after their host was restarted.")
 @click.option("--external-ca", hidden=True)
 def init(
     *,
@@ -73,8 +78,6 @@ def init(
     Example:
       pyswarm swarm init --advertise-addr 192.168.99.11
     """
-    if autolock:
-        raise Failure("--autolock is not supported: this version of pyswarm does not encrypt the Raft log")
     if external_ca:
         raise Failure("--external-ca is not supported: certificates are signed by the swarm's own CA")
     request = InitRequest(
@@ -91,12 +94,15 @@ def init(
         heartbeat_period_s=flag_value("dispatcher-heartbeat", parse_duration_s, dispatcher_heartbeat),
         node_cert_expiry_s=flag_value("cert-expiry", parse_duration_s, cert_expiry),
         force_new_cluster=force_new_cluster,
+        auto_lock_managers=autolock,
     )
     client = connect()
     reply = client.ask(client.local.Init, request, MEMBERSHIP_S)
     click.echo(f"Swarm initialized: current node ({reply.node_id}) is now a manager.\n")
     click.echo(join_text("worker", reply.tokens.worker, reply.join_addr))
     click.echo("To add a manager to this swarm, run 'pyswarm swarm join-token manager' and follow the instructions.\n")
+    if reply.unlock_key:
+        click.echo(unlock_text(reply.unlock_key))
 
 
 def join_text(role: str, token: str, addr: str) -> str:
