@@ -234,6 +234,7 @@ def test_a_learner_gets_the_log_but_counts_in_no_quorum() -> None:
     net = Net("ABC", config=replace(DEFAULTS, snapshot_entries=10, tail_entries=1, chunk_bytes=32))
     leader = _force_leader(net, "A")
     _stored(net, leader, *(b"%d" % number for number in range(30)))
+    net.until(lambda: leader.wal.first_index > 1)
     learner = net.start("D", (*leader.members(), net.member("D")))
     leader.teach(net.member("D"))
     during = write(leader, b"meanwhile")

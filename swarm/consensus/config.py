@@ -27,6 +27,8 @@ class RaftConfig:
     election_max_s: float = 1.0
     heartbeat_s: float = 0.15
     """Must be under a third of `election_min_s`: three lost heartbeats do not cost the leader its office."""
+    commit_news_s: float = 0.01
+    """How long followers may not know that an entry is committed, if no other entry follows that tells them."""
     leader_fallback_s: float = 2.0
     """A leader that has not heard a quorum for this long steps down (check-quorum)."""
     tick_min_s: float = 0.01

@@ -233,6 +233,10 @@ class Engine:
             self.election.leader_gone(name)
         self._connect()
 
+    def is_held_back(self) -> bool:
+        """Whether replication to some member waits for its queue to drain."""
+        return bool(self._full)
+
     def _window_open(self, name: MemberId) -> bool:
         node_id = node_id_of(name)
         return self._network.queued_bytes(node_id) + self._outbox_bytes.get(node_id, 0) < SEND_WINDOW_BYTES
@@ -305,12 +309,13 @@ class Engine:
     def _work(self) -> None:
         """The kernel counts its own log as durable when it commits: so the log is synced before each tick."""
         for _ in range(TICKS_PER_TURN):
+            self.kernel.feed()
+            self._settle()
             self.wal.sync()
-            before = (self.wal.last_index, self.kernel.commit(), self.kernel.applied(), self.kernel.leads())
+            before = (self.wal.last_index, self.kernel.leads())
             self.kernel.tick()
             self._settle()
-            after = (self.wal.last_index, self.kernel.commit(), self.kernel.applied(), self.kernel.leads())
-            if before == after:
+            if before == (self.wal.last_index, self.kernel.leads()):
                 break
         else:
             self.turns_wanted = True
@@ -380,6 +385,15 @@ class Engine:
 
     def _settle(self) -> None:
         """After anything the kernel did: the log decides who is a member, and lost leadership is told."""
+        seen = (self.wal.membership_version, len(self._acquaintances))
+        if seen != self._membership_seen or self._learners or self.kernel.learners():
+            self._settle_members()
+        if self._lost_leadership:
+            self._lost_leadership = False
+            self.kernel.forget_waiting()
+            self._proposals.sweep("leadership was lost")
+
+    def _settle_members(self) -> None:
         others = {name for name in self.wal.members() if node_id_of(name) != self.me.node_id}
         if self.kernel.others() != others:
             self.kernel.set_others(others)
@@ -395,10 +409,6 @@ class Engine:
             self._membership_seen = (self.wal.membership_version, len(self._acquaintances))
             self._network.set_peers(frozenset(member(name) for name in self._names.values()))
             self._connect()
-        if self._lost_leadership:
-            self._lost_leadership = False
-            self.kernel.forget_waiting()
-            self._proposals.sweep("leadership was lost")
 
     def _on_leading(self, leads: bool) -> None:
         if not leads:

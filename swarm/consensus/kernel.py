@@ -86,6 +86,8 @@ class Kernel:
         self._host = host
         self.me = me
         self._transport = KernelTransport(said)
+        self._commit_news_s = config.commit_news_s
+        self._sent_to = 0
         self._connected: set[MemberId] = set()
         self._learners: set[MemberId] = set()
 
@@ -168,14 +170,22 @@ class Kernel:
 
     # ---- what it is told
 
-    def tick(self) -> None:
-        """One turn. What it added to the log, or found to be committed, is sent at the next one, not
-        only with the next heartbeat: so commands that arrive together share a message."""
+    def feed(self) -> None:
+        """Take the commands that wait into the log: then one tick sends them, in one message."""
         bindings.enter(self._host)
-        before = (self._host.journal.last_index, self.commit())
-        self._core.doTick(0.0)
-        if self.leads() and before != (self._host.journal.last_index, self.commit()):
+        self._core._checkCommandsToApply()
+
+    def tick(self) -> None:
+        """One turn. What is new in the log is sent at once, not only with the next heartbeat; that it is committed is
+        told with the next entries, or soon: a message of its own would double the work that a lone write makes."""
+        bindings.enter(self._host)
+        end, commit = self._host.journal.last_index, self.commit()
+        if self.leads() and end != self._sent_to:
             self._set("newAppendEntriesTime", float("-inf"))
+        self._core.doTick(0.0)
+        self._sent_to = end
+        if self.leads() and commit != self.commit():
+            self._set("newAppendEntriesTime", min(self.heartbeat_at(), self._host.clock() + self._commit_news_s))
 
     def deliver(self, sender: MemberId, message: Message) -> None:
         bindings.enter(self._host)

@@ -336,7 +336,8 @@ class RaftNode:
             self.want_turn()
 
     def on_writable(self, node_id: str) -> None:
-        self.want_turn()
+        if self._engine is not None and self._engine.is_held_back():
+            self.want_turn()
 
     def answer(self) -> Answer:
         return Answer(self._me.node_id, self.leader(), self.members())

@@ -6,9 +6,9 @@ Both sides take 1 KiB random values, unencrypted on loopback, from one client pr
 seals its disk besides. Rounds alternate between the sides, figures are medians of the rounds.
 
 How the client sends is what differs, and it gives each side its best that keeps one message per write: ours takes
-writes on one bidirectional stream, each acknowledged by its number; etcd has unary calls only, and gets as many
-connections as serve it best. Beside it stand the same unary calls to both, and writes that the client itself merges, at
-most 128 in one message (etcd: one Txn, its default limit).
+writes on a bidirectional stream per connection, each acknowledged by its number; etcd has unary calls only. Both get
+as many connections as serve them best. Beside it stand the same unary calls to both, and writes that the client itself
+merges, at most 128 in one message (etcd: one Txn, its default limit).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STATE_ROWS = 100_000
 FILL_SIZE = 256
 TXN_OPERATIONS_MAX = 128
 """etcd's default of --max-txn-ops."""
-ETCD_CONNECTIONS = (1, 4)
+CONNECTIONS = (1, 4, 16)
 PARTS = ("idle", "rates", "failover", "state")
 
 
@@ -68,13 +68,10 @@ class Bench:
 
     async def rates(self) -> None:
         for in_flight, aim in ((1, ">= 1.2"), (64, ">= 1.5"), (1024, ">= 1.5")):
-            connections = await self._best_connections(in_flight)
-            await self._compare(
-                (f"ratio_{in_flight}", f"{in_flight} in flight", aim),
-                self.sizes.rounds,
-                {"in_flight": in_flight, "stream": True},
-                {"in_flight": in_flight, "connections": connections},
-            )
+            ours = await self._best(self._our_load, {"in_flight": in_flight, "stream": True})
+            etcd = await self._best(self._etcd_load, {"in_flight": in_flight})
+            titles = (f"ratio_{in_flight}", f"{in_flight} in flight", aim)
+            await self._compare(titles, self.sizes.rounds, ours, etcd)
         if not self.sizes.extra_rounds:
             return
         for in_flight in (1, 64, 1024):
@@ -86,14 +83,12 @@ class Bench:
             titles = (f"ratio_{in_flight}_merged", f"{in_flight}, merged by both clients", "")
             await self._compare(titles, self.sizes.extra_rounds, load, load)
 
-    async def _best_connections(self, in_flight: int) -> int:
-        """How many connections of the client serve etcd best."""
-        if in_flight == 1:
-            return 1
-        rates = {}
-        for connections in ETCD_CONNECTIONS:
-            rates[connections] = (await self._etcd_load(0.5, in_flight=in_flight, connections=connections))["per_s"]
-        return max(rates, key=lambda connections: rates[connections])
+    async def _best(self, run: Callable[..., Awaitable[dict[str, Any]]], load: dict[str, Any]) -> dict[str, Any]:
+        """With as many connections as serve this side best."""
+        if load["in_flight"] == 1:
+            return load
+        rates = {count: (await run(0.5, connections=count, **load))["per_s"] for count in CONNECTIONS}
+        return load | {"connections": max(rates, key=lambda count: rates[count])}
 
     async def _our_load(self, seconds: float, **load: Any) -> dict[str, Any]:
         addr = await self.ours.leader_addr()

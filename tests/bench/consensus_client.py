@@ -143,7 +143,8 @@ class Client:
         start_s, start_cpu_s = time.perf_counter(), time.process_time()
         gc.collect()
         if stream:
-            await _stream(load, channels[0], in_flight)
+            shares = [in_flight // connections] * connections
+            await asyncio.gather(*(_stream(load, *each) for each in zip(channels, shares, strict=True)))
         elif side == "etcd":
             method = puts.ETCD_PUT if size == 1 else puts.ETCD_TXN
             calls: list[Call] = [channel.unary_unary(method) for channel in channels]
