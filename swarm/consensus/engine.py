@@ -30,7 +30,7 @@ from swarm.consensus.kernel import Kernel, Message
 from swarm.consensus.membership import MemberId, member, member_id, node_id_of
 from swarm.consensus.proposals import Done, Proposals
 from swarm.consensus.reads import Reads
-from swarm.consensus.sanitizer import View, judge
+from swarm.consensus.sanitizer import Judge, View, judge
 from swarm.consensus.storage import Storage
 from swarm.consensus.transport import Network
 from swarm.errors import Busy, Invalid, NoLeader
@@ -42,7 +42,7 @@ log = structlog.get_logger()
 
 
 class Engine:
-    """`clock`: monotonic, s. `random`: in [0, 1). `executor` writes snapshots."""
+    """`clock`: monotonic, s. `random`: in [0, 1). `executor` writes snapshots. `judge`: what messages may do."""
 
     def __init__(
         self,
@@ -56,9 +56,11 @@ class Engine:
         clock: Callable[[], float],
         random: Callable[[], float],
         fatal: Fatal,
+        judge: Judge = judge,
     ) -> None:
         self.me = me
         self.config = config
+        self._judge = judge
         self.wal = storage.wal
         self.paused_because = ""
         """Not empty: proposals are refused with this reason."""
@@ -352,7 +354,7 @@ class Engine:
         self._settle()
 
     def _handle_kernel_message(self, name: MemberId, message: Message) -> None:
-        verdict = judge(self._view(), self.wal, name, message)
+        verdict = self._judge(self._view(), self.wal, name, message)
         if verdict.heard_leader:
             self.election.heard_leader()
             self.is_removed = False

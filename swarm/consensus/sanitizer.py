@@ -6,6 +6,7 @@ to S12 are the scenarios of the audit in which the bare kernel loses or falsely 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +52,9 @@ class Verdict:
     """The sender leads in a term that counts here."""
     refused: str = ""
     """Why nothing was delivered."""
+
+
+Judge = Callable[[View, LogView, MemberId, Message], Verdict]
 
 
 def judge(view: View, log: LogView, sender: MemberId, message: Message) -> Verdict:

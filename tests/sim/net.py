@@ -84,6 +84,7 @@ class Net:
         seed: int = 0,
         config: RaftConfig = DEFAULTS,
         machine: Callable[[], StateMachine] = ListMachine,
+        engine: Callable[..., Engine] = Engine,
     ) -> None:
         self.now_s = 1000.0
         self.seed = seed
@@ -107,6 +108,7 @@ class Net:
         self.on_death: Callable[[str, BaseException], None] | None = None
         """Gets members that die in a turn; None: that is an error."""
         self._machine = machine
+        self._make = engine
         self._executors: dict[str, Later] = {}
         self._wake_s: dict[str, float] = {}
         self._founders = tuple(self.member(name) for name in names)
@@ -133,7 +135,7 @@ class Net:
         machine = self._machine()
         port = _Port(self, name)
         executor = Later(lambda: chance.uniform(0, SNAPSHOT_S), lambda: self.now_s)
-        engine = Engine(
+        engine = self._make(
             me=self.member(name),
             storage=storage,
             machine=machine,
