@@ -5,13 +5,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 from proto.raft_pb2 import RaftFrame
 from swarm.consensus.config import DEFAULTS
 from swarm.consensus.digests import Digests, Mark
 from swarm.consensus.engine import Engine
-from swarm.errors import Busy, NoLeader
+from swarm.errors import NoLeader
 from tests.sim.net import Net, Outcome, write
 
 
@@ -29,133 +27,6 @@ def _force_leader(net: Net, name: str) -> Engine:
     net.until(lambda: engine.is_leader() and net.leader() is engine)
     net.step(20)
     return engine
-
-
-def test_s2_a_repeated_old_message_erases_nothing() -> None:
-    """Bare: the follower cuts off whatever follows the message's entries: 15 of 20 acknowledged writes lost."""
-    net = Net("ABC")
-    leader = _force_leader(net, "A")
-    net.isolate("C")
-    tape: list[RaftFrame] = []
-    outcomes = [write(leader, b"v%d" % number) for number in range(20)]
-    while not all(outcome.is_stored for outcome in outcomes):
-        net.step()
-        tape += [frame for sender, to, frame in net.taped if (sender, to) == ("A", "B") and frame.entries]
-    end = net.engines["B"].wal.last_index
-    for frame in tape:
-        net.inject("A", "B", frame)
-        assert net.engines["B"].wal.last_index == end
-    net.crash("A")
-    net.heal()
-    net.elect()
-    net.step(50)
-    assert net.machines["B"].entries == net.machines["C"].entries == [b"v%d" % number for number in range(20)]
-    net.close()
-
-
-def test_s3_a_snapshot_piece_commits_nothing() -> None:
-    """Bare: a deposed leader that catches up by snapshot applies its own uncommitted write and reports success."""
-    net = Net("ABC", config=replace(DEFAULTS, snapshot_entries=10, tail_entries=1, chunk_bytes=32))
-    old = _force_leader(net, "A")
-    net.isolate("A")
-    lost = write(old, b"LOST")
-    net.step(5)
-    net.until(lambda: any(net.engines[name].is_leader() for name in "BC"))
-    new = next(net.engines[name] for name in "BC" if net.engines[name].is_leader())
-    for number in range(40):
-        _stored(net, new, b"b%d" % number)
-    net.heal()
-    net.until(lambda: net.machines["A"].entries == net.machines["B"].entries)
-    net.step(50)
-    assert net.engines["A"].compaction.installed == 1
-    assert b"LOST" not in net.machines["A"].entries + net.machines["B"].entries
-    assert lost.value is not None
-    assert not lost.is_stored
-    net.close()
-
-
-def test_s4_a_second_change_of_members_waits_for_the_first() -> None:
-    """Bare: both are accepted, and two disjoint quorums commit."""
-    net = Net("ABC")
-    leader = _force_leader(net, "A")
-    members = (*leader.members(), net.member("D"), net.member("E"))
-    for name in "DE":
-        net.start(name, members)
-    for other in "BC":
-        net.cut |= {frozenset(("A", other)), frozenset(("D", other)), frozenset(("E", other))}
-    leader.change_members("add", "D@D:1", Outcome())
-    with pytest.raises(Busy):
-        leader.change_members("add", "E@E:1", Outcome())
-    net.step(5)
-    with pytest.raises((Busy, NoLeader)):
-        leader.change_members("add", "E@E:1", Outcome())
-    cut_off = write(leader, b"written via A")
-    net.step(500)
-    assert not cut_off.is_stored, "A and D are no quorum of four"
-    assert any(net.engines[name].is_leader() for name in "BC")
-    net.heal()
-    net.step(500)
-    assert b"written via A" not in net.machines["B"].entries
-    assert {member.node_id for member in net.elect().members()} == set("ABC")
-    net.close()
-
-
-def test_s5_an_acknowledgement_of_an_earlier_term_does_not_count() -> None:
-    """Bare: a write is reported as stored with two copies of five."""
-    net = Net("ABCDE")
-    leader = _force_leader(net, "A")
-    _stored(net, leader, b"old")
-    term = leader.kernel.term()
-    late = RaftFrame(type="next_node_idx", term=term, next_index=leader.wal.last_index + 2, success=True)
-    while leader.kernel.term() == term or not leader.is_leader():
-        _force_leader(net, "B")
-        leader = _force_leader(net, "A")
-    for name in "BCDE":
-        net.cut.add(frozenset(("A", name)))
-    new = write(leader, b"new")
-    leader.pump()
-    reached = leader.wal.last_index
-    late.next_index = reached + 1
-    for name in "BCDE":
-        net.inject(name, "A", late)
-    assert leader.kernel.commit() < reached
-    assert not new.is_stored
-    net.close()
-
-
-def test_s11_a_vote_counts_once_and_only_members_are_heard() -> None:
-    """Bare: one voter's vote delivered twice elects; a stranger's message makes it the leader."""
-    net = Net("ABCDE")
-    candidate = net.engines["A"]
-    candidate.kernel.campaign()
-    vote = RaftFrame(type="response_vote", term=candidate.kernel.term())
-    for _ in range(3):
-        net.inject("B", "A", vote)
-    assert not candidate.kernel.leads()
-    net.inject("C", "A", vote)
-    assert candidate.kernel.leads(), "three of five have voted"
-    command = RaftFrame(type="append_entries", term=99, prev_index=1)
-    net.inject("Z", "B", command)
-    assert net.engines["B"].kernel.term() < 99
-    assert net.engines["B"].strangers == {"Z"}
-    net.close()
-
-
-def test_s12_a_member_that_comes_back_does_not_depose_the_leader() -> None:
-    """Bare: it has counted up its term in the meantime, and any higher term deposes."""
-    net = Net("ABC")
-    leader = net.elect()
-    net.step(100)
-    term = leader.kernel.term()
-    away = next(name for name in "ABC" if name != leader.me.node_id)
-    net.isolate(away)
-    net.step(2000)
-    assert net.engines[away].kernel.term() == term
-    net.heal()
-    net.step(500)
-    assert leader.is_leader()
-    assert leader.kernel.term() == term
-    net.close()
 
 
 def test_a_member_in_a_higher_term_is_not_locked_out() -> None:
