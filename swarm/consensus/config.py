@@ -22,10 +22,10 @@ SEND_WINDOW_BYTES = 8_000_000
 class RaftConfig:
     """Times in seconds, sizes in bytes."""
 
-    election_min_s: float = 0.5
+    election_min_s: float = 0.65
     """Silence of the leader that a member tolerates at least; votes are refused within it (stickiness)."""
-    election_max_s: float = 1.0
-    heartbeat_s: float = 0.15
+    election_max_s: float = 1.1
+    heartbeat_s: float = 0.2
     """Must be under a third of `election_min_s`: three lost heartbeats do not cost the leader its office."""
     commit_news_s: float = 0.01
     """How long followers may not know that an entry is committed, if no other entry follows that tells them."""

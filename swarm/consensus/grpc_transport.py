@@ -30,8 +30,10 @@ PeerId = Callable[["grpc.aio.ServicerContext[Any, Any]"], str]
 """The node ID in the caller's certificate, "" if it is no manager's."""
 
 PING_EVERY_S = 0.5
+"""A stream on which nothing else was sent for so long carries a ping. The other side answers the first frame after as
+long, whatever it is: a ping is but a frame that is sent for the sake of the answer."""
 DEAD_AFTER_S = 1.5
-"""Three pings unanswered: the peer or the path to it is gone, whatever TCP believes."""
+"""Three times without an answer: the peer or the path to it is gone, whatever TCP believes."""
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.03, 1.0
 QUEUE_FRAMES_MAX = 20_000
 """A backstop; the engine stops sending at SEND_WINDOW_BYTES."""
@@ -75,7 +77,7 @@ class _Peer:
         self._transport = transport
         self._queue: deque[pb.RaftFrame] = deque()
         self._filled = asyncio.Event()
-        self._answered_at_s = 0.0
+        self._answered_at_s = self._sent_at_s = 0.0
         self._is_closed = False
         self.task = asyncio.create_task(self._run())
 
@@ -149,6 +151,7 @@ class _Peer:
             while self._queue:
                 frame = self._queue.popleft()
                 await call.write(frame)
+                self._sent_at_s = time.monotonic()
                 self.queued_bytes -= frame.ByteSize()
             self._transport.drained(self.member.node_id)
             self._filled.clear()
@@ -158,10 +161,11 @@ class _Peer:
         """Ping, and give the stream up when this very stream is not answered: that the peer's own stream to us is
         alive says nothing about it. (The sleep is a period.)"""
         while True:
-            ping = pb.RaftFrame(type="ping")
-            self._queue.appendleft(ping)  # past what waits: it asks about the path, not about the backlog
-            self.queued_bytes += ping.ByteSize()
-            self._filled.set()
+            if time.monotonic() - self._sent_at_s >= PING_EVERY_S:
+                ping = pb.RaftFrame(type="ping")
+                self._queue.appendleft(ping)  # past what waits: it asks about the path, not about the backlog
+                self.queued_bytes += ping.ByteSize()
+                self._filled.set()
             await asyncio.sleep(PING_EVERY_S)
             if time.monotonic() - self._answered_at_s > DEAD_AFTER_S:
                 raise TimeoutError(f"no answer on this stream for {DEAD_AFTER_S:g} s")
@@ -269,7 +273,7 @@ class GrpcTransport(RaftServicer):
         task = asyncio.current_task()
         assert task is not None
         self._streams.add(task)
-        epoch = -1
+        epoch, answer_at_s = -1, 0.0
         try:
             async for frame in request_iterator:
                 if frame.type == "hello":
@@ -278,10 +282,11 @@ class GrpcTransport(RaftServicer):
                 if self._incoming.get(node_id) != epoch or self._receiver is None:
                     return  # a newer connection has taken over
                 self.heard(node_id)
-                if frame.type in ("hello", "ping"):
-                    yield pb.RaftFrame(type="pong")
-                else:
+                if frame.type not in ("hello", "ping"):
                     self._receiver.on_frame(node_id, frame)
+                if frame.type in ("hello", "ping") or time.monotonic() >= answer_at_s:
+                    answer_at_s = time.monotonic() + PING_EVERY_S
+                    yield pb.RaftFrame(type="pong")
         finally:
             self._streams.discard(task)
             if self._incoming.get(node_id) == epoch and self._receiver is not None:
