@@ -186,3 +186,18 @@ def test_a_follower_that_is_behind_compares_when_it_has_caught_up() -> None:
     assert "after entry 6" in digests.difference
     assert digests.due(0.0) == Mark(6, "sicks")
     assert digests.due(5.0) is None, "nothing new"
+
+
+def test_steady_writes_do_not_hold_up_reads() -> None:
+    """The leader's entries go ahead of its own disk in every turn; its other frames must not wait for a quiet one."""
+    net = Net("ABC")
+    leader = net.elect()
+    net.step(50)
+    answers: dict[str, list[object]] = {name: [] for name in "ABC"}
+    for name, answered in answers.items():
+        net.engines[name].reads.add(answered.append)
+    for number in range(20):
+        write(leader, b"%d" % number)
+        net.step()
+    assert answers == {name: [None] for name in "ABC"}
+    net.close()

@@ -284,6 +284,7 @@ class Engine:
     def pump(self) -> None:
         self.turns_wanted = False
         self._sync()  # what the turn before may have left
+        self._let_go()
         if self._full:
             self._full = {name for name in self._full if self._network.queued_bytes(node_id_of(name)) > 0}
             self._connect()
@@ -321,10 +322,14 @@ class Engine:
         return True
 
     def _release(self) -> None:
-        """Let the frames of this turn go; of its acknowledgements the one that reaches furthest says it all."""
-        if self._replicate_early():
-            return
-        self._sync()
+        """Let the frames of this turn go, unless a leader's entries went ahead: then the rest waits for the sync with
+        which the next turn begins. (Not for the end of that one: under steady writes entries go ahead in each.)"""
+        if not self._replicate_early():
+            self._sync()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """What they promise is on disk. Of a turn's acknowledgements the one that reaches furthest says it all."""
         outbox, self._outbox = self._outbox, []
         self._outbox_bytes.clear()
         furthest: dict[str, RaftFrame] = {}
