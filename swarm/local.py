@@ -105,7 +105,7 @@ class HostMembership:
         if membership is None:
             return
         self._membership = membership
-        self._credentials = NodeCredentials.load(self._paths.certificates)
+        self._credentials = NodeCredentials.load(self._paths.certificates, self._lock.seal)
         await self._follow_role(self._credentials)
         self._start_agent()
 
@@ -232,7 +232,7 @@ class HostMembership:
             )
             membership = membership.knowing((membership.manager_addr,))
             node.manager_addr = membership.manager_addr
-            self._credentials = bootstrap.save(self._paths.certificates)
+            self._credentials = bootstrap.save(self._paths.certificates, self._lock.seal)
             await self._become(membership, bootstrap.message().SerializeToString())
             return InitReply(
                 node_id=node.id,
@@ -276,7 +276,7 @@ class HostMembership:
                 hostname=self._config.hostname,
                 timeout_s=JOIN_TIMEOUT_S,
             )
-            self._credentials = joined.save(self._paths.certificates)
+            self._credentials = joined.save(self._paths.certificates, self._lock.seal)
             membership = Membership(
                 node_id=joined.node_id,
                 cluster_id=self._credentials.identity.cluster_id,
@@ -347,6 +347,8 @@ class HostMembership:
             if not self._is_locked():
                 raise Invalid("swarm is not locked")
             self._lock.unlock(request.unlock_key)
+            if self._credentials is not None:
+                self._credentials.refresh()
             log.info("unlocked")
             self._manager.wake()
             await self._until(self._manager_listens, MANAGER_START_TIMEOUT_S, "the manager process does not answer")
@@ -364,8 +366,14 @@ class HostMembership:
         return True
 
     async def keep_unlock_key(self, request: KeepUnlockKeyRequest) -> KeepUnlockKeyReply:
-        """From this host's manager, before it wraps its key with this one. Raises Invalid."""
-        self._lock.keep(request.unlock_key)
+        """From this host's manager, before and after it wraps its key with this one. Raises Invalid."""
+        if request.unlock_key:
+            self._lock.keep(request.unlock_key)
+        if self._credentials is not None and self._membership is not None:
+            try:
+                await self._credentials.reseal()
+            except (OSError, SwarmError) as error:
+                log.error("the node's private key cannot be rewritten, trying again", reason=str(error))
         return KeepUnlockKeyReply()
 
     async def leave(self, request: LeaveRequest) -> LeaveReply:

@@ -68,7 +68,7 @@ class Manager:
     def __init__(self, paths: HostPaths, membership: Membership, key: RaftKey) -> None:
         self._paths = paths
         self._membership = membership
-        self._credentials = NodeCredentials.load(paths.certificates)
+        self._credentials = NodeCredentials.load(paths.certificates, key.seal)
         self._me = Member(membership.node_id, membership.manager_addr)
         self._store = Store()
         self._transport = GrpcTransport(self._me, self._credentials.open_channel, _peer_node_id)

@@ -10,6 +10,7 @@ from proto.local_pb2 import Bootstrap
 from swarm.consensus.disk import Directory
 from swarm.errors import Invalid
 from swarm.hostfiles import HostPaths
+from swarm.security.files import OPEN, Seal
 from swarm.security.raft_key import KEY_FILE, KeyFile, read_key_file
 from swarm.security.unlock_key import KEY_BYTES, parse
 
@@ -26,6 +27,8 @@ class HostLock:
     def __init__(self, paths: HostPaths) -> None:
         self._paths = paths
         self._keys: list[bytes] = []
+        self._seal = OPEN
+        """As last seen. Its key stays the same as long as this host is that manager."""
 
     def _file(self) -> KeyFile | None:
         """None: there is none, or it is damaged, which the manager's start will tell."""
@@ -53,6 +56,15 @@ class HostLock:
         """Whether a manager cannot be started for want of a key."""
         return self.manager_input() is None
 
+    def seal(self) -> Seal:
+        """How this host's private key is to lie on disk, and what opens it."""
+        if not (self._paths.raft / KEY_FILE).exists():
+            self._seal = OPEN
+        elif file := self._file():
+            key = file.opened(self._keys) or self._seal.key
+            self._seal = Seal(key, file.is_wrapped and bool(key))
+        return self._seal  # as it was, if the file is damaged
+
     def keep(self, key: bytes) -> None:
         """For the next start of the manager. Raises Invalid."""
         if len(key) != KEY_BYTES:
@@ -72,3 +84,4 @@ class HostLock:
     def forget(self) -> None:
         """This host is no manager any more."""
         self._keys.clear()
+        self._seal = OPEN

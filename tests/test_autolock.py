@@ -20,6 +20,7 @@ from swarm.consensus.disk import Directory
 from swarm.errors import Invalid, Locked
 from swarm.hostfiles import HostPaths
 from swarm.security.autolock import Autolock
+from swarm.security.files import OPEN, Seal
 from swarm.security.raft_key import KEY_FILE, RaftKey, read_key_file
 from swarm.security.unlock_key import KEY_BYTES, NO_LOCK, Lock, lock_of, locked, parse, text_of
 from swarm.store.changes import Create, Update, transaction
@@ -201,7 +202,8 @@ async def test_the_file_follows_the_cluster_and_the_agent_hears_first() -> None:
         revision = cluster.unlock_revision
         await until(lambda: key.revision == revision)  # noqa: B023
         assert read_key_file(disk).is_wrapped == bool(wanted)
-    assert agent.told == [(K1, 0), (K2, 1)]
+    await until(lambda: len(agent.told) == 6)
+    assert agent.told == [(K1, 0), (K1, 1), (K2, 1), (K2, 2), (b"", 2), (b"", 3)]
     running.cancel()
 
 
@@ -294,6 +296,26 @@ def test_the_agent_unlocks_with_the_right_key_only_and_forgets(tmp_path: Path) -
     host.keep(K1)
     host.forget()
     assert host.is_locked()
+
+
+def test_the_seal_of_the_private_key_is_on_exactly_while_the_file_is_wrapped(tmp_path: Path) -> None:
+    paths = HostPaths(tmp_path / "state", tmp_path / "run")
+    host = HostLock(paths)
+    assert host.seal() == OPEN
+    key = RaftKey.open(Directory(paths.raft))
+    secret = sealing_key(key)
+    assert host.seal() == Seal(secret, False)
+    key.follow(LOCKED)
+    assert host.seal() == Seal(secret, True), "what was known once stays known"
+    assert HostLock(paths).seal() == OPEN, "nobody told another agent"
+    host.keep(K1)
+    (paths.raft / KEY_FILE).write_bytes(b"damaged")
+    assert host.seal() == Seal(secret, True), "nothing is opened because something is damaged"
+    key.follow(Lock(2, b""))
+    assert host.seal() == Seal(secret, False)
+    host.forget()
+    (paths.raft / KEY_FILE).unlink()
+    assert host.seal() == OPEN
 
 
 def test_a_damaged_file_is_for_the_manager_to_tell(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from swarm.consensus.disk import Directory
 from swarm.hostfiles import HostPaths
 from swarm.lab import hosts, lab
+from swarm.security import files
 from swarm.security.raft_key import KEY_FILE, KeyFile, read_key_file
 from swarm.security.unlock_key import parse
 from tests.labs import Lab, keep_logs, lab_up, wait_for
@@ -71,6 +72,10 @@ def unlock(cluster: Lab, name: str, key: str) -> subprocess.CompletedProcess[str
     return cluster.try_run(name, sys.executable, "-m", "swarm.cli.main", "swarm", "unlock", text=f"{key}\n")
 
 
+def status(cluster: Lab, name: str) -> str:
+    return next(str(row["Status"]) for row in cluster.rows("m1", "node", "ls") if row["Hostname"] == name)
+
+
 def tasks(cluster: Lab, name: str) -> set[int]:
     """Processes of containers on this host."""
     cgroups = ((pid, Path(f"/proc/{pid}/cgroup")) for pid in hosts.host_pids(cluster.host(name)))
@@ -93,7 +98,23 @@ def test_every_manager_wraps_its_key_and_nobody_has_it_in_clear(cluster: Lab) ->
             if path.is_file() and not path.is_symlink() and "storage" not in path.parts:
                 data = path.read_bytes()
                 assert not [secret for secret in secrets if secret in data], path
+    for name in NAMES:
+        path = cluster.host(name).state_dir / "certificates"
+        wait_for(lambda: files.is_sealed(path), 10, "the private key is sealed")  # noqa: B023
     assert "SWMKEY" not in cluster.pyswarm("m1", "info", "--format", "json")
+
+
+def test_an_agent_that_crashed_is_told_by_its_manager(cluster: Lab, web_image: str) -> None:
+    (manager,) = manager_pids(cluster, "w1")
+    before = {row["ID"] for row in cluster.running("web")}
+    hosts.kill(list(set(hosts.daemon_pids(cluster.host("w1"))) - {manager}), signal.SIGKILL)
+    lab.start(cluster.plan, cluster.host("w1"))
+    image = ("--constraint", "node.hostname==w1", web_image)
+    cluster.pyswarm("m1", "service", "create", "--quiet", "--name", "here", *image)
+    assert [row["Node"] for row in cluster.running("here")] == ["w1"], "the agent has a session"
+    cluster.pyswarm("m1", "service", "rm", "here")
+    assert manager_pids(cluster, "w1") == [manager]
+    assert {row["ID"] for row in cluster.running("web")} == before, "no task was replaced"
 
 
 def test_a_manager_that_crashed_is_started_again_without_a_question(cluster: Lab) -> None:
@@ -112,6 +133,8 @@ def test_a_restarted_host_is_locked_until_it_gets_the_right_key_and_its_tasks_go
         assert (done.returncode, done.stderr) == (1, TOLD)
     assert "Swarm: locked\n" in cluster.pyswarm("w2", "info")
     assert not manager_pids(cluster, "w2")
+    wait_for(lambda: status(cluster, "w2") == "Down", 15, "the others do not hear of a locked host")
+    assert running <= tasks(cluster, "w2"), "its containers go on"
     refused = cluster.try_pyswarm("w2", "swarm", "leave")
     assert "--force" in refused.stderr
 
@@ -132,7 +155,7 @@ def test_a_restarted_host_is_locked_until_it_gets_the_right_key_and_its_tasks_go
     wait_for(lambda: key_file(cluster, "w2").opened([parse(new)]) is not None, 15, "caught up and wrapped anew")
     assert key_file(cluster, "w2").opened([parse(old)]) is None
     wait_for(lambda: len(cluster.rows("w2", "node", "ls")) == 3, 15, "w2 answers")
-    assert running <= tasks(cluster, "w2"), "no container was touched"
+    wait_for(lambda: status(cluster, "w2") == "Ready" and len(cluster.running("web")) == 3, 20, "back at work")
     (pid,) = manager_pids(cluster, "w2")
     hosts.kill([pid], signal.SIGKILL)
     wait_for(lambda: manager_pids(cluster, "w2") not in ([], [pid]), 15, "the agent knows the new key by now")
@@ -152,6 +175,8 @@ def test_all_managers_locked_at_once_are_unlocked_one_by_one(cluster: Lab) -> No
 def test_autolock_is_turned_off_and_on_and_a_locked_host_can_leave(cluster: Lab) -> None:
     assert cluster.pyswarm("w1", "swarm", "update", "--autolock=false") == "Swarm updated.\n"
     wait_for(lambda: not wrapped(cluster), 15, "in clear")
+    w2 = cluster.host("w2").state_dir / "certificates"
+    wait_for(lambda: not files.is_sealed(w2), 10, "the private key is in clear")
     restart(cluster, "w2")
     wait_for(lambda: len(cluster.rows("w2", "node", "ls")) == 3, 20, "not locked")
     assert "SWMKEY-1-" in cluster.pyswarm("w1", "swarm", "update", "--autolock=true")

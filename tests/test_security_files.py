@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proto.objects_pb2 import MANAGER, WORKER, NodeRole
-from swarm.errors import Invalid, NotFound
+from swarm.errors import Invalid, Locked, NotFound
 from swarm.security import ca, files
 from swarm.security.certificates import RENEW_RETRY_MAX_S, NodeCredentials, renewal_time, retry_delay_s
 from swarm.security.identity import Identity
@@ -87,6 +87,61 @@ def test_a_second_process_notices_a_renewal_and_survives_a_damaged_one(tmp_path:
     assert held.identity.role == MANAGER
     os.unlink(tmp_path / files.KEY_FILE)
     assert held.identity.role == MANAGER
+
+
+SEAL, OTHER_SEAL = files.Seal(bytes(32), True), files.Seal(bytes([1]) * 32, True)
+
+
+def test_a_sealed_private_key_tells_who_we_are_and_no_more(tmp_path: Path) -> None:
+    made = pair(MANAGER)
+    files.write_pair(tmp_path, made, SEAL)
+    assert b"PRIVATE KEY" not in (tmp_path / files.KEY_FILE).read_bytes()
+    assert made.key_pem.splitlines()[1] not in (tmp_path / files.KEY_FILE).read_bytes()
+    assert files.read_pair(tmp_path, files.Seal(SEAL.key)) == made
+    without = files.read_pair(tmp_path)
+    assert (without.key_pem, without.certified) == (b"", made.certified)
+    with pytest.raises(Invalid, match=r"not sealed with this manager's raft.key.*join again"):
+        files.read_pair(tmp_path, OTHER_SEAL)
+
+
+def test_every_damaged_byte_of_a_sealed_private_key_is_noticed(tmp_path: Path) -> None:
+    files.write_pair(tmp_path, pair(MANAGER), SEAL)
+    path = tmp_path / files.KEY_FILE
+    good = path.read_bytes()
+    for position in range(0, len(good), 3):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
+        with pytest.raises(Invalid):
+            files.read_pair(tmp_path, SEAL)
+
+
+async def test_the_private_key_is_sealed_opened_and_found_by_a_process_that_did_not_know(tmp_path: Path) -> None:
+    files.write_pair(tmp_path, pair(MANAGER))
+    seals = {"agent": files.Seal(SEAL.key), "late": files.OPEN}
+    agent = NodeCredentials.load(tmp_path, lambda: seals["agent"])
+    await agent.reseal()
+    assert not files.is_sealed(tmp_path)
+    seals["agent"] = SEAL
+    await agent.reseal()
+    assert files.is_sealed(tmp_path)
+    late = NodeCredentials.load(tmp_path, lambda: seals["late"])
+    before = late.refresh()
+    assert (late.is_locked, late.identity) == (True, agent.identity)
+    with pytest.raises(Locked):
+        await late.renew(["127.0.0.1:1"])
+    await late.reseal()
+    assert files.is_sealed(tmp_path), "who does not know the key writes nothing"
+    seals["late"] = files.Seal(SEAL.key)
+    assert late.refresh() == before + 1
+    assert not late.is_locked
+    seals["agent"] = files.Seal(SEAL.key)
+    await agent.reseal()
+    assert files.read_pair(tmp_path).key_pem
+
+
+async def test_a_worker_s_private_key_is_never_sealed(tmp_path: Path) -> None:
+    files.write_pair(tmp_path, pair(WORKER))
+    await NodeCredentials.load(tmp_path, lambda: SEAL).reseal()
+    assert not files.is_sealed(tmp_path)
 
 
 @given(start=st.floats(0, 2e9), validity_s=st.floats(3_600, 1e9), share=st.floats(0, 1, exclude_max=True))

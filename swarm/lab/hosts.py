@@ -58,8 +58,8 @@ def entering(host: Host) -> list[str]:
 
 
 def start_daemon(plan: Plan, host: Host) -> None:
-    """Start the host's daemon, detached, unless it runs."""
-    if daemon_pids(host):
+    """Start the host's daemon, detached, unless it runs; a manager that outlived its agent is left alone."""
+    if any(_is_agent(host, _words(pid)) for pid in host_pids(host)):
         return
     argv = [sys.executable, "-m", "swarm.cli.main", "daemon"]
     argv += ["--state-dir", str(host.state_dir), "--run-dir", str(host.run_dir)]
@@ -94,11 +94,22 @@ def daemon_pids(host: Host) -> list[int]:
     """The agent's and the manager's process, as `lab kill` means "the daemon"."""
     found = []
     for pid in host_pids(host):
-        with contextlib.suppress(OSError):
-            words = _read(f"/proc/{pid}/cmdline").split("\0")
-            if ("daemon" in words and str(host.run_dir) in words) or "swarm.manager" in words:
-                found.append(pid)
+        words = _words(pid)
+        if _is_agent(host, words) or "swarm.manager" in words:
+            found.append(pid)
     return found
+
+
+def _is_agent(host: Host, words: Sequence[str]) -> bool:
+    return "daemon" in words and str(host.run_dir) in words
+
+
+def _words(pid: int) -> list[str]:
+    """The command line; empty once the process has ended."""
+    try:
+        return _read(f"/proc/{pid}/cmdline").split("\0")
+    except OSError:
+        return []
 
 
 def _read(path: str) -> str:

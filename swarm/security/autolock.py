@@ -1,7 +1,9 @@
 """Autolock on a running manager: its files on disk follow the lock that the replicated state asks for.
 
-The agent hears of a new unlock key first and the file is written second: whenever the manager dies, the agent has
-the key that starts it again. Nobody else is told, and nothing is logged but that there was a change.
+The manager rewrites `raft.key`, the agent the node's private key, which is sealed with what `raft.key` holds: so one
+write changes the lock, and there are never two files that need different unlock keys. The agent hears of a new unlock
+key first and the file is written second: whenever the manager dies, the agent has the key that starts it again.
+Nobody else is told, and nothing is logged but that there was a change.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from swarm.security.raft_key import RaftKey
 from swarm.security.unlock_key import lock_of
 from swarm.store.store import Event, Store
 
-TELL_PERIOD_S = 5.0
-"""An agent that was restarted beside its running manager knows the key again after this time; a write that failed
-(disk full) is tried again as often."""
+TELL_PERIOD_S = 1.0
+"""An agent that was restarted beside its running manager has no session before it knows the key again: this must be
+well below the three heartbeats (3 s) after which its node is down. A write that failed (disk full) is tried again as
+often."""
 
 Tell = Callable[[bytes], Awaitable[bool]]
-"""Hand the unlock key to this host's agent; whether it took it. Must not raise."""
+"""Hand the unlock key (empty: autolock is off) to this host's agent; whether it took it. Must not raise."""
 
 log = structlog.get_logger()
 
@@ -57,7 +60,7 @@ class Autolock:
         """Once: tell the agent, and rewrite the file if the state asks for another lock than the one it was written
         for. An older one is part of a log that is being replayed, and ignored."""
         lock = lock_of(self._store.cluster)
-        if lock.key and lock.revision >= self._key.revision:
+        if lock.revision and lock.revision >= self._key.revision:
             await self._tell(lock.key)
         if lock.revision <= self._key.revision:
             return
@@ -67,3 +70,4 @@ class Autolock:
             log.error("raft.key cannot be rewritten, trying again", reason=str(error), revision=lock.revision)
         else:
             log.info("raft.key rewritten", revision=lock.revision, wrapped=bool(lock.key))
+            await self._tell(lock.key)  # the agent seals the node's private key, too, or opens it

@@ -29,6 +29,7 @@ from swarm.security import tokens
 from swarm.security.ca import create_root, new_key_and_csr, sign_node
 from swarm.security.certificates import NodeCredentials
 from swarm.security.channel import secure_channel
+from swarm.security.files import OPEN, Seal
 from swarm.security.identity import CA_NAME, MANAGER_NAME, Identity
 
 JOIN_TIMEOUT_S = 20.0
@@ -50,9 +51,9 @@ class NewCluster:
     certificate_pem: bytes
     key_pem: bytes
 
-    def save(self, directory: Path) -> NodeCredentials:
+    def save(self, directory: Path, seal: Callable[[], Seal] = lambda: OPEN) -> NodeCredentials:
         """Write the node's credentials."""
-        return NodeCredentials.save(directory, self.root_ca_pem, self.certificate_pem, self.key_pem)
+        return NodeCredentials.save(directory, self.root_ca_pem, self.certificate_pem, self.key_pem, seal)
 
     def message(self) -> Bootstrap:
         """For the first manager process."""
@@ -90,9 +91,9 @@ class JoinResult:
     """host:port of mTLS listeners, the leader's first."""
     advertise_host: str
 
-    def save(self, directory: Path) -> NodeCredentials:
+    def save(self, directory: Path, seal: Callable[[], Seal] = lambda: OPEN) -> NodeCredentials:
         """Write the node's credentials. Raises Invalid when the manager sent what does not fit together."""
-        return NodeCredentials.save(directory, self.root_ca_pem, self.certificate_pem, self.key_pem)
+        return NodeCredentials.save(directory, self.root_ca_pem, self.certificate_pem, self.key_pem, seal)
 
 
 async def join_cluster(

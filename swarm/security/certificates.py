@@ -20,10 +20,21 @@ import structlog
 
 from proto.join_pb2 import RenewReply, RenewRequest
 from proto.join_pb2_grpc import CertificatesStub
-from swarm.errors import Denied, Invalid, NoLeader, NotFound, SwarmError
+from proto.objects_pb2 import MANAGER
+from swarm.errors import Denied, Invalid, Locked, NoLeader, NotFound, SwarmError
 from swarm.security.ca import new_key_and_csr
 from swarm.security.channel import RenewingChannel, secure_channel
-from swarm.security.files import Pair, Signature, check_pair, key_signature, read_pair, write_pair
+from swarm.security.files import (
+    OPEN,
+    Pair,
+    Seal,
+    Signature,
+    check_pair,
+    is_sealed,
+    key_signature,
+    read_pair,
+    write_pair,
+)
 from swarm.security.identity import Identity
 
 RENEW_EARLIEST, RENEW_LATEST = 0.5, 0.8
@@ -63,48 +74,81 @@ class _Loaded:
 
 
 class NodeCredentials:
-    """`directory`: where the files lie. `share` draws the point of renewal: 0 <= share() < 1."""
+    """`directory`: where the files lie. `seal` says how private keys are sealed now: while one is and cannot be opened,
+    who we are is known, but nobody is convinced of it. `share` draws the point of renewal: 0 <= share() < 1."""
 
-    def __init__(self, directory: Path, share: Callable[[], float] = random.random) -> None:
+    def __init__(
+        self, directory: Path, seal: Callable[[], Seal] = lambda: OPEN, share: Callable[[], float] = random.random
+    ) -> None:
         self._directory = directory
+        self._seal = seal
         self._share = share
         self._reading = threading.Lock()  # gRPC asks for certificates on threads of its own
         self._renewing = asyncio.Lock()
         self._loaded = self._read(generation=1)
 
     @classmethod
-    def load(cls, directory: Path) -> NodeCredentials:
+    def load(cls, directory: Path, seal: Callable[[], Seal] = lambda: OPEN) -> NodeCredentials:
         """Raises NotFound (this host has none) or Invalid (damaged)."""
-        return cls(directory)
+        return cls(directory, seal)
 
     @classmethod
-    def save(cls, directory: Path, root_ca_pem: bytes, certificate_pem: bytes, key_pem: bytes) -> NodeCredentials:
+    def save(
+        cls,
+        directory: Path,
+        root_ca_pem: bytes,
+        certificate_pem: bytes,
+        key_pem: bytes,
+        seal: Callable[[], Seal] = lambda: OPEN,
+    ) -> NodeCredentials:
         """Write the files of a new member and hold them. Raises Invalid when they do not belong together."""
         write_pair(directory, check_pair(root_ca_pem, certificate_pem, key_pem))
-        return cls(directory)
+        return cls(directory, seal)
 
     def _read(self, generation: int) -> _Loaded:
         signature = key_signature(self._directory)  # before the content: too old a signature only reads twice
-        pair = read_pair(self._directory)
+        pair = read_pair(self._directory, self._seal())
+        mine = (pair.key_pem, pair.certificate_pem) if pair.key_pem else (None, None)  # managers refuse nobody's calls
         return _Loaded(
             pair,
             signature,
             generation,
-            grpc.ssl_channel_credentials(pair.root_ca_pem, pair.key_pem, pair.certificate_pem),
+            grpc.ssl_channel_credentials(pair.root_ca_pem, *mine),
             renewal_time(pair.certified.not_before, pair.certified.not_after, self._share()),
         )
 
     def refresh(self) -> int:
         """Read the files if they changed; returns the generation, which counts the changes. Any thread."""
         signature = key_signature(self._directory)
-        if signature is not None and signature != self._loaded.signature:
+        if signature is not None and self._is_stale(signature):
             with self._reading:
-                if signature != self._loaded.signature:
+                if self._is_stale(signature):
                     try:
                         self._loaded = self._read(self._loaded.generation + 1)
                     except (SwarmError, OSError) as error:
                         log.error("changed certificate files are not used", reason=str(error))
         return self._loaded.generation
+
+    def _is_stale(self, signature: Signature) -> bool:
+        return signature != self._loaded.signature or (self.is_locked and bool(self._seal().key))
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether the private key is sealed and what opens it is not known yet."""
+        return not self._loaded.pair.key_pem
+
+    async def reseal(self) -> None:
+        """Write the private key as `seal` wants it now, if it lies there otherwise. Raises OSError."""
+        async with self._renewing:
+            self.refresh()
+            if not self.is_locked and self._wanted(self.identity).is_on != is_sealed(self._directory):
+                write_pair(self._directory, self._loaded.pair, self._wanted(self.identity))
+                log.info("the node's private key was rewritten", sealed=is_sealed(self._directory))
+                self.refresh()
+
+    def _wanted(self, identity: Identity) -> Seal:
+        """A worker's key is in clear: it knows nobody who could unlock it."""
+        return self._seal() if identity.role == MANAGER else OPEN
 
     @property
     def identity(self) -> Identity:
@@ -172,6 +216,8 @@ class NodeCredentials:
         managers (host:port of mTLS listeners), and write it. Raises Denied (this node was removed, or is not
         believed) or NoLeader (no manager signed within `timeout_s`)."""
         async with self._renewing:
+            if self.refresh() and self.is_locked:
+                raise Locked
             await self._renew(manager_addrs, time.monotonic() + timeout_s, timeout_s)
 
     async def _renew(self, manager_addrs: Sequence[str], deadline: float, timeout_s: float) -> None:
@@ -207,7 +253,7 @@ class NodeCredentials:
         mine, theirs = self.identity, pair.certified.identity
         if (theirs.node_id, theirs.cluster_id) != (mine.node_id, mine.cluster_id):
             raise Invalid(f"certificate not renewed: the answer is for node {theirs.node_id}, this is {mine.node_id}")
-        write_pair(self._directory, pair)
+        write_pair(self._directory, pair, self._wanted(theirs))
         self.refresh()
 
 

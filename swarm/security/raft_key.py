@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from swarm.consensus.disk import Disk, write_whole
 from swarm.consensus.sealing import KEY_BYTES, Sealed
 from swarm.errors import Invalid, Locked
+from swarm.security.files import Seal
 from swarm.security.unlock_key import NO_LOCK, NONCE_BYTES, Lock, unwrap, wrap
 
 KEY_FILE = "raft.key"
@@ -116,6 +117,10 @@ class RaftKey:
         """Store the key as `lock` wants it; a crash at any instant leaves the old file or the new. Raises OSError."""
         write_whole(self._disk, KEY_FILE, encode(self._key, lock, self._randomness(NONCE_BYTES)))
         self.revision = lock.revision
+
+    def seal(self) -> Seal:
+        """What opens the node's private key, if that is sealed. The agent alone writes it."""
+        return Seal(self._key)
 
     def sealed(self) -> Sealed:
         """The disk through which consensus reads and writes."""
