@@ -18,6 +18,7 @@ from swarm.consensus.kernel import Message
 from swarm.consensus.membership import MemberId
 from swarm.consensus.sanitizer import Judge, LogView, Verdict, View, judge
 from swarm.errors import Busy, NoLeader
+from tests.audit import force_leader, stored
 from tests.sim.net import Net, Outcome, write
 
 
@@ -27,22 +28,6 @@ def bare(view: View, log: LogView, sender: MemberId, message: Message) -> Verdic
 
 
 both = pytest.mark.parametrize("rules", [bare, judge], ids=["bare", "judged"])
-
-
-def stored(net: Net, engine: Engine, *payloads: bytes) -> None:
-    outcomes = [write(engine, payload) for payload in payloads]
-    net.until(lambda: all(outcome.is_stored for outcome in outcomes))
-
-
-def force_leader(net: Net, name: str) -> Engine:
-    """Make `name` the leader, as if the one before had handed over."""
-    net.elect()
-    net.step(20)
-    engine = net.engines[name]
-    engine.election.take_over()
-    net.until(lambda: engine.is_leader() and net.leader() is engine)
-    net.step(20)
-    return engine
 
 
 @both

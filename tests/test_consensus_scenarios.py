@@ -8,25 +8,9 @@ from dataclasses import replace
 from proto.raft_pb2 import RaftFrame
 from swarm.consensus.config import DEFAULTS
 from swarm.consensus.digests import Digests, Mark
-from swarm.consensus.engine import Engine
 from swarm.errors import NoLeader
+from tests.audit import force_leader, stored
 from tests.sim.net import Net, Outcome, write
-
-
-def _stored(net: Net, engine: Engine, *payloads: bytes) -> None:
-    outcomes = [write(engine, payload) for payload in payloads]
-    net.until(lambda: all(outcome.is_stored for outcome in outcomes))
-
-
-def _force_leader(net: Net, name: str) -> Engine:
-    """Make `name` the leader, as if the one before had handed over."""
-    net.elect()
-    net.step(20)
-    engine = net.engines[name]
-    engine.election.take_over()
-    net.until(lambda: engine.is_leader() and net.leader() is engine)
-    net.step(20)
-    return engine
 
 
 def test_a_member_in_a_higher_term_is_not_locked_out() -> None:
@@ -88,13 +72,13 @@ def test_votes_survive_a_restart() -> None:
 def test_a_member_meets_a_leader_that_joined_while_it_was_away() -> None:
     """Its own log knows only a part of the cluster; what a member that it knows says about others is believed."""
     net = Net("ABC")
-    leader = _force_leader(net, "A")
+    leader = force_leader(net, "A")
     net.crash("C")
     net.start("D", (*leader.members(), net.member("D")))
     added = Outcome()
     leader.change_members("add", "D@D:1", added)
     net.until(lambda: added.is_stored)
-    leader = _force_leader(net, "D")
+    leader = force_leader(net, "D")
     returned = net.start("C")
     net.until(lambda: len(returned.members()) == 4)
     assert returned.leader() == net.member("D")
@@ -103,8 +87,8 @@ def test_a_member_meets_a_leader_that_joined_while_it_was_away() -> None:
 
 def test_a_learner_gets_the_log_but_counts_in_no_quorum() -> None:
     net = Net("ABC", config=replace(DEFAULTS, snapshot_entries=10, tail_entries=1, chunk_bytes=32))
-    leader = _force_leader(net, "A")
-    _stored(net, leader, *(b"%d" % number for number in range(30)))
+    leader = force_leader(net, "A")
+    stored(net, leader, *(b"%d" % number for number in range(30)))
     net.until(lambda: leader.wal.first_index > 1)
     learner = net.start("D", (*leader.members(), net.member("D")))
     leader.teach(net.member("D"))
@@ -127,7 +111,7 @@ def test_a_learner_that_is_silent_holds_nothing_up_and_one_that_is_added_keeps_i
     net = Net("A")
     leader = net.elect()
     leader.teach(net.member("D"))
-    _stored(net, leader, *(b"%d" % number for number in range(30)))
+    stored(net, leader, *(b"%d" % number for number in range(30)))
     learner = net.start("D", (net.member("A"), net.member("D")))
     net.until(lambda: leader.kernel.match("D@D:1") == leader.wal.last_index)
     added = Outcome()
@@ -138,7 +122,7 @@ def test_a_learner_that_is_silent_holds_nothing_up_and_one_that_is_added_keeps_i
     leader.kernel.hand_over()
     net.until(learner.is_leader)
     leader.forget("D")
-    _stored(net, learner, b"more")
+    stored(net, learner, b"more")
     net.until(lambda: net.machines["A"].entries == net.machines["D"].entries)
     net.close()
 
@@ -164,12 +148,12 @@ def test_a_state_that_differs_from_the_leaders_is_an_alarm() -> None:
     leader = net.elect()
     others = [name for name in "ABC" if name != leader.me.node_id]
     for number in range(5):
-        _stored(net, leader, b"%d" % number)
+        stored(net, leader, b"%d" % number)
         net.step(120)
     assert all(net.engines[name].digests.compared >= 4 for name in others)
     assert not any(net.engines[name].digests.difference for name in others)
     net.machines[others[0]].entries[-1] = b"flipped"
-    _stored(net, leader, b"x")
+    stored(net, leader, b"x")
     net.step(120)
     difference = net.engines[others[0]].digests.difference
     assert f"the state of manager {others[0]} is not that of the leader {leader.kernel.me}" in difference
