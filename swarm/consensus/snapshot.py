@@ -37,6 +37,8 @@ WRITING, RECEIVING = "writing.new", "receiving.new"
 """Where one is written, and where one that another member sends is collected."""
 BUFFER_BYTES = 1 << 18
 """Gathered before a write: records are small."""
+SYNC_EVERY_BYTES = 1 << 20
+"""A sync of the log also waits for what other files of the disk have waiting: so a snapshot never has much waiting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,13 @@ class SnapshotStore:
         """Store a snapshot durably and forget all but the newest two."""
         file = self._disk.create(WRITING)
         try:
+            unsynced = 0
             for piece in encode(meta, records):
                 file.write(piece)
+                unsynced += len(piece)
+                if unsynced >= SYNC_EVERY_BYTES:
+                    file.sync()
+                    unsynced = 0
             file.sync()
         finally:
             file.close()
