@@ -249,12 +249,12 @@ class Blurting(Engine):
 
     def say(self, name: MemberId, message: dict[str, Any]) -> None:
         super().say(name, message)
-        self._let_go()
+        self._outbox.let_go()
 
 
 @pytest.mark.parametrize(("engine", "is_safe"), [(Engine, True), (Blurting, False)], ids=["rule on", "rule off"])
 def test_a_power_failure_loses_what_was_acknowledged_before_it_was_on_disk(engine: type[Engine], is_safe: bool) -> None:
-    """Kernel: acknowledges what is in the page cache (`test_audit_storage.py`: it never syncs). Rule: `Engine._let_go`
+    """Kernel: acknowledges what is in the page cache (`test_audit_storage.py`: it never syncs). Rule: `Engine._release`
     after `Wal.sync`. Audit: section 2 (Durability), section 4 item 2."""
     net = Net("ABC", engine=engine)
     leader = force_leader(net, "A")
@@ -283,7 +283,7 @@ def test_a_power_failure_loses_what_was_acknowledged_before_it_was_on_disk(engin
 
 @pytest.mark.parametrize(("engine", "is_safe"), [(Engine, True), (Blurting, False)], ids=["rule on", "rule off"])
 def test_a_power_failure_makes_a_member_vote_twice(engine: type[Engine], is_safe: bool) -> None:
-    """Kernel: stores its vote without fsync. Rule: `Engine._let_go` after `Wal.sync`. Audit: section 3, b."""
+    """Kernel: stores its vote without fsync. Rule: `Engine._release` after `Wal.sync`. Audit: section 3, b."""
     net = Net("ABCDE", engine=engine)
     net.step()  # the first entry of the new log is on disk
     voted: list[str] = []

@@ -28,6 +28,7 @@ from swarm.consensus.faults import Fatal
 from swarm.consensus.interface import Member, StateMachine
 from swarm.consensus.kernel import Kernel, Message
 from swarm.consensus.membership import MemberId, member, member_id, node_id_of
+from swarm.consensus.outbox import Outbox
 from swarm.consensus.proposals import Done, Proposals
 from swarm.consensus.reads import Reads
 from swarm.consensus.sanitizer import Judge, View, judge
@@ -81,8 +82,7 @@ class Engine:
         self._names: dict[str, MemberId] = {}
         self._membership_seen = (-1, -1)
         self._inbox: deque[tuple[str, RaftFrame]] = deque()
-        self._outbox: list[tuple[str, RaftFrame]] = []
-        self._outbox_bytes: dict[str, int] = {}
+        self._outbox = Outbox(network)
         self._proposals = Proposals(self.not_leading)
         self._lost_leadership = False
         self._term_on_disk = 0
@@ -242,7 +242,7 @@ class Engine:
 
     def _window_open(self, name: MemberId) -> bool:
         node_id = node_id_of(name)
-        return self._network.queued_bytes(node_id) + self._outbox_bytes.get(node_id, 0) < SEND_WINDOW_BYTES
+        return self._outbox.queued_bytes(node_id) < SEND_WINDOW_BYTES
 
     def _connect(self) -> None:
         """The kernel replicates to members that are up and whose window is open, while it leads."""
@@ -270,8 +270,7 @@ class Engine:
         """Let a message leave at the end of this turn, when the log is on disk."""
         node_id = node_id_of(name)
         frame = frames.encode({"term": self.kernel.term()} | message)
-        self._outbox.append((node_id, frame))
-        self._outbox_bytes[node_id] = self._outbox_bytes.get(node_id, 0) + frame.ByteSize()
+        self._outbox.add(node_id, frame)
 
     def rest_s(self) -> float:
         """How long this member has nothing to do by the clock."""
@@ -284,7 +283,7 @@ class Engine:
     def pump(self) -> None:
         self.turns_wanted = False
         self._sync()  # what the turn before may have left
-        self._let_go()
+        self._outbox.let_go()
         if self._full:
             self._full = {name for name in self._full if self._network.queued_bytes(node_id_of(name)) > 0}
             self._connect()
@@ -311,34 +310,15 @@ class Engine:
             return False
         if self._term_on_disk != self.kernel.term():
             return False
-        early = [each for each in self._outbox if each[1].type in ("append_entries", "snapshot")]
-        if not early:
-            return False
-        self._outbox = [each for each in self._outbox if each[1].type not in ("append_entries", "snapshot")]
-        self._outbox_bytes.clear()
-        for node_id, frame in early:
-            self._network.send(node_id, frame)
-        self.turns_wanted = True
-        return True
+        self.turns_wanted |= (sent := self._outbox.let_entries_go())
+        return sent
 
     def _release(self) -> None:
         """Let the frames of this turn go, unless a leader's entries went ahead: then the rest waits for the sync with
         which the next turn begins. (Not for the end of that one: under steady writes entries go ahead in each.)"""
         if not self._replicate_early():
             self._sync()
-            self._let_go()
-
-    def _let_go(self) -> None:
-        """What they promise is on disk. Of a turn's acknowledgements the one that reaches furthest says it all."""
-        outbox, self._outbox = self._outbox, []
-        self._outbox_bytes.clear()
-        furthest: dict[str, RaftFrame] = {}
-        for node_id, frame in outbox:
-            if frame.success and (node_id not in furthest or frame.next_index > furthest[node_id].next_index):
-                furthest[node_id] = frame
-        for node_id, frame in outbox:
-            if not frame.success or furthest[node_id] is frame:
-                self._network.send(node_id, frame)
+            self._outbox.let_go()
 
     def _work(self) -> None:
         """The kernel counts its own log as durable when it commits. That is so: what this turn adds can be committed
