@@ -137,3 +137,27 @@ async def test_the_cluster_is_shown_without_the_key_and_a_rotated_token_is_new()
         assert rotated.join_tokens.manager.startswith("SWMTKN-1-")
         assert made.store.cluster is not None
         assert made.store.cluster.root_ca_key_pem == b"-----KEY-----"
+
+
+async def test_the_unlock_key_has_its_own_call_and_a_repeated_rotation_is_one() -> None:
+    async with managing(a_cluster(), a_manager(), names=("m1", "m2")) as made:
+        stub = made.stubs["m2"]
+        asked = pb.UnlockKeyRequest()
+        assert (await stub.GetUnlockKey(asked)).unlock_key == ""
+        shown = await stub.UpdateCluster(pb.ClusterUpdateRequest(auto_lock_managers=True))
+        assert (shown.spec.encryption.auto_lock_managers, shown.unlock_key) == (True, b"")
+        first = (await stub.GetUnlockKey(asked)).unlock_key
+        assert first.startswith("SWMKEY-1-")
+        for _ in range(2):
+            rotate = pb.ClusterUpdateRequest(rotate_unlock_key=True)
+            shown = await stub.UpdateCluster(rotate, metadata=(("request-id", "once"),))
+            assert shown.unlock_revision == 2
+        second = (await made.stubs["m1"].GetUnlockKey(asked)).unlock_key
+        assert second != first
+        await stub.UpdateCluster(pb.ClusterUpdateRequest(auto_lock_managers=False))
+        assert (await stub.GetUnlockKey(asked)).unlock_key == ""
+        code, told = await refused(stub.UpdateCluster(pb.ClusterUpdateRequest(rotate_unlock_key=True)))
+        assert (code, told) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "cannot rotate because autolock is not turned on",
+        )

@@ -172,6 +172,18 @@ def test_all_managers_locked_at_once_are_unlocked_one_by_one(cluster: Lab) -> No
     assert [row["Name"] for row in cluster.rows("w1", "service", "ls")] == ["web"]
 
 
+def test_a_demoted_manager_is_not_locked_and_a_promoted_one_is(cluster: Lab) -> None:
+    certificates = cluster.host("w1").state_dir / "certificates"
+    cluster.pyswarm("m1", "node", "demote", "w1")
+    wait_for(lambda: not manager_pids(cluster, "w1") and not files.is_sealed(certificates), 20, "a worker")
+    restart(cluster, "w1")
+    assert "Swarm: active\n" in cluster.pyswarm("w1", "info")
+    wait_for(lambda: status(cluster, "w1") == "Ready", 15, "w1 is a worker")
+    cluster.pyswarm("m1", "node", "promote", "w1")
+    wait_for(lambda: manager_pids(cluster, "w1") and files.is_sealed(certificates), 20, "locked again")
+    wait_for(lambda: len(cluster.rows("w1", "node", "ls")) == 3, 15, "w1 answers")
+
+
 def test_autolock_is_turned_off_and_on_and_a_locked_host_can_leave(cluster: Lab) -> None:
     assert cluster.pyswarm("w1", "swarm", "update", "--autolock=false") == "Swarm updated.\n"
     wait_for(lambda: not wrapped(cluster), 15, "in clear")
