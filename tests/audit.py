@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 from swarm.consensus.engine import Engine
 from swarm.consensus.kernel import Message
 from swarm.consensus.membership import MemberId
@@ -34,3 +40,16 @@ def force_leader(net: Net, name: str) -> Engine:
     net.until(lambda: engine.is_leader() and net.leader() is engine)
     net.step(20)
     return engine
+
+
+def bare(scenario: str, directory: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run one scenario of `bare_kernel.py` in a process of its own."""
+    script = str(Path(__file__).with_name("bare_kernel.py"))
+    argv = [sys.executable, script, scenario, str(directory)]
+    return subprocess.run(argv, capture_output=True, timeout=60, check=False)
+
+
+def shown(scenario: str, directory: Path) -> dict[str, Any]:
+    """What it printed."""
+    result: dict[str, Any] = json.loads(bare(scenario, directory).stdout)
+    return result

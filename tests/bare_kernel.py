@@ -5,8 +5,10 @@ A process of its own, because importing the shell replaces parts of pysyncobj.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pickle
 import shutil
 import socket
 import sys
@@ -119,6 +121,10 @@ class Counter(SyncObj):  # type: ignore[misc]
     def add(self) -> None:
         self.count += 1
 
+    @replicated  # type: ignore[untyped-decorator]
+    def fail(self) -> None:
+        raise ValueError("this entry cannot be applied")
+
     def run_until(self, condition: Callable[[], object]) -> bool:
         end = time.monotonic() + 10
         while not condition() and time.monotonic() < end:
@@ -182,8 +188,50 @@ def unreadable_dump(directory: Path) -> dict[str, Any]:
     return {"acknowledged": 50, "left": node.count, "leads": leads}
 
 
+def foreign_version(directory: Path) -> dict[str, Any]:
+    """A newer manager has switched the code version; then one more entry follows."""
+    node = counting(directory, 5)
+    node._applyCommand(pickle.dumps(7), None, 3)
+    node.add()
+    node.run_until(lambda: node.count > 6)
+    return {"acknowledged": 6, "counted": node.count}
+
+
+def failing_entry(directory: Path) -> dict[str, Any]:
+    """The state machine fails at one entry; then one more follows."""
+    node = counting(directory, 5)
+    node.fail()
+    node.add()
+    failures = 0
+    for _ in range(20):
+        try:
+            node.doTick(0.0)
+        except ValueError:
+            failures += 1
+    return {"failed more than once": failures > 1, "counted": node.count, "leads": node._isLeader()}
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def evil_entry(directory: Path) -> dict[str, Any]:
+    """A member, or who has written to its log, sends an entry of its own making."""
+    node = counting(directory, 1)
+    node._applyCommand(pickle.dumps(Evil(directory / "executed")), None, 0)
+    with contextlib.suppress(Exception):
+        for _ in range(20):
+            node.doTick(0.0)
+    return {"executed": (directory / "executed").exists()}
+
+
 SCENARIOS = (
     torn_vote, compaction, commit_beyond_the_end, syncs, full_disk, newer_dump, unreadable_dump,
+    foreign_version, failing_entry, evil_entry,
 )  # fmt: skip
 
 if __name__ == "__main__":

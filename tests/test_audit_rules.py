@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import pytest
 
 from proto.raft_pb2 import RaftFrame
-from swarm.consensus import codec
 from swarm.consensus.config import DEFAULTS
 from swarm.consensus.election import Election
 from swarm.consensus.engine import Engine
@@ -119,33 +118,6 @@ def test_s11_a_stranger_becomes_the_leader(is_safe: bool) -> None:
         engine.kernel.deliver("Z@Z:1", message)
     assert (engine.kernel.leader() == "Z@Z:1") is not is_safe
     assert (engine.kernel.term() == 99) is not is_safe
-    net.close()
-
-
-@pytest.mark.parametrize("kind", ["WrongVer", "pickle", "unknown"])
-def test_entries_of_foreign_kinds_do_not_enter_the_log(kind: str) -> None:
-    """Kernel: an entry that asks for another code version is not counted as applied, so those after it are applied
-    twice; what a peer sends is unpickled. Rule: `frames.decode` asks `codec.check_command`.
-    Audit: section 2 (Callbacks, Security), section 4 item 20."""
-    command = {"WrongVer": b"\x03\x80\x02K\x07.", "pickle": b"\x00cos\nsystem\n(S'true'\ntR.", "unknown": b"\x09"}[kind]
-    net = Net("ABC")
-    leader = net.elect()
-    net.step(20)
-    name = next(name for name in "ABC" if name != leader.me.node_id)
-    follower = net.engines[name]
-    frame = RaftFrame(
-        type="append_entries",
-        term=leader.kernel.term(),
-        prev_index=follower.wal.last_index,
-        prev_term=leader.kernel.term(),
-    )
-    end = follower.wal.last_index
-    frame.entries.add(command=command, index=end + 1, term=leader.kernel.term())
-    net.inject(leader.me.node_id, name, frame)
-    assert follower.wal.last_index == end
-    frame.entries[0].command = codec.entry_command(b"good")
-    net.inject(leader.me.node_id, name, frame)
-    assert follower.wal.last_index == end + 1
     net.close()
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,23 +18,13 @@ from swarm.consensus.disk import Directory
 from swarm.consensus.faults import Damaged
 from swarm.consensus.storage import open_storage
 from swarm.consensus.wal import Wal
+from tests.audit import bare, shown
 from tests.consensus_cluster import Died, die
 from tests.sim.disk import MemoryDisk, PowerFailure
 from tests.sim.net import Net, write
 
 ENTRY = codec.entry_command(b"x")
 OFTEN = replace(DEFAULTS, snapshot_entries=50, tail_entries=1)
-
-
-def bare(scenario: str, directory: Path) -> subprocess.CompletedProcess[bytes]:
-    script = str(Path(__file__).with_name("bare_kernel.py"))
-    argv = [sys.executable, script, scenario, str(directory)]
-    return subprocess.run(argv, capture_output=True, timeout=60, check=False)
-
-
-def shown(scenario: str, directory: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(bare(scenario, directory).stdout)
-    return result
 
 
 def filled(disk: MemoryDisk, entries: int) -> Wal:
