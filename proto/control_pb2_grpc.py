@@ -50,6 +50,11 @@ class ControlStub:
                 request_serializer=proto_dot_control__pb2.ClusterUpdateRequest.SerializeToString,
                 response_deserializer=proto_dot_objects__pb2.Cluster.FromString,
                 _registered_method=True)
+        self.Backup = channel.unary_stream(
+                '/pyswarm.Control/Backup',
+                request_serializer=proto_dot_control__pb2.BackupRequest.SerializeToString,
+                response_deserializer=proto_dot_control__pb2.BackupPiece.FromString,
+                _registered_method=True)
         self.GetUnlockKey = channel.unary_unary(
                 '/pyswarm.Control/GetUnlockKey',
                 request_serializer=proto_dot_control__pb2.UnlockKeyRequest.SerializeToString,
@@ -160,6 +165,13 @@ class ControlServicer:
 
     def UpdateCluster(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Backup(self, request, context):
+        """holds all keys of the swarm
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -290,6 +302,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.UpdateCluster,
                     request_deserializer=proto_dot_control__pb2.ClusterUpdateRequest.FromString,
                     response_serializer=proto_dot_objects__pb2.Cluster.SerializeToString,
+            ),
+            'Backup': grpc.unary_stream_rpc_method_handler(
+                    servicer.Backup,
+                    request_deserializer=proto_dot_control__pb2.BackupRequest.FromString,
+                    response_serializer=proto_dot_control__pb2.BackupPiece.SerializeToString,
             ),
             'GetUnlockKey': grpc.unary_unary_rpc_method_handler(
                     servicer.GetUnlockKey,
@@ -463,6 +480,33 @@ class Control:
             '/pyswarm.Control/UpdateCluster',
             proto_dot_control__pb2.ClusterUpdateRequest.SerializeToString,
             proto_dot_objects__pb2.Cluster.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Backup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pyswarm.Control/Backup',
+            proto_dot_control__pb2.BackupRequest.SerializeToString,
+            proto_dot_control__pb2.BackupPiece.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,8 @@ class ControlStub:
     """without the CA's and the unlock key"""
     RotateJoinToken: _grpc.UnaryUnaryMultiCallable[_control_pb2.RotateTokenRequest, _objects_pb2.Cluster]
     UpdateCluster: _grpc.UnaryUnaryMultiCallable[_control_pb2.ClusterUpdateRequest, _objects_pb2.Cluster]
+    Backup: _grpc.UnaryStreamMultiCallable[_control_pb2.BackupRequest, _control_pb2.BackupPiece]
+    """holds all keys of the swarm"""
     GetUnlockKey: _grpc.UnaryUnaryMultiCallable[_control_pb2.UnlockKeyRequest, _control_pb2.UnlockKeyReply]
     GetNode: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Node]
     ListNodes: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.NodeList]
@@ -66,6 +68,8 @@ class ControlAsyncStub(ControlStub):
     """without the CA's and the unlock key"""
     RotateJoinToken: _aio.UnaryUnaryMultiCallable[_control_pb2.RotateTokenRequest, _objects_pb2.Cluster]  # type: ignore[assignment]
     UpdateCluster: _aio.UnaryUnaryMultiCallable[_control_pb2.ClusterUpdateRequest, _objects_pb2.Cluster]  # type: ignore[assignment]
+    Backup: _aio.UnaryStreamMultiCallable[_control_pb2.BackupRequest, _control_pb2.BackupPiece]  # type: ignore[assignment]
+    """holds all keys of the swarm"""
     GetUnlockKey: _aio.UnaryUnaryMultiCallable[_control_pb2.UnlockKeyRequest, _control_pb2.UnlockKeyReply]  # type: ignore[assignment]
     GetNode: _aio.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Node]  # type: ignore[assignment]
     ListNodes: _aio.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.NodeList]  # type: ignore[assignment]
@@ -108,6 +112,14 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.ClusterUpdateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_objects_pb2.Cluster, _abc.Awaitable[_objects_pb2.Cluster]]: ...
+
+    @_abc_1.abstractmethod
+    def Backup(
+        self,
+        request: _control_pb2.BackupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.BackupPiece], _abc.AsyncIterator[_control_pb2.BackupPiece]]:
+        """holds all keys of the swarm"""
 
     @_abc_1.abstractmethod
     def GetUnlockKey(

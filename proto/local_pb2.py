@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from proto import objects_pb2 as proto_dot_objects__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11proto/local.proto\x12\x07pyswarm\x1a\x13proto/objects.proto\"\r\n\x0bInfoRequest\"\xf8\x02\n\tInfoReply\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.pyswarm.InfoReply.State\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x12\n\ncluster_id\x18\x03 \x01(\t\x12\x1f\n\x04role\x18\x04 \x01(\x0e\x32\x11.pyswarm.NodeRole\x12\x11\n\tnode_addr\x18\x05 \x01(\t\x12\x15\n\rmanager_addrs\x18\x06 \x03(\t\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x16\n\x0emanager_socket\x18\x08 \x01(\t\x12\x0f\n\x07version\x18\t \x01(\t\x12\x1a\n\x12\x63ontainers_running\x18\n \x01(\r\x12\x11\n\tagent_pid\x18\x0b \x01(\r\x12\x13\n\x0bmanager_pid\x18\x0c \x01(\r\x12\x0f\n\x07\x64ns_pid\x18\r \x01(\r\"E\n\x05State\x12\x0c\n\x08INACTIVE\x10\x00\x12\x0b\n\x07PENDING\x10\x01\x12\n\n\x06\x41\x43TIVE\x10\x02\x12\t\n\x05\x45RROR\x10\x03\x12\n\n\x06LOCKED\x10\x04\"\xd2\x02\n\x0bInitRequest\x12\x16\n\x0e\x61\x64vertise_addr\x18\x01 \x01(\t\x12\x13\n\x0blisten_addr\x18\x02 \x01(\t\x12\x16\n\x0e\x64\x61ta_path_addr\x18\x03 \x01(\t\x12\x16\n\x0e\x64\x61ta_path_port\x18\x04 \x01(\r\x12\x19\n\x11\x64\x65\x66\x61ult_addr_pool\x18\x05 \x03(\t\x12\x13\n\x0bsubnet_size\x18\x06 \x01(\r\x12+\n\x0c\x61vailability\x18\x07 \x01(\x0e\x32\x15.pyswarm.Availability\x12\x1a\n\x12task_history_limit\x18\x08 \x01(\r\x12\x1a\n\x12heartbeat_period_s\x18\t \x01(\x01\x12\x1a\n\x12node_cert_expiry_s\x18\n \x01(\x01\x12\x19\n\x11\x66orce_new_cluster\x18\x0b \x01(\x08\x12\x1a\n\x12\x61uto_lock_managers\x18\x0c \x01(\x08\"h\n\tInitReply\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12#\n\x06tokens\x18\x02 \x01(\x0b\x32\x13.pyswarm.JoinTokens\x12\x11\n\tjoin_addr\x18\x03 \x01(\t\x12\x12\n\nunlock_key\x18\x04 \x01(\t\"\xa3\x01\n\x0bJoinRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x13\n\x0bremote_addr\x18\x02 \x01(\t\x12\x16\n\x0e\x61\x64vertise_addr\x18\x03 \x01(\t\x12\x13\n\x0blisten_addr\x18\x04 \x01(\t\x12\x16\n\x0e\x64\x61ta_path_addr\x18\x05 \x01(\t\x12+\n\x0c\x61vailability\x18\x06 \x01(\x0e\x32\x15.pyswarm.Availability\"=\n\tJoinReply\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x1f\n\x04role\x18\x02 \x01(\x0e\x32\x11.pyswarm.NodeRole\"`\n\tBootstrap\x12!\n\x07\x63luster\x18\x01 \x01(\x0b\x32\x10.pyswarm.Cluster\x12\x1b\n\x04node\x18\x02 \x01(\x0b\x32\r.pyswarm.Node\x12\x13\n\x0bunlock_keys\x18\x03 \x03(\x0c\"#\n\rUnlockRequest\x12\x12\n\nunlock_key\x18\x01 \x01(\t\"\r\n\x0bUnlockReply\"*\n\x14KeepUnlockKeyRequest\x12\x12\n\nunlock_key\x18\x01 \x01(\x0c\"\x14\n\x12KeepUnlockKeyReply\"\x1d\n\x0cLeaveRequest\x12\r\n\x05\x66orce\x18\x01 \x01(\x08\"\x0c\n\nLeaveReply\"n\n\x05Image\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x0f\n\x07\x64igests\x18\x03 \x03(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x12\n\ncreated_at\x18\x05 \x01(\x01\x12\x11\n\tread_only\x18\x06 \x01(\x08\"\x12\n\x10ImageListRequest\"+\n\tImageList\x12\x1e\n\x06images\x18\x01 \x03(\x0b\x32\x0e.pyswarm.Image\"2\n\x0bPullRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rregistry_auth\x18\x02 \x01(\t\".\n\x0cResolveReply\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08in_store\x18\x02 \x01(\x08\"\'\n\tLoadChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\"N\n\rImageProgress\x12\x0f\n\x07message\x18\x01 \x01(\t\x12\x1d\n\x05image\x18\x02 \x01(\x0b\x32\x0e.pyswarm.Image\x12\r\n\x05names\x18\x03 \x03(\t\"0\n\x12ImageRemoveRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"5\n\x10ImageRemoveReply\x12\x10\n\x08untagged\x18\x01 \x03(\t\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\t2\x92\x05\n\x05Local\x12\x30\n\x04Info\x12\x14.pyswarm.InfoRequest\x1a\x12.pyswarm.InfoReply\x12\x30\n\x04Init\x12\x14.pyswarm.InitRequest\x1a\x12.pyswarm.InitReply\x12\x30\n\x04Join\x12\x14.pyswarm.JoinRequest\x1a\x12.pyswarm.JoinReply\x12\x33\n\x05Leave\x12\x15.pyswarm.LeaveRequest\x1a\x13.pyswarm.LeaveReply\x12\x36\n\x06Unlock\x12\x16.pyswarm.UnlockRequest\x1a\x14.pyswarm.UnlockReply\x12K\n\rKeepUnlockKey\x12\x1d.pyswarm.KeepUnlockKeyRequest\x1a\x1b.pyswarm.KeepUnlockKeyReply\x12;\n\nListImages\x12\x19.pyswarm.ImageListRequest\x1a\x12.pyswarm.ImageList\x12;\n\x0cResolveImage\x12\x14.pyswarm.PullRequest\x1a\x15.pyswarm.ResolveReply\x12;\n\tPullImage\x12\x14.pyswarm.PullRequest\x1a\x16.pyswarm.ImageProgress0\x01\x12;\n\tLoadImage\x12\x12.pyswarm.LoadChunk\x1a\x16.pyswarm.ImageProgress(\x01\x30\x01\x12\x45\n\x0bRemoveImage\x12\x1b.pyswarm.ImageRemoveRequest\x1a\x19.pyswarm.ImageRemoveReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11proto/local.proto\x12\x07pyswarm\x1a\x13proto/objects.proto\"\r\n\x0bInfoRequest\"\xf8\x02\n\tInfoReply\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.pyswarm.InfoReply.State\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x12\n\ncluster_id\x18\x03 \x01(\t\x12\x1f\n\x04role\x18\x04 \x01(\x0e\x32\x11.pyswarm.NodeRole\x12\x11\n\tnode_addr\x18\x05 \x01(\t\x12\x15\n\rmanager_addrs\x18\x06 \x03(\t\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x16\n\x0emanager_socket\x18\x08 \x01(\t\x12\x0f\n\x07version\x18\t \x01(\t\x12\x1a\n\x12\x63ontainers_running\x18\n \x01(\r\x12\x11\n\tagent_pid\x18\x0b \x01(\r\x12\x13\n\x0bmanager_pid\x18\x0c \x01(\r\x12\x0f\n\x07\x64ns_pid\x18\r \x01(\r\"E\n\x05State\x12\x0c\n\x08INACTIVE\x10\x00\x12\x0b\n\x07PENDING\x10\x01\x12\n\n\x06\x41\x43TIVE\x10\x02\x12\t\n\x05\x45RROR\x10\x03\x12\n\n\x06LOCKED\x10\x04\"\xd2\x02\n\x0bInitRequest\x12\x16\n\x0e\x61\x64vertise_addr\x18\x01 \x01(\t\x12\x13\n\x0blisten_addr\x18\x02 \x01(\t\x12\x16\n\x0e\x64\x61ta_path_addr\x18\x03 \x01(\t\x12\x16\n\x0e\x64\x61ta_path_port\x18\x04 \x01(\r\x12\x19\n\x11\x64\x65\x66\x61ult_addr_pool\x18\x05 \x03(\t\x12\x13\n\x0bsubnet_size\x18\x06 \x01(\r\x12+\n\x0c\x61vailability\x18\x07 \x01(\x0e\x32\x15.pyswarm.Availability\x12\x1a\n\x12task_history_limit\x18\x08 \x01(\r\x12\x1a\n\x12heartbeat_period_s\x18\t \x01(\x01\x12\x1a\n\x12node_cert_expiry_s\x18\n \x01(\x01\x12\x19\n\x11\x66orce_new_cluster\x18\x0b \x01(\x08\x12\x1a\n\x12\x61uto_lock_managers\x18\x0c \x01(\x08\"h\n\tInitReply\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12#\n\x06tokens\x18\x02 \x01(\x0b\x32\x13.pyswarm.JoinTokens\x12\x11\n\tjoin_addr\x18\x03 \x01(\t\x12\x12\n\nunlock_key\x18\x04 \x01(\t\"c\n\x0eRestoreRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x64vertise_addr\x18\x02 \x01(\t\x12\x13\n\x0blisten_addr\x18\x03 \x01(\t\x12\x16\n\x0e\x64\x61ta_path_addr\x18\x04 \x01(\t\"\xa3\x01\n\x0bJoinRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x13\n\x0bremote_addr\x18\x02 \x01(\t\x12\x16\n\x0e\x61\x64vertise_addr\x18\x03 \x01(\t\x12\x13\n\x0blisten_addr\x18\x04 \x01(\t\x12\x16\n\x0e\x64\x61ta_path_addr\x18\x05 \x01(\t\x12+\n\x0c\x61vailability\x18\x06 \x01(\x0e\x32\x15.pyswarm.Availability\"=\n\tJoinReply\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x1f\n\x04role\x18\x02 \x01(\x0e\x32\x11.pyswarm.NodeRole\"\x8b\x01\n\tBootstrap\x12!\n\x07\x63luster\x18\x01 \x01(\x0b\x32\x10.pyswarm.Cluster\x12\x1b\n\x04node\x18\x02 \x01(\x0b\x32\r.pyswarm.Node\x12\x13\n\x0bunlock_keys\x18\x03 \x03(\x0c\x12\x19\n\x11\x66orce_new_cluster\x18\x04 \x01(\x08\x12\x0e\n\x06\x62\x61\x63kup\x18\x05 \x01(\t\"#\n\rUnlockRequest\x12\x12\n\nunlock_key\x18\x01 \x01(\t\"\r\n\x0bUnlockReply\"*\n\x14KeepUnlockKeyRequest\x12\x12\n\nunlock_key\x18\x01 \x01(\x0c\"\x14\n\x12KeepUnlockKeyReply\"\x1d\n\x0cLeaveRequest\x12\r\n\x05\x66orce\x18\x01 \x01(\x08\"\x0c\n\nLeaveReply\"n\n\x05Image\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x0f\n\x07\x64igests\x18\x03 \x03(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x12\n\ncreated_at\x18\x05 \x01(\x01\x12\x11\n\tread_only\x18\x06 \x01(\x08\"\x12\n\x10ImageListRequest\"+\n\tImageList\x12\x1e\n\x06images\x18\x01 \x03(\x0b\x32\x0e.pyswarm.Image\"2\n\x0bPullRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rregistry_auth\x18\x02 \x01(\t\".\n\x0cResolveReply\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08in_store\x18\x02 \x01(\x08\"\'\n\tLoadChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0c\n\x04name\x18\x02 \x01(\t\"N\n\rImageProgress\x12\x0f\n\x07message\x18\x01 \x01(\t\x12\x1d\n\x05image\x18\x02 \x01(\x0b\x32\x0e.pyswarm.Image\x12\r\n\x05names\x18\x03 \x03(\t\"0\n\x12ImageRemoveRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"5\n\x10ImageRemoveReply\x12\x10\n\x08untagged\x18\x01 \x03(\t\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\t2\xca\x05\n\x05Local\x12\x30\n\x04Info\x12\x14.pyswarm.InfoRequest\x1a\x12.pyswarm.InfoReply\x12\x30\n\x04Init\x12\x14.pyswarm.InitRequest\x1a\x12.pyswarm.InitReply\x12\x36\n\x07Restore\x12\x17.pyswarm.RestoreRequest\x1a\x12.pyswarm.InitReply\x12\x30\n\x04Join\x12\x14.pyswarm.JoinRequest\x1a\x12.pyswarm.JoinReply\x12\x33\n\x05Leave\x12\x15.pyswarm.LeaveRequest\x1a\x13.pyswarm.LeaveReply\x12\x36\n\x06Unlock\x12\x16.pyswarm.UnlockRequest\x1a\x14.pyswarm.UnlockReply\x12K\n\rKeepUnlockKey\x12\x1d.pyswarm.KeepUnlockKeyRequest\x1a\x1b.pyswarm.KeepUnlockKeyReply\x12;\n\nListImages\x12\x19.pyswarm.ImageListRequest\x1a\x12.pyswarm.ImageList\x12;\n\x0cResolveImage\x12\x14.pyswarm.PullRequest\x1a\x15.pyswarm.ResolveReply\x12;\n\tPullImage\x12\x14.pyswarm.PullRequest\x1a\x16.pyswarm.ImageProgress0\x01\x12;\n\tLoadImage\x12\x12.pyswarm.LoadChunk\x1a\x16.pyswarm.ImageProgress(\x01\x30\x01\x12\x45\n\x0bRemoveImage\x12\x1b.pyswarm.ImageRemoveRequest\x1a\x19.pyswarm.ImageRemoveReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,42 +42,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INITREQUEST']._serialized_end=784
   _globals['_INITREPLY']._serialized_start=786
   _globals['_INITREPLY']._serialized_end=890
-  _globals['_JOINREQUEST']._serialized_start=893
-  _globals['_JOINREQUEST']._serialized_end=1056
-  _globals['_JOINREPLY']._serialized_start=1058
-  _globals['_JOINREPLY']._serialized_end=1119
-  _globals['_BOOTSTRAP']._serialized_start=1121
-  _globals['_BOOTSTRAP']._serialized_end=1217
-  _globals['_UNLOCKREQUEST']._serialized_start=1219
-  _globals['_UNLOCKREQUEST']._serialized_end=1254
-  _globals['_UNLOCKREPLY']._serialized_start=1256
-  _globals['_UNLOCKREPLY']._serialized_end=1269
-  _globals['_KEEPUNLOCKKEYREQUEST']._serialized_start=1271
-  _globals['_KEEPUNLOCKKEYREQUEST']._serialized_end=1313
-  _globals['_KEEPUNLOCKKEYREPLY']._serialized_start=1315
-  _globals['_KEEPUNLOCKKEYREPLY']._serialized_end=1335
-  _globals['_LEAVEREQUEST']._serialized_start=1337
-  _globals['_LEAVEREQUEST']._serialized_end=1366
-  _globals['_LEAVEREPLY']._serialized_start=1368
-  _globals['_LEAVEREPLY']._serialized_end=1380
-  _globals['_IMAGE']._serialized_start=1382
-  _globals['_IMAGE']._serialized_end=1492
-  _globals['_IMAGELISTREQUEST']._serialized_start=1494
-  _globals['_IMAGELISTREQUEST']._serialized_end=1512
-  _globals['_IMAGELIST']._serialized_start=1514
-  _globals['_IMAGELIST']._serialized_end=1557
-  _globals['_PULLREQUEST']._serialized_start=1559
-  _globals['_PULLREQUEST']._serialized_end=1609
-  _globals['_RESOLVEREPLY']._serialized_start=1611
-  _globals['_RESOLVEREPLY']._serialized_end=1657
-  _globals['_LOADCHUNK']._serialized_start=1659
-  _globals['_LOADCHUNK']._serialized_end=1698
-  _globals['_IMAGEPROGRESS']._serialized_start=1700
-  _globals['_IMAGEPROGRESS']._serialized_end=1778
-  _globals['_IMAGEREMOVEREQUEST']._serialized_start=1780
-  _globals['_IMAGEREMOVEREQUEST']._serialized_end=1828
-  _globals['_IMAGEREMOVEREPLY']._serialized_start=1830
-  _globals['_IMAGEREMOVEREPLY']._serialized_end=1883
-  _globals['_LOCAL']._serialized_start=1886
-  _globals['_LOCAL']._serialized_end=2544
+  _globals['_RESTOREREQUEST']._serialized_start=892
+  _globals['_RESTOREREQUEST']._serialized_end=991
+  _globals['_JOINREQUEST']._serialized_start=994
+  _globals['_JOINREQUEST']._serialized_end=1157
+  _globals['_JOINREPLY']._serialized_start=1159
+  _globals['_JOINREPLY']._serialized_end=1220
+  _globals['_BOOTSTRAP']._serialized_start=1223
+  _globals['_BOOTSTRAP']._serialized_end=1362
+  _globals['_UNLOCKREQUEST']._serialized_start=1364
+  _globals['_UNLOCKREQUEST']._serialized_end=1399
+  _globals['_UNLOCKREPLY']._serialized_start=1401
+  _globals['_UNLOCKREPLY']._serialized_end=1414
+  _globals['_KEEPUNLOCKKEYREQUEST']._serialized_start=1416
+  _globals['_KEEPUNLOCKKEYREQUEST']._serialized_end=1458
+  _globals['_KEEPUNLOCKKEYREPLY']._serialized_start=1460
+  _globals['_KEEPUNLOCKKEYREPLY']._serialized_end=1480
+  _globals['_LEAVEREQUEST']._serialized_start=1482
+  _globals['_LEAVEREQUEST']._serialized_end=1511
+  _globals['_LEAVEREPLY']._serialized_start=1513
+  _globals['_LEAVEREPLY']._serialized_end=1525
+  _globals['_IMAGE']._serialized_start=1527
+  _globals['_IMAGE']._serialized_end=1637
+  _globals['_IMAGELISTREQUEST']._serialized_start=1639
+  _globals['_IMAGELISTREQUEST']._serialized_end=1657
+  _globals['_IMAGELIST']._serialized_start=1659
+  _globals['_IMAGELIST']._serialized_end=1702
+  _globals['_PULLREQUEST']._serialized_start=1704
+  _globals['_PULLREQUEST']._serialized_end=1754
+  _globals['_RESOLVEREPLY']._serialized_start=1756
+  _globals['_RESOLVEREPLY']._serialized_end=1802
+  _globals['_LOADCHUNK']._serialized_start=1804
+  _globals['_LOADCHUNK']._serialized_end=1843
+  _globals['_IMAGEPROGRESS']._serialized_start=1845
+  _globals['_IMAGEPROGRESS']._serialized_end=1923
+  _globals['_IMAGEREMOVEREQUEST']._serialized_start=1925
+  _globals['_IMAGEREMOVEREQUEST']._serialized_end=1973
+  _globals['_IMAGEREMOVEREPLY']._serialized_start=1975
+  _globals['_IMAGEREMOVEREPLY']._serialized_end=2028
+  _globals['_LOCAL']._serialized_start=2031
+  _globals['_LOCAL']._serialized_end=2745
 # @@protoc_insertion_point(module_scope)

@@ -197,6 +197,35 @@ class InitReply(_message.Message):
 Global___InitReply: _TypeAlias = InitReply  # noqa: Y015
 
 @_typing.final
+class RestoreRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    ADVERTISE_ADDR_FIELD_NUMBER: _builtins.int
+    LISTEN_ADDR_FIELD_NUMBER: _builtins.int
+    DATA_PATH_ADDR_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """of the backup, on this host"""
+    advertise_addr: _builtins.str
+    listen_addr: _builtins.str
+    data_path_addr: _builtins.str
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        advertise_addr: _builtins.str = ...,
+        listen_addr: _builtins.str = ...,
+        data_path_addr: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advertise_addr", b"advertise_addr", "data_path_addr", b"data_path_addr", "listen_addr", b"listen_addr", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestoreRequest: _TypeAlias = RestoreRequest  # noqa: Y015
+
+@_typing.final
 class JoinRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -262,6 +291,12 @@ class Bootstrap(_message.Message):
     CLUSTER_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
     UNLOCK_KEYS_FIELD_NUMBER: _builtins.int
+    FORCE_NEW_CLUSTER_FIELD_NUMBER: _builtins.int
+    BACKUP_FIELD_NUMBER: _builtins.int
+    force_new_cluster: _builtins.bool
+    """go on alone with what the log holds; `node` is this host"""
+    backup: _builtins.str
+    """a file: begin with the state in it; `node` is this host"""
     @_builtins.property
     def cluster(self) -> _objects_pb2.Cluster:
         """of a new swarm, for its first manager: holds the CA's key"""
@@ -278,10 +313,12 @@ class Bootstrap(_message.Message):
         cluster: _objects_pb2.Cluster | None = ...,
         node: _objects_pb2.Node | None = ...,
         unlock_keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        force_new_cluster: _builtins.bool = ...,
+        backup: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "node", b"node", "unlock_keys", b"unlock_keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backup", b"backup", "cluster", b"cluster", "force_new_cluster", b"force_new_cluster", "node", b"node", "unlock_keys", b"unlock_keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -44,6 +44,11 @@ class LocalStub:
                 request_serializer=proto_dot_local__pb2.InitRequest.SerializeToString,
                 response_deserializer=proto_dot_local__pb2.InitReply.FromString,
                 _registered_method=True)
+        self.Restore = channel.unary_unary(
+                '/pyswarm.Local/Restore',
+                request_serializer=proto_dot_local__pb2.RestoreRequest.SerializeToString,
+                response_deserializer=proto_dot_local__pb2.InitReply.FromString,
+                _registered_method=True)
         self.Join = channel.unary_unary(
                 '/pyswarm.Local/Join',
                 request_serializer=proto_dot_local__pb2.JoinRequest.SerializeToString,
@@ -101,6 +106,12 @@ class LocalServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Init(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Restore(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -174,6 +185,11 @@ def add_LocalServicer_to_server(servicer, server):
             'Init': grpc.unary_unary_rpc_method_handler(
                     servicer.Init,
                     request_deserializer=proto_dot_local__pb2.InitRequest.FromString,
+                    response_serializer=proto_dot_local__pb2.InitReply.SerializeToString,
+            ),
+            'Restore': grpc.unary_unary_rpc_method_handler(
+                    servicer.Restore,
+                    request_deserializer=proto_dot_local__pb2.RestoreRequest.FromString,
                     response_serializer=proto_dot_local__pb2.InitReply.SerializeToString,
             ),
             'Join': grpc.unary_unary_rpc_method_handler(
@@ -275,6 +291,33 @@ class Local:
             target,
             '/pyswarm.Local/Init',
             proto_dot_local__pb2.InitRequest.SerializeToString,
+            proto_dot_local__pb2.InitReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Restore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pyswarm.Local/Restore',
+            proto_dot_local__pb2.RestoreRequest.SerializeToString,
             proto_dot_local__pb2.InitReply.FromString,
             options,
             channel_credentials,

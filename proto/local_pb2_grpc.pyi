@@ -33,6 +33,7 @@ class LocalStub:
     def __new__(cls, channel: _aio.Channel) -> LocalAsyncStub: ...
     Info: _grpc.UnaryUnaryMultiCallable[_local_pb2.InfoRequest, _local_pb2.InfoReply]
     Init: _grpc.UnaryUnaryMultiCallable[_local_pb2.InitRequest, _local_pb2.InitReply]
+    Restore: _grpc.UnaryUnaryMultiCallable[_local_pb2.RestoreRequest, _local_pb2.InitReply]
     Join: _grpc.UnaryUnaryMultiCallable[_local_pb2.JoinRequest, _local_pb2.JoinReply]
     Leave: _grpc.UnaryUnaryMultiCallable[_local_pb2.LeaveRequest, _local_pb2.LeaveReply]
     Unlock: _grpc.UnaryUnaryMultiCallable[_local_pb2.UnlockRequest, _local_pb2.UnlockReply]
@@ -52,6 +53,7 @@ class LocalAsyncStub(LocalStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Info: _aio.UnaryUnaryMultiCallable[_local_pb2.InfoRequest, _local_pb2.InfoReply]  # type: ignore[assignment]
     Init: _aio.UnaryUnaryMultiCallable[_local_pb2.InitRequest, _local_pb2.InitReply]  # type: ignore[assignment]
+    Restore: _aio.UnaryUnaryMultiCallable[_local_pb2.RestoreRequest, _local_pb2.InitReply]  # type: ignore[assignment]
     Join: _aio.UnaryUnaryMultiCallable[_local_pb2.JoinRequest, _local_pb2.JoinReply]  # type: ignore[assignment]
     Leave: _aio.UnaryUnaryMultiCallable[_local_pb2.LeaveRequest, _local_pb2.LeaveReply]  # type: ignore[assignment]
     Unlock: _aio.UnaryUnaryMultiCallable[_local_pb2.UnlockRequest, _local_pb2.UnlockReply]  # type: ignore[assignment]
@@ -78,6 +80,13 @@ class LocalServicer(metaclass=_abc_1.ABCMeta):
     def Init(
         self,
         request: _local_pb2.InitRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_local_pb2.InitReply, _abc.Awaitable[_local_pb2.InitReply]]: ...
+
+    @_abc_1.abstractmethod
+    def Restore(
+        self,
+        request: _local_pb2.RestoreRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_local_pb2.InitReply, _abc.Awaitable[_local_pb2.InitReply]]: ...
 

@@ -39,6 +39,7 @@ from proto.local_pb2 import (
     KeepUnlockKeyRequest,
     LeaveReply,
     LeaveRequest,
+    RestoreRequest,
     UnlockReply,
     UnlockRequest,
 )
@@ -93,6 +94,9 @@ class LocalService(ImageApi, LocalServicer):
 
     async def Init(self, request: InitRequest, context: Context) -> InitReply:
         return await _answer(self._host.init, request, context)
+
+    async def Restore(self, request: RestoreRequest, context: Context) -> InitReply:
+        return await _answer(self._host.restore, request, context)
 
     async def Join(self, request: JoinRequest, context: Context) -> JoinReply:
         return await _answer(self._host.join, request, context)

@@ -13,6 +13,8 @@ import shutil
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 import grpc
@@ -22,6 +24,7 @@ import structlog
 from proto.control_pb2 import ClusterRequest, ListRequest
 from proto.control_pb2_grpc import ControlStub
 from proto.local_pb2 import (
+    Bootstrap,
     InfoReply,
     InfoRequest,
     InitReply,
@@ -32,16 +35,18 @@ from proto.local_pb2 import (
     KeepUnlockKeyRequest,
     LeaveReply,
     LeaveRequest,
+    RestoreRequest,
     UnlockReply,
     UnlockRequest,
 )
 from proto.objects_pb2 import MANAGER, Cluster, Node, NodeRole, NodeStatus
 from swarm.addresses import check_listen, choose_advertise_host, host_addresses, split_host_port
 from swarm.config import DaemonConfig
-from swarm.errors import Invalid, NoLeader, SwarmError
+from swarm.errors import Invalid, Locked, NoLeader, SwarmError
 from swarm.hostfiles import HostPaths, Membership
 from swarm.ids import random_id
-from swarm.security.bootstrap import create_cluster, join_cluster
+from swarm.recovery import cluster_of_backup
+from swarm.security.bootstrap import NewCluster, create_cluster, join_cluster, restored_manager
 from swarm.security.certificates import NodeCredentials
 from swarm.security.unlock_key import locked, random_key, text_of
 from swarm.supervise import Supervisor
@@ -202,6 +207,8 @@ class HostMembership:
     async def init(self, request: InitRequest) -> InitReply:
         """`swarm init`. Raises SwarmError and leaves nothing behind."""
         async with self._changing:
+            if request.force_new_cluster:
+                return await self._force_new_cluster(request)
             self._refuse_if_member()
             listen_addr = check_listen(request.listen_addr)
             host = choose_advertise_host(request.advertise_addr, host_addresses())
@@ -219,27 +226,73 @@ class HostMembership:
                 cluster = locked(cluster, random_key())
                 self._lock.keep(cluster.unlock_key)
             bootstrap = create_cluster(cluster, random_id, time.time())
-            node = bootstrap.node
-            node.spec.availability = request.availability
-            node.advertise_host = host
-            node.data_path_addr = request.data_path_addr or host
-            membership = Membership(
-                node_id=node.id,
-                cluster_id=bootstrap.cluster.id,
-                advertise_host=host,
-                listen_addr=listen_addr,
-                data_path_addr=node.data_path_addr,
-            )
-            membership = membership.knowing((membership.manager_addr,))
-            node.manager_addr = membership.manager_addr
+            bootstrap.node.spec.availability = request.availability
+            membership = _first_membership(bootstrap, host, listen_addr, request.data_path_addr)
             self._credentials = bootstrap.save(self._paths.certificates, self._lock.seal)
             await self._become(membership, bootstrap.message().SerializeToString())
             return InitReply(
-                node_id=node.id,
+                node_id=membership.node_id,
                 tokens=bootstrap.cluster.join_tokens,
                 join_addr=membership.join_addr,
                 unlock_key=text_of(cluster.unlock_key),
             )
+
+    async def _force_new_cluster(self, request: InitRequest) -> InitReply:
+        """Go on as the only manager, with what this one's log holds. What runs on this host goes on running."""
+        membership, credentials = self._membership, self._credentials
+        if membership is None or credentials is None or credentials.identity.role != MANAGER:
+            raise Invalid("this node is no manager of a swarm: there is nothing that --force-new-cluster could recover")
+        if self._is_locked():
+            raise Locked
+        if others := await self._managers_that_answer():
+            raise Invalid(
+                f"the swarm has a quorum, with {others}: there is nothing to recover. To do without another manager,"
+                " demote it (`pyswarm node demote`); to make a swarm of its own of this host, let it leave first"
+            )
+        if request.advertise_addr:
+            host = choose_advertise_host(request.advertise_addr, host_addresses())
+            membership = replace(membership, advertise_host=host, data_path_addr=request.data_path_addr or host)
+        membership = membership.knowing((membership.manager_addr,))
+        node = Node(id=membership.node_id, advertise_host=membership.advertise_host)
+        node.data_path_addr = membership.data_path_addr
+        await self._manager.stop(MANAGER_STOP_TIMEOUT_S)
+        self._membership = membership
+        self._paths.save_membership(membership)
+        self._manager.start(Bootstrap(force_new_cluster=True, node=node).SerializeToString())
+        await self._until(self._manager_answers, MANAGER_START_TIMEOUT_S, "the manager process does not answer")
+        return InitReply(node_id=node.id, tokens=(await self._cluster()).join_tokens, join_addr=membership.join_addr)
+
+    async def _managers_that_answer(self) -> str:
+        """The other managers of a swarm that has a quorum, in words; "" without one, or if this is the only manager."""
+        if not await self._manager_answers():
+            return ""
+        async with grpc.aio.insecure_channel(f"unix://{self._paths.manager_socket}") as channel:
+            nodes = (await ControlStub(channel).ListNodes(ListRequest(), timeout=2)).nodes
+        others = [node for node in nodes if node.manager_status.reachable and node.id != self._node_id()]
+        return ", ".join(node.description.hostname or node.id for node in others)
+
+    def _node_id(self) -> str:
+        return self._membership.node_id if self._membership is not None else ""
+
+    async def _cluster(self) -> Cluster:
+        async with grpc.aio.insecure_channel(f"unix://{self._paths.manager_socket}") as channel:
+            return await ControlStub(channel).GetCluster(ClusterRequest(), timeout=MANAGER_START_TIMEOUT_S)
+
+    async def restore(self, request: RestoreRequest) -> InitReply:
+        """`swarm restore`: be the only manager of the swarm that a backup holds. Raises SwarmError and leaves nothing
+        behind."""
+        async with self._changing:
+            self._refuse_if_member()
+            listen_addr = check_listen(request.listen_addr)
+            host = choose_advertise_host(request.advertise_addr, host_addresses())
+            cluster = await asyncio.to_thread(cluster_of_backup, Path(request.path))
+            if cluster.unlock_key:
+                self._lock.keep(cluster.unlock_key)
+            bootstrap = restored_manager(cluster, random_id, time.time())
+            membership = _first_membership(bootstrap, host, listen_addr, request.data_path_addr)
+            self._credentials = bootstrap.save(self._paths.certificates, self._lock.seal)
+            await self._become(membership, Bootstrap(backup=request.path, node=bootstrap.node).SerializeToString())
+            return InitReply(node_id=membership.node_id, tokens=cluster.join_tokens, join_addr=membership.join_addr)
 
     @staticmethod
     def _check_pools(cluster: Cluster) -> None:
@@ -420,3 +473,20 @@ class HostMembership:
         self._paths.manager_socket.unlink(missing_ok=True)
         self._paths.make()
         self._membership = self._credentials = self._node = None
+
+
+def _first_membership(bootstrap: NewCluster, host: str, listen_addr: str, data_path_addr: str) -> Membership:
+    """Of the first manager, whose node object gets its addresses."""
+    node = bootstrap.node
+    node.advertise_host = host
+    node.data_path_addr = data_path_addr or host
+    membership = Membership(
+        node_id=node.id,
+        cluster_id=bootstrap.cluster.id,
+        advertise_host=host,
+        listen_addr=listen_addr,
+        data_path_addr=node.data_path_addr,
+    )
+    membership = membership.knowing((membership.manager_addr,))
+    node.manager_addr = membership.manager_addr
+    return membership

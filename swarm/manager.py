@@ -28,6 +28,7 @@ from proto.join_pb2_grpc import add_CertificatesServicer_to_server, add_JoinServ
 from proto.local_pb2 import Bootstrap, KeepUnlockKeyRequest
 from proto.local_pb2_grpc import LocalStub
 from proto.objects_pb2 import Network
+from swarm import recovery
 from swarm.api.control import ControlService
 from swarm.api.join import CertificatesService, JoinService
 from swarm.consensus.disk import Directory
@@ -70,12 +71,13 @@ class Manager:
         self._membership = membership
         self._credentials = NodeCredentials.load(paths.certificates, key.seal)
         self._me = Member(membership.node_id, membership.manager_addr)
+        self._disk = key.sealed()
         self._store = Store()
         self._transport = GrpcTransport(self._me, self._credentials.open_channel, _peer_node_id)
         self._consensus = RaftNode(
             me=self._me,
             members=[self._me],
-            disk=key.sealed(),
+            disk=self._disk,
             machine=self._store,
             transport=self._transport,
         )
@@ -106,6 +108,8 @@ class Manager:
         await mtls.start()  # the leader calls back before it admits this manager
         if bootstrap is None and not has_log(Directory(self._paths.raft)):
             self._consensus.begin_with(await self._ask_to_join())
+        if bootstrap is not None:
+            recovery.prepare(bootstrap, self._disk, self._me)
         await self._consensus.start()
         self._consensus.on_leadership(self._on_leadership)
         locking = asyncio.create_task(self._autolock.run())
@@ -178,11 +182,13 @@ class Manager:
             await asyncio.sleep(JOIN_RETRY_S)
 
     async def _bootstrap(self, bootstrap: Bootstrap) -> None:
-        """Store the first objects of a new swarm."""
+        """Store the first objects of a new swarm, or what makes this manager the only one of an old."""
         led = asyncio.Event()
         self._consensus.on_leadership(lambda leads: led.set() if leads else None)
         await asyncio.wait_for(led.wait(), JOIN_TIMEOUT_S)
-        if self._store.cluster is None:
+        if recovery.is_recovery(bootstrap):
+            await recovery.take_over(bootstrap, self._store, self._writer)
+        elif self._store.cluster is None:
             ingress = Network(id=random_id())
             ingress.spec.annotations.name = "ingress"
             ingress.spec.driver = "overlay"
@@ -237,7 +243,7 @@ async def _main(paths: HostPaths) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
         key = RaftKey.open(Directory(paths.raft), given.unlock_keys, lock_of(given.cluster))
-        await Manager(paths, membership, key).run(given if given.HasField("cluster") else None, stop)
+        await Manager(paths, membership, key).run(given if given.HasField("node") else None, stop)
     except SwarmError as error:
         log.error("manager cannot run", reason=str(error))
         return 1

@@ -73,6 +73,7 @@ class Supervisor:
         self._each_input = each_input
         self._woken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._child = 0
 
     @property
     def pid(self) -> int:
@@ -94,7 +95,7 @@ class Supervisor:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
             self._task = None
-        pid = self.pid
+        pid = self.pid or (self._child if self._child in _children else 0)  # started, but does not hold the lock yet
         if pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -139,6 +140,7 @@ class Supervisor:
             child.stdin.write(first_input)
             child.stdin.close()
         _children[child.pid] = child
+        self._child = child.pid
         return child.pid
 
 

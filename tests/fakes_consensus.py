@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from swarm.consensus.interface import Member
+from swarm.consensus.recover import meta_of
+from swarm.consensus.snapshot import encode
 from swarm.errors import NoLeader
 from swarm.store.store import Store
 
@@ -85,6 +87,9 @@ class FakeConsensus:
     async def read_barrier(self, timeout_s: float) -> None:
         if self.leader() is None:
             raise NoLeader("nobody leads")
+
+    def backup(self) -> Iterator[bytes]:
+        return encode(meta_of(9, 3, self.members()), self._group.store.dump())
 
     async def add_member(self, member: Member, timeout_s: float) -> None:
         self._group.member(member.node_id, member.addr)

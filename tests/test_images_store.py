@@ -253,6 +253,9 @@ class Servicer(ImageApi, local_pb2_grpc.LocalServicer):
     async def Init(self, request: Any, context: Any) -> pb.InitReply:
         return pb.InitReply()
 
+    async def Restore(self, request: Any, context: Any) -> pb.InitReply:
+        return pb.InitReply()
+
     async def Join(self, request: Any, context: Any) -> pb.JoinReply:
         return pb.JoinReply()
 

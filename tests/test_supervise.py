@@ -8,6 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 from swarm.supervise import Supervisor, holder
 from tests.waiting import until
 
@@ -80,3 +82,16 @@ async def test_a_new_supervisor_adopts_the_running_child(tmp_path: Path) -> None
     await until(lambda: after.pid not in (0, pid))
     await after.stop(5)
     assert holder(tmp_path / "child.lock") == 0
+
+
+async def test_a_child_that_has_only_just_been_started_is_stopped_too(tmp_path: Path) -> None:
+    """It does not hold the lock yet; left alone it would go on without anybody knowing."""
+    lock, started = tmp_path / "child.lock", tmp_path / "started"
+    slow = f"import time, pathlib; pathlib.Path({str(started)!r}).touch(); time.sleep(60)"
+    kept = Supervisor("child", [sys.executable, "-c", slow], lock, tmp_path / "child.log")
+    kept.start()
+    await until(started.exists)
+    child = kept._child
+    await kept.stop(5)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)

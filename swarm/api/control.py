@@ -17,7 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 from proto import control_pb2 as pb
 from proto.control_pb2_grpc import ControlServicer
 from proto.objects_pb2 import Cluster, Network, Node, Service, Task
-from swarm.api import encryption, find, logs, networks, nodes, services, views, watch
+from swarm.api import backup, encryption, find, logs, networks, nodes, services, views, watch
 from swarm.api.backend import Backend, Demotion, LostLeadership
 from swarm.api.forward import Call, Router
 from swarm.consensus.interface import Consensus
@@ -128,6 +128,10 @@ class ControlService(ControlServicer):
     @_read
     async def GetUnlockKey(self, request: pb.UnlockKeyRequest, call: Call) -> pb.UnlockKeyReply:
         return pb.UnlockKeyReply(unlock_key=text_of(nodes.the_cluster(self._store).unlock_key))
+
+    @_stream
+    def Backup(self, request: pb.BackupRequest, call: Call) -> AsyncIterator[pb.BackupPiece]:
+        return backup.backup(self._backend)
 
     # ---- nodes
 

@@ -8,16 +8,22 @@ from proto import objects_pb2 as pb
 from proto.control_pb2 import ClusterRequest, GetRequest, RotateTokenRequest
 from proto.local_pb2 import InitRequest, JoinRequest, LeaveRequest
 from swarm.cli.autolock import unlock, unlock_key, unlock_text, update
+from swarm.cli.backup import backup, restore
 from swarm.cli.client import MEMBERSHIP_S, Client, connect
 from swarm.cli.command import GoCommand, command
 from swarm.cli.failure import Failure
+from swarm.cli.joining import DEFAULT_LISTEN, join_text
 from swarm.cli.node import AVAILABILITIES
 from swarm.cli.spec import choice, flag_value
 from swarm.cli.units import parse_duration_s, parse_uint
 
-DEFAULT_LISTEN = "0.0.0.0:2377"
 DEFAULT_MASK_BITS = 24
 DEFAULT_VXLAN_PORT = 4789
+FORCED = (
+    "this is the only manager now. What the others had acknowledged last, and this one had not received, is lost.\n"
+    "Do not start the former managers together again: they would go on as the old swarm. One that comes back alone\n"
+    "becomes a worker; to make a manager of it, promote it (`pyswarm node promote`)."
+)
 JOIN_PORT_OFFSET = 1
 """A manager's mTLS listener stands one above the port that nodes join at (ARCHITECTURE.md, ports)."""
 
@@ -33,7 +39,7 @@ def swarm() -> None:
     """
 
 
-for _command in (update, unlock, unlock_key):
+for _command in (backup, restore, update, unlock, unlock_key):
     swarm.add_command(_command)
 
 
@@ -98,18 +104,13 @@ def init(
     )
     client = connect()
     reply = client.ask(client.local.Init, request, MEMBERSHIP_S)
+    if force_new_cluster:
+        click.echo(f"WARNING: {FORCED}", err=True)
     click.echo(f"Swarm initialized: current node ({reply.node_id}) is now a manager.\n")
     click.echo(join_text("worker", reply.tokens.worker, reply.join_addr))
     click.echo("To add a manager to this swarm, run 'pyswarm swarm join-token manager' and follow the instructions.\n")
     if reply.unlock_key:
         click.echo(unlock_text(reply.unlock_key))
-
-
-def join_text(role: str, token: str, addr: str) -> str:
-    """What to run on another host. Pure."""
-    return (
-        f"To add a {role} to this swarm, run the following command:\n\n    pyswarm swarm join --token {token} {addr}\n"
-    )
 
 
 @command(swarm, "join")

@@ -70,6 +70,10 @@ class Consensus(Protocol):
         elsewhere. Raises NoLeader."""
         ...
 
+    def backup(self) -> Iterator[bytes]:
+        """The state as it is now, as a file that `recover.read_backup` reads, in pieces. Raises NoLeader."""
+        ...
+
     async def add_member(self, member: Member, timeout_s: float) -> None:
         """Leader only. Adding a known member with its known address is a no-op."""
         ...

@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import structlog
 
 from proto.raft_pb2 import RaftFrame
+from swarm.consensus import recover
 from swarm.consensus.changes import MemberChanges
 from swarm.consensus.config import DEFAULTS, RaftConfig
 from swarm.consensus.disk import Disk
@@ -24,6 +25,7 @@ from swarm.consensus.engine import Engine
 from swarm.consensus.faults import Fatal, exit_process
 from swarm.consensus.futures import answer, settle
 from swarm.consensus.interface import Member, StateMachine
+from swarm.consensus.snapshot import encode
 from swarm.consensus.standing import Standing
 from swarm.consensus.storage import open_storage
 from swarm.consensus.transport import Answer, FrameTransport
@@ -304,6 +306,12 @@ class RaftNode:
         if engine.kernel.leads():
             raise Busy(f"no other manager took over within {timeout_s:g} s; this one still leads")
         await self.until(lambda: self.leader() is not None, max(0.0, deadline - self._clock()))
+
+    def backup(self) -> Iterator[bytes]:
+        """The state as it is now, as a file that `recover.read_backup` reads, in pieces. Raises NoLeader."""
+        engine = self.running()
+        index, term = engine.kernel.applied(), engine.kernel.term()
+        return encode(recover.meta_of(index, term, self.members()), self._machine.dump())
 
     # ---- members
 

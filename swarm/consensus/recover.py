@@ -46,6 +46,12 @@ def keep_only(disk: Disk, me: Member, fatal: Fatal) -> tuple[Member, ...]:
         wal.abandon()
 
 
+def meta_of(index: int, term: int, members: Iterable[Member]) -> Meta:
+    """What a backup says of itself. The entries that made its state are not needed again."""
+    names = tuple(map(member_id, members))
+    return Meta((codec.NO_OP, index - 1, term), (codec.NO_OP, index, term), names)
+
+
 def read_backup(path: Path) -> Iterator[bytes]:
     """The state's records, after the whole file has been checked. Raises Invalid."""
     store = SnapshotStore(Directory(path.parent))

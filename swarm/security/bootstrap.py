@@ -26,7 +26,7 @@ from proto.local_pb2 import Bootstrap
 from proto.objects_pb2 import ACTIVE, MANAGER, Availability, Cluster, Node, NodeRole
 from swarm.errors import Denied, Invalid, SwarmError, Unreachable
 from swarm.security import tokens
-from swarm.security.ca import create_root, new_key_and_csr, sign_node
+from swarm.security.ca import RootCa, create_root, new_key_and_csr, sign_node
 from swarm.security.certificates import NodeCredentials
 from swarm.security.channel import secure_channel
 from swarm.security.files import OPEN, Seal
@@ -70,7 +70,17 @@ def create_cluster(template: Cluster, new_id: Callable[[], str], now: float) -> 
     cluster.root_ca_cert_pem, cluster.root_ca_key_pem = root.certificate_pem, root.key_pem
     cluster.join_tokens.worker = tokens.random_token(root.certificate_pem)
     cluster.join_tokens.manager = tokens.random_token(root.certificate_pem)
-    node = Node(id=new_id(), role=MANAGER)
+    return _first_manager(cluster, root, new_id(), now)
+
+
+def restored_manager(cluster: Cluster, new_id: Callable[[], str], now: float) -> NewCluster:
+    """A new node for a cluster whose state is restored, with a manager's certificate of that cluster's own CA."""
+    root = RootCa(cluster.root_ca_cert_pem, cluster.root_ca_key_pem)
+    return _first_manager(cluster, root, new_id(), now)
+
+
+def _first_manager(cluster: Cluster, root: RootCa, node_id: str, now: float) -> NewCluster:
+    node = Node(id=node_id, role=MANAGER)
     node.spec.desired_role = MANAGER
     key_pem, csr_pem = new_key_and_csr()
     identity = Identity(node.id, MANAGER, cluster.id)
