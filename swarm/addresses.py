@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from swarm.errors import Invalid
 
@@ -79,3 +79,17 @@ def check_listen(text: str) -> str:
     if port == 65535:
         raise Invalid("listen port 65535 leaves no room for the mTLS listener on the next port")
     return f"{host or '0.0.0.0'}:{port}"
+
+
+def check_pools(pools: Iterable[str], subnet_bits: int) -> None:
+    """Whether subnets of this size can be cut from each pool. Raises Invalid."""
+    for pool in pools:
+        try:
+            network = ipaddress.ip_network(pool)
+        except ValueError as error:
+            raise Invalid(f"invalid --default-addr-pool {pool!r}: {error}") from None
+        if not network.prefixlen <= subnet_bits <= 30:
+            raise Invalid(
+                f"invalid --default-addr-pool-mask-length {subnet_bits}: must be from"
+                f" {network.prefixlen} (the pool {pool}) to 30"
+            )

@@ -17,12 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-import grpc
-import grpc.aio
 import structlog
 
-from proto.control_pb2 import ClusterRequest, ListRequest
-from proto.control_pb2_grpc import ControlStub
 from proto.local_pb2 import (
     Bootstrap,
     InfoReply,
@@ -40,11 +36,12 @@ from proto.local_pb2 import (
     UnlockRequest,
 )
 from proto.objects_pb2 import MANAGER, Cluster, Node, NodeRole, NodeStatus
-from swarm.addresses import check_listen, choose_advertise_host, host_addresses, split_host_port
+from swarm.addresses import check_listen, check_pools, choose_advertise_host, host_addresses, split_host_port
 from swarm.config import DaemonConfig
 from swarm.errors import Invalid, Locked, NoLeader, SwarmError
 from swarm.hostfiles import HostPaths, Membership
 from swarm.ids import random_id
+from swarm.own_manager import OwnManager
 from swarm.recovery import cluster_of_backup
 from swarm.security.bootstrap import NewCluster, create_cluster, join_cluster, restored_manager
 from swarm.security.certificates import NodeCredentials
@@ -55,6 +52,7 @@ from swarm.version import __version__
 
 MANAGER_START_TIMEOUT_S = 30.0
 MANAGER_STOP_TIMEOUT_S = 10.0
+SILENT = "the manager process does not answer"
 ROLE_TIMEOUT_S = 16.0
 """As long as the reference waits for a role change to arrive (research, section 7)."""
 JOIN_TIMEOUT_S = 20.0
@@ -94,6 +92,7 @@ class HostMembership:
         self._changing = asyncio.Lock()
         self._node: Node | None = None
         self._lock = HostLock(paths)
+        self._own_manager = OwnManager(paths.manager_socket)
         self._manager = Supervisor(
             "manager",
             [sys.executable, "-m", "swarm.manager", "--state-dir", str(paths.state), "--run-dir", str(paths.run)],
@@ -221,7 +220,7 @@ class HostMembership:
             cluster.spec.task_history_limit = request.task_history_limit or 5
             cluster.spec.heartbeat_period_s = request.heartbeat_period_s
             cluster.spec.node_cert_expiry_s = request.node_cert_expiry_s
-            self._check_pools(cluster)
+            check_pools(cluster.default_addr_pool, cluster.subnet_size)
             if request.auto_lock_managers:
                 cluster = locked(cluster, random_key())
                 self._lock.keep(cluster.unlock_key)
@@ -244,9 +243,11 @@ class HostMembership:
             raise Invalid("this node is no manager of a swarm: there is nothing that --force-new-cluster could recover")
         if self._is_locked():
             raise Locked
-        if others := await self._managers_that_answer():
+        others = [each for each in await self._own_manager.managers() if each.manager_status.reachable]
+        if len(others) > 1:
+            names = ", ".join(each.description.hostname or each.id for each in others)
             raise Invalid(
-                f"the swarm has a quorum, with {others}: there is nothing to recover. To do without another manager,"
+                f"the swarm has a quorum ({names}): there is nothing to recover. To do without another manager,"
                 " demote it (`pyswarm node demote`); to make a swarm of its own of this host, let it leave first"
             )
         if request.advertise_addr:
@@ -259,24 +260,9 @@ class HostMembership:
         self._membership = membership
         self._paths.save_membership(membership)
         self._manager.start(Bootstrap(force_new_cluster=True, node=node).SerializeToString())
-        await self._until(self._manager_answers, MANAGER_START_TIMEOUT_S, "the manager process does not answer")
-        return InitReply(node_id=node.id, tokens=(await self._cluster()).join_tokens, join_addr=membership.join_addr)
-
-    async def _managers_that_answer(self) -> str:
-        """The other managers of a swarm that has a quorum, in words; "" without one, or if this is the only manager."""
-        if not await self._manager_answers():
-            return ""
-        async with grpc.aio.insecure_channel(f"unix://{self._paths.manager_socket}") as channel:
-            nodes = (await ControlStub(channel).ListNodes(ListRequest(), timeout=2)).nodes
-        others = [node for node in nodes if node.manager_status.reachable and node.id != self._node_id()]
-        return ", ".join(node.description.hostname or node.id for node in others)
-
-    def _node_id(self) -> str:
-        return self._membership.node_id if self._membership is not None else ""
-
-    async def _cluster(self) -> Cluster:
-        async with grpc.aio.insecure_channel(f"unix://{self._paths.manager_socket}") as channel:
-            return await ControlStub(channel).GetCluster(ClusterRequest(), timeout=MANAGER_START_TIMEOUT_S)
+        await self._until(self._own_manager.answers, MANAGER_START_TIMEOUT_S, SILENT)
+        cluster = await self._own_manager.cluster() or Cluster()
+        return InitReply(node_id=node.id, tokens=cluster.join_tokens, join_addr=membership.join_addr)
 
     async def restore(self, request: RestoreRequest) -> InitReply:
         """`swarm restore`: be the only manager of the swarm that a backup holds. Raises SwarmError and leaves nothing
@@ -293,21 +279,6 @@ class HostMembership:
             self._credentials = bootstrap.save(self._paths.certificates, self._lock.seal)
             await self._become(membership, Bootstrap(backup=request.path, node=bootstrap.node).SerializeToString())
             return InitReply(node_id=membership.node_id, tokens=cluster.join_tokens, join_addr=membership.join_addr)
-
-    @staticmethod
-    def _check_pools(cluster: Cluster) -> None:
-        import ipaddress
-
-        for pool in cluster.default_addr_pool:
-            try:
-                network = ipaddress.ip_network(pool)
-            except ValueError as error:
-                raise Invalid(f"invalid --default-addr-pool {pool!r}: {error}") from None
-            if not network.prefixlen <= cluster.subnet_size <= 30:
-                raise Invalid(
-                    f"invalid --default-addr-pool-mask-length {cluster.subnet_size}: must be from"
-                    f" {network.prefixlen} (the pool {pool}) to 30"
-                )
 
     async def join(self, request: JoinRequest) -> JoinReply:
         """`swarm join`. Raises SwarmError and leaves nothing behind."""
@@ -356,7 +327,9 @@ class HostMembership:
         try:
             if self._credentials.identity.role == MANAGER:
                 self._manager.start(bootstrap)
-                await self._until(self._manager_answers, MANAGER_START_TIMEOUT_S, "the manager process does not answer")
+                await self._until(
+                    self._own_manager.answers, MANAGER_START_TIMEOUT_S, "the manager process does not answer"
+                )
             self._start_agent()
             await self._until(self._session_stands, READY_TIMEOUT_S, "no manager took this node's session")
         except BaseException:
@@ -369,16 +342,6 @@ class HostMembership:
             if time.monotonic() > deadline:
                 raise NoLeader(f"{failure} within {timeout_s:g} s; see {self._paths.manager_log} and the daemon's log")
             await asyncio.sleep(POLL_S)
-
-    async def _manager_answers(self) -> bool:
-        if not self._paths.manager_socket.exists():
-            return False
-        async with grpc.aio.insecure_channel(f"unix://{self._paths.manager_socket}") as channel:
-            try:
-                await ControlStub(channel).GetCluster(ClusterRequest(), timeout=2)
-            except grpc.aio.AioRpcError:
-                return False
-        return True
 
     async def _session_stands(self) -> bool:
         return self._node is not None and self._node.status.state == NodeStatus.READY
@@ -404,19 +367,11 @@ class HostMembership:
                 self._credentials.refresh()
             log.info("unlocked")
             self._manager.wake()
-            await self._until(self._manager_listens, MANAGER_START_TIMEOUT_S, "the manager process does not answer")
+            await self._until(self._manager_listens, MANAGER_START_TIMEOUT_S, SILENT)
         return UnlockReply()
 
     async def _manager_listens(self) -> bool:
-        """It opened its files. It may not answer before other managers, perhaps locked themselves, make a quorum."""
-        if not self._manager.pid:
-            return False
-        try:
-            _, writer = await asyncio.open_unix_connection(self._paths.manager_socket)
-        except OSError:
-            return False
-        writer.close()
-        return True
+        return bool(self._manager.pid) and await self._own_manager.listens()
 
     async def keep_unlock_key(self, request: KeepUnlockKeyRequest) -> KeepUnlockKeyReply:
         """From this host's manager, before and after it wraps its key with this one. Raises Invalid."""
@@ -444,14 +399,11 @@ class HostMembership:
             "you are attempting to leave the swarm on a node that is participating as a manager. "
             "Demote it first (`pyswarm node demote`), or use --force to leave regardless"
         )
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            async with grpc.aio.insecure_channel(f"unix://{self._paths.manager_socket}") as channel:
-                nodes = (await ControlStub(channel).ListNodes(ListRequest(), timeout=2)).nodes
-            managers = sum(1 for node in nodes if node.role == MANAGER)
-            if managers == 1:
-                return f"{text}. Removing the last manager erases all current state of the swarm"
-            if managers == 2:
-                return f"{text}. Removing this node leaves 1 of 2 managers: without a quorum the swarm is inaccessible"
+        count = len(await self._own_manager.managers())
+        if count == 1:
+            return f"{text}. Removing the last manager erases all current state of the swarm"
+        if count == 2:
+            return f"{text}. Removing this node leaves 1 of 2 managers: without a quorum the swarm is inaccessible"
         return text
 
     async def _forget(self) -> None:
