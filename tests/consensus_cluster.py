@@ -102,7 +102,14 @@ class Manager:
         return cast("grpc.aio.Channel", _NamedChannel(channel, self.me.node_id))
 
     async def listen(self) -> None:
-        self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self.server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 0),
+                # A server cancels calls above a thousand that wait to be taken on: benchmarks have more in flight.
+                ("grpc.server.max_pending_requests", 4096),
+                ("grpc.server.max_pending_requests_hard_limit", 8192),
+            ]
+        )
         self.transport = GrpcTransport(self.me, self.open_channel, peer_id)
         self._add_services()
         self.server.add_insecure_port(self.me.addr)

@@ -2,7 +2,8 @@
 
 `pump` is one turn: it handles what arrived, looks at the clock, lets the kernel work, puts the log on disk, and only
 then lets go of the frames that were said meanwhile. So every acknowledgement and every vote is durable before it
-leaves, and a turn costs one fdatasync however much it carries.
+leaves, and a turn costs one fdatasync however much it carries. A leader's new entries alone leave before its own sync,
+which then begins the next turn.
 """
 
 from __future__ import annotations

@@ -79,7 +79,11 @@ class Bench:
             titles = (f"ratio_{in_flight}_unary", f"{in_flight}, unary calls to both", "")
             await self._compare(titles, self.sizes.extra_rounds, load, load)
         for in_flight in (64, 1024):
-            load = {"in_flight": in_flight, "size": min(in_flight, TXN_OPERATIONS_MAX)}
+            load = {
+                "in_flight": in_flight,
+                "size": min(in_flight, TXN_OPERATIONS_MAX),
+                "in_order": True,
+            }  # no key twice
             titles = (f"ratio_{in_flight}_merged", f"{in_flight}, merged by both clients", "")
             await self._compare(titles, self.sizes.extra_rounds, load, load)
 
@@ -255,6 +259,7 @@ async def run(arguments: argparse.Namespace, directory: Path, log: IO[bytes] | N
         for each in (ours, etcd):
             await each.stop()
         await client.kill()
+        measure.table(bench.rows)  # what is known when something fails, too
     return bench
 
 
@@ -269,7 +274,6 @@ def main() -> None:
         parser.error("no etcd found: apt install etcd-server")
     with tempfile.TemporaryDirectory(prefix="consensus-bench-", dir=arguments.directory) as directory:
         bench = asyncio.run(run(arguments, Path(directory), sys.stderr.buffer))
-    measure.table(bench.rows)
     measure.finish(arguments.json, bench.results)
 
 
