@@ -2,7 +2,7 @@
 VENV    := .venv
 PYTHON  := $(VENV)/bin/python
 PACKAGES := conmon crun skopeo nftables libnftables1 iproute2 util-linux busybox-static docker-registry dnsutils curl \
-            procps iputils-ping python3-venv apache2-utils
+            procps iputils-ping python3-venv apache2-utils strace
 
 .PHONY: demo test check lint types unit bench sim-nightly test-vm proto install clean
 

@@ -291,7 +291,7 @@ class RaftNode:
         if not self.reachable_others():
             raise Invalid("no other manager is reachable, so leadership cannot be handed over")
         deadline = self._clock() + timeout_s
-        engine.paused_because = "leadership is being handed over"
+        before, engine.paused_because = engine.paused_because, "leadership is being handed over"
         try:
             while engine.kernel.leads() and self._clock() < deadline:
                 remaining = max(0.0, deadline - self._clock())
@@ -302,7 +302,7 @@ class RaftNode:
                     self.want_turn()
                     await self.until(lambda: not engine.kernel.leads(), min(remaining, self._config.election_max_s))
         finally:
-            engine.paused_because = ""
+            engine.paused_because = before
         if engine.kernel.leads():
             raise Busy(f"no other manager took over within {timeout_s:g} s; this one still leads")
         await self.until(lambda: self.leader() is not None, max(0.0, deadline - self._clock()))
