@@ -352,3 +352,27 @@ async def test_a_manager_that_does_not_catch_up_is_not_added(make: Make, tmp_pat
         await managers[0].node.add_member(newcomer.me, 2)
     assert managers[0].node.members() == (managers[0].me,)
     await _write(managers, b"y")
+
+
+async def test_a_manager_whose_disk_is_nearly_full_takes_nothing_on_and_hands_over(make: Make) -> None:
+    managers = await make(2)
+    leader = await _leader(managers)
+    full = next(manager for manager in managers if manager is not leader)
+    await full.kill()
+    full.config = replace(DEFAULTS, disk_reserve_bytes=1 << 60)
+    await full.restart()
+    await _write([leader], b"x")
+    seen: list[bool] = []
+    full.node.on_leadership(seen.append)
+    await until(lambda: leader.node.reachable(full.me.node_id) and full.machine.entries == [b"x"])
+    await leader.node.transfer(5)
+    await until(lambda: seen == [False, True, False], what="the full one to lead, and to hand over")
+    await _write([leader], b"y")
+
+
+async def test_a_lone_manager_whose_disk_is_nearly_full_says_so(tmp_path: Path) -> None:
+    manager = Manager("m0", tmp_path, replace(DEFAULTS, disk_reserve_bytes=1 << 60))
+    await manager.found()
+    with pytest.raises(Busy, match="the disk of this manager is nearly full"):
+        await manager.node.propose(b"x", 5)
+    await manager.stop()

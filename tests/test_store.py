@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from proto import store_pb2 as pb
 from proto.objects_pb2 import Network, Service, Task
 from swarm.store.changes import Create, Group, Remove, Update, transaction
-from swarm.store.store import Store
+from swarm.store.store import OBJECT_BYTES_MAX, Store
 from swarm.store.table import Table
 
 OK, CONFLICT, EXISTS, NAME_TAKEN, NOT_FOUND = (
@@ -177,3 +177,14 @@ def test_any_difference_shows_in_the_digest() -> None:
     assert len(digests | {store.digest()}) == 5
     apply(store, ())
     assert store.digest() != Store().digest(), "the version counts, too"
+
+
+def test_an_object_that_is_too_large_is_refused_and_changes_nothing() -> None:
+    store = Store()
+    apply(store, (Create(service("s1", "web")),))
+    before, read = store.digest(), store.services.get("s1")
+    assert read is not None
+    large = changed(read, "web")
+    large.spec.annotations.labels["x"] = "x" * OBJECT_BYTES_MAX
+    assert apply(store, (Update(large),)) == [pb.Verdict.INVALID]
+    assert store.digest() == before
