@@ -214,7 +214,7 @@ async def test_a_manager_that_dies_while_joining_costs_nobody_a_quorum(make: Mak
     newcomer = Manager("m1", tmp_path)
     await newcomer.listen()
     members = await ask_to_join(newcomer.open_channel, managers[0].me.addr, newcomer.me, 5)
-    assert set(members) == {managers[0].me, newcomer.me}
+    assert members == (managers[0].me,), "it is no member yet, and must not take itself for one"
     await newcomer.transport.close()
     await newcomer.server.stop(0)
     await _write(managers, b"x")
@@ -326,6 +326,29 @@ async def test_a_peer_is_dialled_again_after_it_ended_a_stream_and_then_did_not_
     await until(lambda: not leader.node.is_leader(), what="the lone leader to step down")
     await follower.restart()
     assert await _write(managers, b"x") == b"1", "it takes streams in both directions"
+
+
+@pytest.mark.parametrize("teacher_dies", [True, False])
+async def test_a_learner_whose_teacher_dies_or_gives_up_asks_again(
+    make: Make, tmp_path: Path, teacher_dies: bool
+) -> None:
+    managers = await make(3)
+    leader = await _leader(managers)
+    await _write(managers, b"x")
+    newcomer = Manager("new", tmp_path, replace(DEFAULTS, doubt_s=0.5))
+    managers.append(newcomer)
+    await newcomer.listen()
+    await newcomer.run([manager.me for manager in managers[:3]])
+    leader.node.running().teach(newcomer.me)
+    await until(lambda: newcomer.machine.entries == [b"x"], what="the learner's log")
+    assert not newcomer.node.running().is_member()
+    if teacher_dies:
+        await leader.kill()
+        managers.remove(leader)
+    else:
+        leader.node.running().forget(newcomer.me.node_id)
+    await until(lambda: newcomer.me in newcomer.node.members(), 15, what="membership")
+    assert not newcomer.node.is_removed()
 
 
 class _Deaf:

@@ -4,6 +4,7 @@ Each drives the real engine; the numbers are the audit's."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from proto.raft_pb2 import RaftFrame
 from swarm.consensus.config import DEFAULTS
@@ -184,4 +185,76 @@ def test_steady_writes_do_not_hold_up_reads() -> None:
         write(leader, b"%d" % number)
         net.step()
     assert answers == {name: [None] for name in "ABC"}
+    net.close()
+
+
+def test_a_follower_that_is_cut_off_answers_no_read_until_it_is_up_to_date() -> None:
+    net = Net("ABC")
+    leader = force_leader(net, "A")
+    stored(net, leader, b"before")
+    net.isolate("C")
+    stored(net, leader, b"meanwhile")
+    seen: list[tuple[NoLeader | None, list[bytes]]] = []
+    net.engines["C"].reads.add(lambda refused: seen.append((refused, list(net.machines["C"].entries))))
+    net.step(500)
+    assert all(isinstance(refused, NoLeader) for refused, _ in seen)
+    net.heal()
+    net.elect()
+    seen.clear()
+    net.engines["C"].reads.add(lambda refused: seen.append((refused, list(net.machines["C"].entries))))
+    net.until(lambda: seen)
+    assert seen == [(None, [b"before", b"meanwhile"])]
+    net.close()
+
+
+def test_reads_that_wait_at_a_follower_share_one_question() -> None:
+    net = Net("ABC")
+    force_leader(net, "A")
+    done: list[object] = []
+    for _ in range(50):
+        net.engines["B"].reads.add(partial(done.append))
+    asked = 0
+    while not done:
+        net.step()
+        asked += sum(frame.type == "read_ask" for _, _, frame in net.taped)
+    assert (done, asked) == ([None] * 50, 1)
+    net.close()
+
+
+def test_an_answer_to_a_question_of_an_earlier_life_answers_no_read() -> None:
+    """It would name an index of then, and so let a read pass that misses later writes."""
+    net = Net("ABC")
+    leader = force_leader(net, "A")
+    stored(net, leader, b"before")
+    net.step(50)
+    questions: list[RaftFrame] = []
+    for _ in range(2):
+        done: list[object] = []
+        net.engines["B"].reads.add(done.append)
+        net.step()
+        questions += [frame for sender, _, frame in net.taped if sender == "B" and frame.type == "read_ask"]
+        if len(questions) == 1:
+            net.crash("B")
+            net.start("B")
+            net.until(lambda: net.engines["B"].leader() == net.member("A"))
+    earlier = questions[0]
+    assert earlier.term == net.engines["B"].kernel.term()
+    net.inject("A", "B", RaftFrame(type="read_at", term=earlier.term, round=earlier.round, last_index=1))
+    assert not done
+    net.until(lambda: done == [None])
+    net.close()
+
+
+def test_a_removal_that_may_be_undone_is_told_to_nobody() -> None:
+    """Or the member would fall silent, and it may be the only one that can lead."""
+    net = Net("ABC")
+    leader = force_leader(net, "A")
+    net.isolate("A")
+    leader.change_members("rem", "C@C:1", Outcome())
+    net.step(5)
+    assert net.member("C") not in leader.members()
+    assert net.member("C") in leader.decided_members()
+    net.heal()
+    after = net.elect()
+    net.until(lambda: net.member("C") in after.decided_members())
     net.close()

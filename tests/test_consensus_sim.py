@@ -21,7 +21,7 @@ class History:
     def __init__(self, net: Net) -> None:
         self.net = net
         self.writes: list[tuple[bytes, Outcome]] = []
-        self.reads_checked = 0
+        self.reads_checked = self.follower_reads_checked = 0
 
     def write(self) -> None:
         leader = self.net.leader()
@@ -37,17 +37,19 @@ class History:
         return {payload for payload, outcome in self.writes if outcome.is_stored}
 
     def read(self) -> None:
-        """A barrier at any member that thinks it leads must show every write acknowledged before it."""
+        """A barrier at any member, leader or not, must show every write acknowledged before it."""
         for name, engine in self.net.engines.items():
-            if engine.is_leader():
-                expected = self.acknowledged()
+            expected, leads = self.acknowledged(), engine.is_leader()
 
-                def check(refused: SwarmError | None, name: str = name, expected: set[bytes] = expected) -> None:
-                    if refused is None:
-                        assert expected <= set(self.net.machines[name].entries), "a stale read passed the barrier"
-                        self.reads_checked += 1
+            def check(
+                refused: SwarmError | None, name: str = name, expected: set[bytes] = expected, leads: bool = leads
+            ) -> None:
+                if refused is None:
+                    assert expected <= set(self.net.machines[name].entries), "a stale read passed the barrier"
+                    self.reads_checked += leads
+                    self.follower_reads_checked += not leads
 
-                engine.reads.add(check)
+            engine.reads.add(check)
 
     def check_prefixes(self) -> None:
         logs = sorted((self.net.machines[name].entries for name in self.net.engines), key=len)
@@ -106,6 +108,7 @@ def test_no_acknowledged_write_is_lost_under_random_faults(names: str, seed: int
     history.check_end()
     assert len(history.acknowledged()) > 20, "the run tested nothing"
     assert history.reads_checked
+    assert history.follower_reads_checked > 20
     net.close()
 
 

@@ -180,5 +180,5 @@ class MemberChanges:
             await self.remove(member.node_id, ADMISSION_TIMEOUT_S)
         if member not in engine.members():
             self._node.spawn(f"admit {member.node_id}", partial(self.add, member, ADMISSION_TIMEOUT_S))
-        rest = tuple(each for each in engine.members() if each.node_id != member.node_id)
-        return (*rest, member)
+        # Without itself: it is none until the log says so, and must not take itself for one before.
+        return tuple(each for each in engine.members() if each.node_id != member.node_id)

@@ -37,6 +37,8 @@ from swarm.consensus.storage import Storage
 from swarm.consensus.transport import Network
 from swarm.errors import Busy, Invalid, NoLeader
 
+READ_ROUNDS_PER_S = 1_000_000
+"""More than a member can begin: so rounds numbered from the clock at its start follow all those of its life before."""
 TICKS_PER_TURN = 4
 """A turn lets the kernel work until nothing changes, but no more often than this: the rest waits for the next turn."""
 
@@ -113,7 +115,7 @@ class Engine:
         self.election = Election(
             kernel=self.kernel, log=self.wal, config=config, clock=clock, random=random, say=self.say
         )
-        self.reads = Reads(self.kernel, config, clock, self.say)
+        self.reads = Reads(self.kernel, config, clock, self.say, int(clock() * READ_ROUNDS_PER_S))
         self.digests = Digests(me.node_id)
 
     def start(self) -> None:
@@ -137,6 +139,14 @@ class Engine:
 
     def members(self) -> tuple[Member, ...]:
         return tuple(member(name) for name in self.wal.members())
+
+    def decided_members(self) -> tuple[Member, ...]:
+        """Without changes that may yet be undone."""
+        return tuple(member(name) for name in self.wal.members(self.kernel.applied()))
+
+    def is_newcomer(self) -> bool:
+        """The log neither counts this member nor tells of its removal: it has never been one."""
+        return not self.is_member() and not self.wal.removes(self.kernel.me)
 
     def is_member(self) -> bool:
         return any(node_id_of(name) == self.me.node_id for name in self.wal.members())

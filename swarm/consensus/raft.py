@@ -348,7 +348,8 @@ class RaftNode:
             self.want_turn()
 
     def answer(self) -> Answer:
-        return Answer(self._me.node_id, self.leader(), self.members())
+        members = self._engine.decided_members() if self._engine is not None else ()
+        return Answer(self._me.node_id, self.leader(), members)
 
     async def admit(self, member: Member) -> tuple[Member, ...]:
         return await self._changes.admit(member)

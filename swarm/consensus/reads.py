@@ -42,12 +42,14 @@ class Reads:
         config: RaftConfig,
         clock: Callable[[], float],
         say: Callable[[MemberId, Message], None],
+        first_round: int,
     ) -> None:
+        """`first_round`: new in each life, so that no answer to a question of an earlier one fits one of this."""
         self._kernel = kernel
         self._config = config
         self._clock = clock
         self._say = say
-        self._numbers = 0
+        self._numbers = first_round
         self._next: dict[ReadDone, None] = {}
         self._next_asked: dict[MemberId, int] = {}
         self._round: _Round | None = None

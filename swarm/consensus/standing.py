@@ -1,7 +1,7 @@
 """Whether this manager still belongs, and who the others are: asked of the managers it knows, when frames do not say.
 
-Three cases, all of a manager that was away or is new: it was promised membership and hears nothing; somebody speaks
-to it that it does not know; or it was removed, and nobody speaks to it any more.
+Three cases, all of a manager that was away or is new: it was promised membership and nobody teaches it (any more);
+somebody speaks to it that it does not know; or it was removed, and nobody speaks to it any more.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Standing:
         self._next_join_s = clock() + config.join_retry_s
         self._next_inquiry_s = 0.0
         self._next_doubt_s = 0.0
+        self._began_empty = node.running().wal.last_index <= 1
         self._said_removed = 0
         """How often in a row a leader has answered that this manager is no member."""
 
@@ -53,17 +54,27 @@ class Standing:
             self._next_inquiry_s = now + STRANGER_ASK_S
             strangers, engine.strangers = engine.strangers, set()
             self._node.spawn("inquiry", partial(self._inquire, strangers))
-        if now >= self._next_join_s and engine.wal.last_index <= 1 and engine.kernel.others():
+        silence_s = now - engine.election.heard_at_s
+        joins = self._is_joining()
+        if joins and now >= self._next_join_s and silence_s >= self._config.join_retry_s:
             self._next_join_s = now + self._config.join_retry_s
             self._node.spawn("join", self._ask_to_join)
-        if now - engine.election.heard_at_s < self._config.doubt_s or engine.kernel.leads():
+        if silence_s < self._config.doubt_s or engine.kernel.leads():
             self._said_removed = 0
-        elif now >= self._next_doubt_s and engine.wal.last_index > 1 and engine.kernel.others():
+        elif now >= self._next_doubt_s and not joins and engine.kernel.others():
             self._next_doubt_s = now + self._config.doubt_s
             self._node.spawn("doubt", self._ask_whether_removed)
 
+    def _is_joining(self) -> bool:
+        """It was promised membership and has not got it. Whoever taught it may be dead, or may have given up, so
+        that nobody remembers the promise: until it is a member it must ask again."""
+        engine = self._node.running()
+        if not engine.kernel.others():
+            return False
+        never_counted = engine.is_newcomer() or (self._began_empty and not engine.is_member())
+        return never_counted or engine.wal.last_index <= 1
+
     async def _ask_to_join(self) -> None:
-        """It was promised membership and waits for the leader's first entry."""
         for each in self._others():
             with contextlib.suppress(SwarmError):
                 await self._transport.request_join(each.addr, self._me, PROBE_TIMEOUT_S)

@@ -239,6 +239,10 @@ class Wal(Journal):  # type: ignore[misc]  # pysyncobj has no types
             ((operation, name) for index, operation, name in self._changes if up_to is None or index <= up_to),
         )
 
+    def removes(self, name: MemberId) -> bool:
+        """Whether the log, as far as it is in memory, holds the removal of this member."""
+        return any((operation, gone) == ("rem", name) for _, operation, gone in self._changes)
+
     def last_change(self) -> int:
         """Index of the newest change of members in the log; 0 if none."""
         return self._changes[-1][0] if self._changes else 0
