@@ -164,14 +164,8 @@ class Engine:
 
     def best_successor(self) -> MemberId | None:
         """A member that is up and has the whole log."""
-        return next(
-            (
-                name
-                for name in self.kernel.others()
-                if node_id_of(name) in self._up and self.kernel.match(name) == self.wal.last_index
-            ),
-            None,
-        )
+        up = (name for name in self.kernel.others() if node_id_of(name) in self._up)
+        return next((name for name in up if self.kernel.match(name) == self.wal.last_index), None)
 
     def not_leading(self) -> NoLeader:
         leader = self.leader()
@@ -252,8 +246,7 @@ class Engine:
         return bool(self._full)
 
     def _window_open(self, name: MemberId) -> bool:
-        node_id = node_id_of(name)
-        return self._outbox.queued_bytes(node_id) < SEND_WINDOW_BYTES
+        return self._outbox.queued_bytes(node_id_of(name)) < SEND_WINDOW_BYTES
 
     def _connect(self) -> None:
         """The kernel replicates to members that are up and whose window is open, while it leads."""

@@ -314,9 +314,11 @@ class World:
         if leader is None:
             return False
         if self.net.member(name) not in leader.members():
+            if not leader.may_change_members():
+                return False  # not decided yet: it may come to nothing
             self._lost.discard(name)
             self._rotten.discard(name)
-            if self.net.engines.get(name) is not None and leader.may_change_members():
+            if name in self.net.engines:
                 self.net.crash(name)
             return True
         others = [member.node_id for member in leader.members() if member.node_id != name]
