@@ -27,7 +27,7 @@ from proto.control_pb2_grpc import add_ControlServicer_to_server
 from proto.join_pb2_grpc import add_CertificatesServicer_to_server, add_JoinServicer_to_server
 from proto.local_pb2 import Bootstrap, KeepUnlockKeyRequest
 from proto.local_pb2_grpc import LocalStub
-from proto.objects_pb2 import Network
+from proto.objects_pb2 import MANAGER, Network
 from swarm import recovery
 from swarm.api.control import ControlService
 from swarm.api.join import CertificatesService, JoinService
@@ -80,6 +80,7 @@ class Manager:
             disk=self._disk,
             machine=self._store,
             transport=self._transport,
+            may_join=self._may_join,
         )
         self._autolock = Autolock(self._store, key, self._tell_agent)
         self._writer = Writer(self._consensus, time.time)
@@ -160,6 +161,10 @@ class Manager:
                 log.debug("the agent does not hear of the unlock key", reason=error.details())
                 return False
         return True
+
+    def _may_join(self, node_id: str) -> bool:
+        node = self._store.nodes.get(node_id)
+        return node is not None and node.spec.desired_role == MANAGER
 
     def _is_blocked(self, node_id: str) -> bool:
         cluster = self._store.cluster

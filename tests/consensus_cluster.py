@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -96,6 +96,7 @@ class Manager:
         self.directory = directory / node_id
         self.config = config
         self.machine = ListMachine()
+        self.may_join: Callable[[str], bool] = lambda _: True
 
     def open_channel(self, addr: str) -> grpc.aio.Channel:
         channel = grpc.aio.insecure_channel(addr, options=[("grpc.use_local_subchannel_pool", 1)])
@@ -128,6 +129,7 @@ class Manager:
             transport=self.transport,
             config=self.config,
             fatal=die,
+            may_join=self.may_join,
         )
         await self.node.start()
 

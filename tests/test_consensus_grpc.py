@@ -159,6 +159,24 @@ async def test_joining_through_a_follower_and_leaving(make: Make, tmp_path: Path
     await _write([leader, follower], b"y")
 
 
+async def test_a_node_that_is_not_to_be_a_manager_is_not_admitted(tmp_path: Path) -> None:
+    """Its certificate still says manager, but the state does not."""
+    leader = Manager("m0", tmp_path)
+    leader.may_join = {"wanted"}.__contains__
+    await leader.found()
+    for node_id, fits in (("unwanted", False), ("wanted", True)):
+        newcomer = Manager(node_id, tmp_path)
+        await newcomer.listen()
+        if fits:
+            assert await ask_to_join(newcomer.open_channel, leader.me.addr, newcomer.me, 5)
+        else:
+            with pytest.raises(Denied, match="promote it first"):
+                await ask_to_join(newcomer.open_channel, leader.me.addr, newcomer.me, 5)
+        await newcomer.transport.close()
+        await newcomer.server.stop(0)
+    await leader.kill()
+
+
 async def test_a_removed_manager_is_told_and_disturbs_nobody(make: Make) -> None:
     managers = await make(3, replace(DEFAULTS, doubt_s=0.5))
     leader = await _leader(managers)

@@ -14,7 +14,7 @@ from swarm.consensus.futures import answer, settle
 from swarm.consensus.interface import Member
 from swarm.consensus.membership import member_id
 from swarm.consensus.transport import FrameTransport
-from swarm.errors import Busy, Invalid, NoLeader
+from swarm.errors import Busy, Denied, Invalid, NoLeader
 
 if TYPE_CHECKING:
     from swarm.consensus.raft import RaftNode
@@ -29,13 +29,21 @@ log = structlog.get_logger()
 
 
 class MemberChanges:
-    """`clock`: monotonic, s."""
+    """`clock`: monotonic, s. `may_join`: whether the state wants this node as a manager."""
 
-    def __init__(self, node: RaftNode, me: Member, transport: FrameTransport, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        node: RaftNode,
+        me: Member,
+        transport: FrameTransport,
+        clock: Callable[[], float],
+        may_join: Callable[[str], bool],
+    ) -> None:
         self._node = node
         self._me = me
         self._transport = transport
         self._clock = clock
+        self._may_join = may_join
         self._lock = asyncio.Lock()
 
     async def add(self, member: Member, timeout_s: float) -> None:
@@ -171,6 +179,8 @@ class MemberChanges:
         engine = self._node.running()
         if not engine.is_leader():
             raise engine.not_leading()
+        if not self._may_join(member.node_id):
+            raise Denied(f"node {member.node_id} is not to be a manager: promote it first (`pyswarm node promote`)")
         reply = await self._transport.probe(member.addr, PROBE_TIMEOUT_S)
         if reply.node_id != member.node_id:
             raise Invalid(f"at {member.addr} answers manager {reply.node_id}, not {member.node_id}")

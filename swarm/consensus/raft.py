@@ -41,7 +41,8 @@ log = structlog.get_logger()
 class RaftNode:
     """Implements `interface.Consensus`. `members` is read only when `disk` is empty: `[me]` founds a cluster,
     what `ask_to_join` returned joins one; afterwards the log knows. Raises Damaged from `start`.
-    `fatal` ends the process when its disk or its state cannot be trusted."""
+    `may_join`: whether the state wants this node (ID) as a manager. `fatal` ends the process when its disk or its
+    state cannot be trusted."""
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class RaftNode:
         clock: Callable[[], float] = time.monotonic,
         randomness: Callable[[], float] = random.random,
         fatal: Fatal = exit_process,
+        may_join: Callable[[str], bool] = lambda _: True,
     ) -> None:
         self._me = me
         self._first_members = tuple(members)
@@ -72,7 +74,7 @@ class RaftNode:
         self._was_leader = False
         self._callbacks: list[Callable[[bool], None]] = []
         self._watchers: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
-        self._changes = MemberChanges(self, me, transport, clock)
+        self._changes = MemberChanges(self, me, transport, clock, may_join)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._next_disk_check_s = 0.0
 
