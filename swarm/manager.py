@@ -22,6 +22,7 @@ from typing import Any
 
 import grpc.aio
 import structlog
+import uvloop
 
 from proto.control_pb2_grpc import add_ControlServicer_to_server
 from proto.join_pb2_grpc import add_CertificatesServicer_to_server, add_JoinServicer_to_server
@@ -266,8 +267,8 @@ def main() -> None:
     if lock is None:
         log.error("another manager process runs", run_dir=str(options.run_dir))
         sys.exit(1)
-    with contextlib.closing(lock):
-        sys.exit(asyncio.run(_main(HostPaths(options.state_dir, options.run_dir))))
+    with contextlib.closing(lock), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        sys.exit(runner.run(_main(HostPaths(options.state_dir, options.run_dir))))
 
 
 if __name__ == "__main__":

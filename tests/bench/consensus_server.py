@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import uvloop
 
 from swarm.consensus.disk import Directory
 from swarm.consensus.faults import exit_process
@@ -242,14 +243,15 @@ if __name__ == "__main__":
         ),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    run = asyncio.Runner(loop_factory=uvloop.new_event_loop).run  # as a manager
     main = _main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
     if len(sys.argv) > 4:
         profile = cProfile.Profile()
         profile.enable()
         try:
-            asyncio.run(main)
+            run(main)
         finally:
             profile.disable()
             profile.dump_stats(sys.argv[4])
     else:
-        asyncio.run(main)
+        run(main)
