@@ -44,11 +44,11 @@ def removal_refusal(store: Store, network: Network) -> str | None:
     for service in store.services:
         if not service.pending_delete and any(c.network_id == network.id for c in service.spec.task.networks):
             return f"network {name} is in use by service {service.spec.annotations.name}: remove or update it first"
-    for task in store.tasks:
+    for task in store.tasks.where("network", network.id):
         owner = store.services.get(task.service_id)
         if owner is not None and owner.pending_delete:
             continue
-        if not has_stopped(task) and any(attachment.network_id == network.id for attachment in task.networks):
+        if not has_stopped(task):
             return f"network {name} is in use by task {task.id}: wait until it has stopped"
     return None
 
@@ -95,6 +95,6 @@ async def remove(backend: Backend, ref: str, request_id: str) -> RemoveReply:
         return (Update(marked),)
 
     await backend.commit(decide, request_id)
-    if not any(network_id in {a.network_id for a in task.networks} for task in store.tasks):
+    if not store.tasks.count("network", network_id):
         await backend.until(lambda: network_id not in store.networks, GONE_WAIT_S)
     return RemoveReply(id=network_id)
