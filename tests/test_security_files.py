@@ -114,6 +114,17 @@ def test_every_damaged_byte_of_a_sealed_private_key_is_noticed(tmp_path: Path) -
             files.read_pair(tmp_path, SEAL)
 
 
+def test_another_spelling_of_the_same_sealed_bytes_is_damage_too(tmp_path: Path) -> None:
+    """Base64 leaves bits of its last character unused: "0=" and "1=" are the same byte."""
+    files.write_pair(tmp_path, pair(MANAGER), SEAL)
+    path = tmp_path / files.KEY_FILE
+    body, pad, rest = path.read_bytes().partition(b"=")
+    alphabet = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    path.write_bytes(body[:-1] + bytes([alphabet[alphabet.index(body[-1]) + 1]]) + pad + rest)
+    with pytest.raises(Invalid, match="damaged"):
+        files.read_pair(tmp_path, SEAL)
+
+
 async def test_the_private_key_is_sealed_opened_and_found_by_a_process_that_did_not_know(tmp_path: Path) -> None:
     files.write_pair(tmp_path, pair(MANAGER))
     seals = {"agent": files.Seal(SEAL.key), "late": files.OPEN}
