@@ -125,6 +125,7 @@ class Session:
             else:
                 addr = follow or queue.pop()
                 ended = await self._attempt(addr)
+                _end_if_cancelled()
                 reason = f"{addr}: {ended.reason}"
             if reason != last_reason:
                 log.info("no session with the managers", reason=reason, leader=ended.leader_addr)
@@ -269,6 +270,14 @@ class Session:
         if hello != self._said_hello:
             self._said_hello = hello
             await _send(stream, AgentMessage(hello=hello))
+
+
+def _end_if_cancelled() -> None:
+    """gRPC loses a cancellation that arrives while a call is being set up, and raises the call's own failure instead:
+    without this the agent would go on with its next attempt, and a stop would wait for ever."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 async def _send(stream: Stream, message: AgentMessage) -> None:

@@ -3,6 +3,7 @@ through all of it no container is touched."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -184,3 +185,21 @@ async def test_a_remote_change_reaches_the_kernel_and_the_names(host: Host, mana
     await until(lambda: [t.address for t in host.names.pictures[-1].networks[0].tasks] == ["10.0.1.3"])
     manager.withdraw("endpoint/net1/t2")
     await until(lambda: not host.network.state.endpoints)
+
+
+@pytest.mark.parametrize("turns", range(0, 40, 2))
+async def test_an_agent_that_ends_at_any_turn_of_a_refused_call_ends_at_once(
+    host: Host, managers: list[Manager], turns: int
+) -> None:
+    """gRPC loses about one cancellation of a hundred here: then the agent went on with its next attempt."""
+    follower = managers[0]
+    follower.leads = False
+    for _ in range(5):
+        calls = follower.calls
+        host.run(follower.addr)
+        while follower.calls == calls:
+            await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            await host.abandon()
