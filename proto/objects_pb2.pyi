@@ -281,24 +281,68 @@ class Resources(_message.Message):
     NANO_CPUS_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     PIDS_FIELD_NUMBER: _builtins.int
+    GENERIC_FIELD_NUMBER: _builtins.int
+    MEMORY_SWAP_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_SWAPPINESS_FIELD_NUMBER: _builtins.int
     nano_cpus: _builtins.int
     memory_bytes: _builtins.int
     pids: _builtins.int
     """limits only"""
+    memory_swap_bytes: _builtins.int
+    """limits only: memory and swap together; -1 = unlimited, 0 = the default"""
+    memory_swappiness: _builtins.int
+    """limits only: 0..100"""
+    @_builtins.property
+    def generic(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenericResource]: ...
     def __init__(
         self,
         *,
         nano_cpus: _builtins.int = ...,
         memory_bytes: _builtins.int = ...,
         pids: _builtins.int = ...,
+        generic: _abc.Iterable[Global___GenericResource] | None = ...,
+        memory_swap_bytes: _builtins.int = ...,
+        memory_swappiness: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_memory_swappiness", b"_memory_swappiness", "memory_swappiness", b"memory_swappiness"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_memory_swappiness", b"_memory_swappiness", "generic", b"generic", "memory_bytes", b"memory_bytes", "memory_swap_bytes", b"memory_swap_bytes", "memory_swappiness", b"memory_swappiness", "nano_cpus", b"nano_cpus", "pids", b"pids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__memory_swappiness: _TypeAlias = _typing.Literal["memory_swappiness"]  # noqa: Y015
+    _WhichOneofArgType__memory_swappiness: _TypeAlias = _typing.Literal["_memory_swappiness", b"_memory_swappiness"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_swappiness) -> _WhichOneofReturnType__memory_swappiness | None: ...
+
+Global___Resources: _TypeAlias = Resources  # noqa: Y015
+
+@_typing.final
+class GenericResource(_message.Message):
+    """Something countable or named that a node has and tasks reserve: GPUs, licences, devices."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """"gpu" """
+    count: _builtins.int
+    """discrete; of a named one always 1"""
+    id: _builtins.str
+    """named: which one ("UUID1"); "" = discrete"""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        count: _builtins.int = ...,
+        id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_bytes", b"memory_bytes", "nano_cpus", b"nano_cpus", "pids", b"pids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "id", b"id", "kind", b"kind"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Resources: _TypeAlias = Resources  # noqa: Y015
+Global___GenericResource: _TypeAlias = GenericResource  # noqa: Y015
 
 @_typing.final
 class ResourceRequirements(_message.Message):
@@ -413,6 +457,7 @@ class Mount(_message.Message):
     TMPFS_SIZE_BYTES_FIELD_NUMBER: _builtins.int
     TMPFS_MODE_FIELD_NUMBER: _builtins.int
     NO_COPY_FIELD_NUMBER: _builtins.int
+    PER_SLOT_FIELD_NUMBER: _builtins.int
     type: Global___Mount.Type.ValueType
     source: _builtins.str
     """BIND: host path; VOLUME: its name ("" = anonymous)"""
@@ -425,6 +470,8 @@ class Mount(_message.Message):
     """0 = 01777"""
     no_copy: _builtins.bool
     """VOLUME: do not fill a new volume from the image"""
+    per_slot: _builtins.bool
+    """VOLUME: each slot has its own, named <source>.<slot> (--volume-per-slot)"""
     def __init__(
         self,
         *,
@@ -436,10 +483,11 @@ class Mount(_message.Message):
         tmpfs_size_bytes: _builtins.int = ...,
         tmpfs_mode: _builtins.int = ...,
         no_copy: _builtins.bool = ...,
+        per_slot: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["no_copy", b"no_copy", "propagation", b"propagation", "read_only", b"read_only", "source", b"source", "target", b"target", "tmpfs_mode", b"tmpfs_mode", "tmpfs_size_bytes", b"tmpfs_size_bytes", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["no_copy", b"no_copy", "per_slot", b"per_slot", "propagation", b"propagation", "read_only", b"read_only", "source", b"source", "target", b"target", "tmpfs_mode", b"tmpfs_mode", "tmpfs_size_bytes", b"tmpfs_size_bytes", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -469,6 +517,70 @@ class Ulimit(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Ulimit: _TypeAlias = Ulimit  # noqa: Y015
+
+@_typing.final
+class HealthConfig(_message.Message):
+    """How the node asks whether a container serves. Durations left at 0 have Docker's defaults (node/health.py)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEST_FIELD_NUMBER: _builtins.int
+    INTERVAL_S_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    START_PERIOD_S_FIELD_NUMBER: _builtins.int
+    START_INTERVAL_S_FIELD_NUMBER: _builtins.int
+    RETRIES_FIELD_NUMBER: _builtins.int
+    interval_s: _builtins.float
+    timeout_s: _builtins.float
+    start_period_s: _builtins.float
+    start_interval_s: _builtins.float
+    retries: _builtins.int
+    @_builtins.property
+    def test(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """["CMD", "curl", ...] | ["CMD-SHELL", "..."] | ["NONE"]; empty = the image's"""
+
+    def __init__(
+        self,
+        *,
+        test: _abc.Iterable[_builtins.str] | None = ...,
+        interval_s: _builtins.float = ...,
+        timeout_s: _builtins.float = ...,
+        start_period_s: _builtins.float = ...,
+        start_interval_s: _builtins.float = ...,
+        retries: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval_s", b"interval_s", "retries", b"retries", "start_interval_s", b"start_interval_s", "start_period_s", b"start_period_s", "test", b"test", "timeout_s", b"timeout_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HealthConfig: _TypeAlias = HealthConfig  # noqa: Y015
+
+@_typing.final
+class Device(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_PATH_FIELD_NUMBER: _builtins.int
+    CONTAINER_PATH_FIELD_NUMBER: _builtins.int
+    PERMISSIONS_FIELD_NUMBER: _builtins.int
+    host_path: _builtins.str
+    container_path: _builtins.str
+    permissions: _builtins.str
+    def __init__(
+        self,
+        *,
+        host_path: _builtins.str = ...,
+        container_path: _builtins.str = ...,
+        permissions: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_path", b"container_path", "host_path", b"host_path", "permissions", b"permissions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Device: _TypeAlias = Device  # noqa: Y015
 
 @_typing.final
 class ContainerSpec(_message.Message):
@@ -539,6 +651,8 @@ class ContainerSpec(_message.Message):
     DNS_OPTIONS_FIELD_NUMBER: _builtins.int
     OOM_SCORE_ADJ_FIELD_NUMBER: _builtins.int
     REGISTRY_AUTH_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """as given, or with @sha256:... once resolved"""
     hostname: _builtins.str
@@ -590,6 +704,10 @@ class ContainerSpec(_message.Message):
     def dns_search(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def dns_options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def health(self) -> Global___HealthConfig: ...
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]: ...
     def __init__(
         self,
         *,
@@ -618,10 +736,12 @@ class ContainerSpec(_message.Message):
         dns_options: _abc.Iterable[_builtins.str] | None = ...,
         oom_score_adj: _builtins.int = ...,
         registry_auth: _builtins.str = ...,
+        health: Global___HealthConfig | None = ...,
+        devices: _abc.Iterable[Global___Device] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_init", b"_init", "_stop_grace_period_s", b"_stop_grace_period_s", "init", b"init", "stop_grace_period_s", b"stop_grace_period_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_init", b"_init", "_stop_grace_period_s", b"_stop_grace_period_s", "health", b"health", "init", b"init", "stop_grace_period_s", b"stop_grace_period_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_init", b"_init", "_stop_grace_period_s", b"_stop_grace_period_s", "args", b"args", "capability_add", b"capability_add", "capability_drop", b"capability_drop", "command", b"command", "dir", b"dir", "dns_nameservers", b"dns_nameservers", "dns_options", b"dns_options", "dns_search", b"dns_search", "env", b"env", "groups", b"groups", "hostname", b"hostname", "hosts", b"hosts", "image", b"image", "init", b"init", "labels", b"labels", "mounts", b"mounts", "oom_score_adj", b"oom_score_adj", "read_only", b"read_only", "registry_auth", b"registry_auth", "stop_grace_period_s", b"stop_grace_period_s", "stop_signal", b"stop_signal", "sysctls", b"sysctls", "tty", b"tty", "ulimits", b"ulimits", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_init", b"_init", "_stop_grace_period_s", b"_stop_grace_period_s", "args", b"args", "capability_add", b"capability_add", "capability_drop", b"capability_drop", "command", b"command", "devices", b"devices", "dir", b"dir", "dns_nameservers", b"dns_nameservers", "dns_options", b"dns_options", "dns_search", b"dns_search", "env", b"env", "groups", b"groups", "health", b"health", "hostname", b"hostname", "hosts", b"hosts", "image", b"image", "init", b"init", "labels", b"labels", "mounts", b"mounts", "oom_score_adj", b"oom_score_adj", "read_only", b"read_only", "registry_auth", b"registry_auth", "stop_grace_period_s", b"stop_grace_period_s", "stop_signal", b"stop_signal", "sysctls", b"sysctls", "tty", b"tty", "ulimits", b"ulimits", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__init: _TypeAlias = _typing.Literal["init"]  # noqa: Y015
     _WhichOneofArgType__init: _TypeAlias = _typing.Literal["_init", b"_init"]  # noqa: Y015
@@ -769,6 +889,7 @@ class TaskStatus(_message.Message):
     EXIT_CODE_FIELD_NUMBER: _builtins.int
     CONTAINER_ID_FIELD_NUMBER: _builtins.int
     APPLIED_AT_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
     state: Global___TaskState.ValueType
     timestamp: _builtins.float
     """the writer's clock"""
@@ -779,6 +900,8 @@ class TaskStatus(_message.Message):
     container_id: _builtins.str
     applied_at: _builtins.float
     """the leader's clock when it was stored"""
+    health: _builtins.str
+    """"" = no check | starting | healthy | unhealthy"""
     def __init__(
         self,
         *,
@@ -790,10 +913,11 @@ class TaskStatus(_message.Message):
         exit_code: _builtins.int = ...,
         container_id: _builtins.str = ...,
         applied_at: _builtins.float = ...,
+        health: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_at", b"applied_at", "container_id", b"container_id", "err", b"err", "exit_code", b"exit_code", "message", b"message", "pid", b"pid", "state", b"state", "timestamp", b"timestamp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_at", b"applied_at", "container_id", b"container_id", "err", b"err", "exit_code", b"exit_code", "health", b"health", "message", b"message", "pid", b"pid", "state", b"state", "timestamp", b"timestamp"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -844,6 +968,9 @@ class Task(_message.Message):
     ENDPOINT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     RUNNING_AT_FIELD_NUMBER: _builtins.int
+    JOB_ITERATION_FIELD_NUMBER: _builtins.int
+    ASSIGNED_GENERIC_FIELD_NUMBER: _builtins.int
+    PLACEMENT_REASON_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     spec_version: _builtins.int
     """Service.spec_version it was made from"""
@@ -857,6 +984,10 @@ class Task(_message.Message):
     """why this task exists or was moved: one line for people"""
     running_at: _builtins.float
     """when it was first seen RUNNING; kept only while its service is being updated"""
+    job_iteration: _builtins.int
+    """jobs: Service.job_status.iteration it belongs to"""
+    placement_reason: _builtins.str
+    """why this node: one line for people, written by the scheduler"""
     @_builtins.property
     def meta(self) -> Global___Meta: ...
     @_builtins.property
@@ -872,6 +1003,10 @@ class Task(_message.Message):
     @_builtins.property
     def endpoint(self) -> Global___EndpointSpec:
         """published ports, with numbers chosen"""
+
+    @_builtins.property
+    def assigned_generic(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenericResource]:
+        """chosen by the scheduler from what the node has"""
 
     def __init__(
         self,
@@ -890,12 +1025,17 @@ class Task(_message.Message):
         endpoint: Global___EndpointSpec | None = ...,
         reason: _builtins.str = ...,
         running_at: _builtins.float = ...,
+        job_iteration: _builtins.int | None = ...,
+        assigned_generic: _abc.Iterable[Global___GenericResource] | None = ...,
+        placement_reason: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "meta", b"meta", "service_annotations", b"service_annotations", "spec", b"spec", "status", b"status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_job_iteration", b"_job_iteration", "endpoint", b"endpoint", "job_iteration", b"job_iteration", "meta", b"meta", "service_annotations", b"service_annotations", "spec", b"spec", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_state", b"desired_state", "endpoint", b"endpoint", "id", b"id", "meta", b"meta", "networks", b"networks", "node_id", b"node_id", "reason", b"reason", "running_at", b"running_at", "service_annotations", b"service_annotations", "service_id", b"service_id", "slot", b"slot", "spec", b"spec", "spec_version", b"spec_version", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_job_iteration", b"_job_iteration", "assigned_generic", b"assigned_generic", "desired_state", b"desired_state", "endpoint", b"endpoint", "id", b"id", "job_iteration", b"job_iteration", "meta", b"meta", "networks", b"networks", "node_id", b"node_id", "placement_reason", b"placement_reason", "reason", b"reason", "running_at", b"running_at", "service_annotations", b"service_annotations", "service_id", b"service_id", "slot", b"slot", "spec", b"spec", "spec_version", b"spec_version", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__job_iteration: _TypeAlias = _typing.Literal["job_iteration"]  # noqa: Y015
+    _WhichOneofArgType__job_iteration: _TypeAlias = _typing.Literal["_job_iteration", b"_job_iteration"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__job_iteration) -> _WhichOneofReturnType__job_iteration | None: ...
 
 Global___Task: _TypeAlias = Task  # noqa: Y015
 
@@ -1038,6 +1178,44 @@ class Global(_message.Message):
 Global___Global: _TypeAlias = Global  # noqa: Y015
 
 @_typing.final
+class ReplicatedJob(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_CONCURRENT_FIELD_NUMBER: _builtins.int
+    TOTAL_COMPLETIONS_FIELD_NUMBER: _builtins.int
+    max_concurrent: _builtins.int
+    """0 = as many as completions are wanted"""
+    total_completions: _builtins.int
+    def __init__(
+        self,
+        *,
+        max_concurrent: _builtins.int = ...,
+        total_completions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_concurrent", b"max_concurrent", "total_completions", b"total_completions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicatedJob: _TypeAlias = ReplicatedJob  # noqa: Y015
+
+@_typing.final
+class GlobalJob(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GlobalJob: _TypeAlias = GlobalJob  # noqa: Y015
+
+@_typing.final
 class UpdateConfig(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1047,6 +1225,7 @@ class UpdateConfig(_message.Message):
     MONITOR_S_FIELD_NUMBER: _builtins.int
     MAX_FAILURE_RATIO_FIELD_NUMBER: _builtins.int
     ORDER_FIELD_NUMBER: _builtins.int
+    PROGRESS_DEADLINE_S_FIELD_NUMBER: _builtins.int
     parallelism: _builtins.int
     """default 1; 0 = all at once"""
     delay_s: _builtins.float
@@ -1055,6 +1234,8 @@ class UpdateConfig(_message.Message):
     """default 5"""
     max_failure_ratio: _builtins.float
     order: Global___UpdateOrder.ValueType
+    progress_deadline_s: _builtins.float
+    """no slot done for so long fails the update; 0 = the default, negative = never"""
     def __init__(
         self,
         *,
@@ -1064,10 +1245,11 @@ class UpdateConfig(_message.Message):
         monitor_s: _builtins.float | None = ...,
         max_failure_ratio: _builtins.float = ...,
         order: Global___UpdateOrder.ValueType = ...,
+        progress_deadline_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_monitor_s", b"_monitor_s", "_parallelism", b"_parallelism", "monitor_s", b"monitor_s", "parallelism", b"parallelism"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_monitor_s", b"_monitor_s", "_parallelism", b"_parallelism", "delay_s", b"delay_s", "failure_action", b"failure_action", "max_failure_ratio", b"max_failure_ratio", "monitor_s", b"monitor_s", "order", b"order", "parallelism", b"parallelism"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_monitor_s", b"_monitor_s", "_parallelism", b"_parallelism", "delay_s", b"delay_s", "failure_action", b"failure_action", "max_failure_ratio", b"max_failure_ratio", "monitor_s", b"monitor_s", "order", b"order", "parallelism", b"parallelism", "progress_deadline_s", b"progress_deadline_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__monitor_s: _TypeAlias = _typing.Literal["monitor_s"]  # noqa: Y015
     _WhichOneofArgType__monitor_s: _TypeAlias = _typing.Literal["_monitor_s", b"_monitor_s"]  # noqa: Y015
@@ -1088,15 +1270,24 @@ class ServiceSpec(_message.Message):
     TASK_FIELD_NUMBER: _builtins.int
     REPLICATED_FIELD_NUMBER: _builtins.int
     GLOBAL_FIELD_NUMBER: _builtins.int
+    REPLICATED_JOB_FIELD_NUMBER: _builtins.int
+    GLOBAL_JOB_FIELD_NUMBER: _builtins.int
     UPDATE_FIELD_NUMBER: _builtins.int
     ROLLBACK_FIELD_NUMBER: _builtins.int
     ENDPOINT_FIELD_NUMBER: _builtins.int
+    MAX_UNAVAILABLE_FIELD_NUMBER: _builtins.int
+    max_unavailable: _builtins.int
+    """tasks that drains and rebalancing may take away at once; 0 = 1"""
     @_builtins.property
     def annotations(self) -> Global___Annotations: ...
     @_builtins.property
     def task(self) -> Global___TaskSpec: ...
     @_builtins.property
     def replicated(self) -> Global___Replicated: ...
+    @_builtins.property
+    def replicated_job(self) -> Global___ReplicatedJob: ...
+    @_builtins.property
+    def global_job(self) -> Global___GlobalJob: ...
     @_builtins.property
     def update(self) -> Global___UpdateConfig: ...
     @_builtins.property
@@ -1109,15 +1300,18 @@ class ServiceSpec(_message.Message):
         annotations: Global___Annotations | None = ...,
         task: Global___TaskSpec | None = ...,
         replicated: Global___Replicated | None = ...,
+        replicated_job: Global___ReplicatedJob | None = ...,
+        global_job: Global___GlobalJob | None = ...,
         update: Global___UpdateConfig | None = ...,
         rollback: Global___UpdateConfig | None = ...,
         endpoint: Global___EndpointSpec | None = ...,
+        max_unavailable: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "endpoint", b"endpoint", "global", b"global", "mode", b"mode", "replicated", b"replicated", "rollback", b"rollback", "task", b"task", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "endpoint", b"endpoint", "global", b"global", "global_job", b"global_job", "mode", b"mode", "replicated", b"replicated", "replicated_job", b"replicated_job", "rollback", b"rollback", "task", b"task", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "endpoint", b"endpoint", "global", b"global", "mode", b"mode", "replicated", b"replicated", "rollback", b"rollback", "task", b"task", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "endpoint", b"endpoint", "global", b"global", "global_job", b"global_job", "max_unavailable", b"max_unavailable", "mode", b"mode", "replicated", b"replicated", "replicated_job", b"replicated_job", "rollback", b"rollback", "task", b"task", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_mode: _TypeAlias = _typing.Literal["replicated", "global"]  # noqa: Y015
+    _WhichOneofReturnType_mode: _TypeAlias = _typing.Literal["replicated", "global", "replicated_job", "global_job"]  # noqa: Y015
     _WhichOneofArgType_mode: _TypeAlias = _typing.Literal["mode", b"mode"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_mode) -> _WhichOneofReturnType_mode | None: ...
 
@@ -1183,6 +1377,30 @@ class UpdateStatus(_message.Message):
 Global___UpdateStatus: _TypeAlias = UpdateStatus  # noqa: Y015
 
 @_typing.final
+class JobStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITERATION_FIELD_NUMBER: _builtins.int
+    LAST_EXECUTION_FIELD_NUMBER: _builtins.int
+    iteration: _builtins.int
+    """raised by every update of the service's spec"""
+    last_execution: _builtins.float
+    """Unix s when this iteration began"""
+    def __init__(
+        self,
+        *,
+        iteration: _builtins.int = ...,
+        last_execution: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "last_execution", b"last_execution"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobStatus: _TypeAlias = JobStatus  # noqa: Y015
+
+@_typing.final
 class Service(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1196,6 +1414,7 @@ class Service(_message.Message):
     UPDATE_STATUS_FIELD_NUMBER: _builtins.int
     PENDING_DELETE_FIELD_NUMBER: _builtins.int
     ALLOCATION_ERROR_FIELD_NUMBER: _builtins.int
+    JOB_STATUS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     spec_version: _builtins.int
     """moves only when the spec changes"""
@@ -1218,6 +1437,8 @@ class Service(_message.Message):
 
     @_builtins.property
     def update_status(self) -> Global___UpdateStatus: ...
+    @_builtins.property
+    def job_status(self) -> Global___JobStatus: ...
     def __init__(
         self,
         *,
@@ -1231,10 +1452,11 @@ class Service(_message.Message):
         update_status: Global___UpdateStatus | None = ...,
         pending_delete: _builtins.bool = ...,
         allocation_error: _builtins.str = ...,
+        job_status: Global___JobStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "meta", b"meta", "previous_spec", b"previous_spec", "spec", b"spec", "update_status", b"update_status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "job_status", b"job_status", "meta", b"meta", "previous_spec", b"previous_spec", "spec", b"spec", "update_status", b"update_status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation_error", b"allocation_error", "endpoint", b"endpoint", "id", b"id", "meta", b"meta", "pending_delete", b"pending_delete", "previous_spec", b"previous_spec", "previous_spec_version", b"previous_spec_version", "spec", b"spec", "spec_version", b"spec_version", "update_status", b"update_status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation_error", b"allocation_error", "endpoint", b"endpoint", "id", b"id", "job_status", b"job_status", "meta", b"meta", "pending_delete", b"pending_delete", "previous_spec", b"previous_spec", "previous_spec_version", b"previous_spec_version", "spec", b"spec", "spec_version", b"spec_version", "update_status", b"update_status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1430,6 +1652,7 @@ class NodeDescription(_message.Message):
     RESOURCES_FIELD_NUMBER: _builtins.int
     ENGINE_VERSION_FIELD_NUMBER: _builtins.int
     ENGINE_LABELS_FIELD_NUMBER: _builtins.int
+    GENERIC_FIELD_NUMBER: _builtins.int
     UNDERLAY_SUBNETS_FIELD_NUMBER: _builtins.int
     hostname: _builtins.str
     engine_version: _builtins.str
@@ -1442,6 +1665,10 @@ class NodeDescription(_message.Message):
     @_builtins.property
     def engine_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
+    def generic(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenericResource]:
+        """what tasks may reserve (--generic-resource of the daemon)"""
+
+    @_builtins.property
     def underlay_subnets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"192.168.99.11/24": overlays must not overlap these"""
 
@@ -1453,11 +1680,12 @@ class NodeDescription(_message.Message):
         resources: Global___Resources | None = ...,
         engine_version: _builtins.str = ...,
         engine_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        generic: _abc.Iterable[Global___GenericResource] | None = ...,
         underlay_subnets: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["platform", b"platform", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_labels", b"engine_labels", "engine_version", b"engine_version", "hostname", b"hostname", "platform", b"platform", "resources", b"resources", "underlay_subnets", b"underlay_subnets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_labels", b"engine_labels", "engine_version", b"engine_version", "generic", b"generic", "hostname", b"hostname", "platform", b"platform", "resources", b"resources", "underlay_subnets", b"underlay_subnets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
