@@ -5,9 +5,13 @@ from __future__ import annotations
 import random
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
 
+from tests.sim.swarm import Size, Swarm, Trouble
 from tests.sim.world import Faults, World
+
+T = TypeVar("T", Faults, Trouble)
 
 SCENARIOS: dict[str, tuple[int, Faults]] = {
     # name: members, faults
@@ -37,6 +41,16 @@ _MIXED = Faults(
 )
 SCENARIOS["mixed"] = (5, _MIXED)
 
+_TROUBLE = Trouble(
+    manager_crash=0.05, manager_cut=0.05, host_off=0.1, agent_kill=0.1, host_cut=0.1, container_fault=0.03
+)
+SWARMS: dict[str, tuple[Size, Trouble]] = {
+    # whole clusters: managers, hosts, services
+    "swarm-small": (Size(managers=3, hosts=10, services=8, faults_s=15.0, wishes_per_s=2.0), _TROUBLE),
+    "swarm": (Size(managers=3, hosts=50, services=25, faults_s=30.0, wishes_per_s=2.0), _TROUBLE),
+    "swarm-large": (Size(managers=5, hosts=1000, services=1000, faults_s=60.0, wishes_per_s=20.0), _TROUBLE),
+}
+
 
 @dataclass
 class Result:
@@ -48,18 +62,26 @@ class Result:
     summary: str = ""
 
 
-def _drawn(seed: int) -> tuple[int, Faults]:
+def _drawn(seed: int, chances: T) -> T:
     """Of each fault none, little or much: if all were always there, some would hide what others bring about
     (Groce et al., "Swarm testing", 2012)."""
     chance = random.Random(f"mixture {seed}")
-    size, faults = SCENARIOS["mixed"]
-    drawn = {each.name: getattr(faults, each.name) * chance.choice((0, 0, 1, 1, 3)) for each in fields(faults)}
-    return chance.choice((3, size)), Faults(**drawn)
+    drawn = {each.name: getattr(chances, each.name) * chance.choice((0, 0, 1, 1, 3)) for each in fields(chances)}
+    return replace(chances, **drawn)
+
+
+def _world(seed: int, scenario: str, say: Callable[[str], None]) -> World | Swarm:
+    if scenario in SWARMS:
+        size, trouble = SWARMS[scenario]
+        return Swarm(seed, size, _drawn(seed, trouble), say)
+    managers, faults = SCENARIOS[scenario]
+    if scenario == "mixed":
+        managers, faults = random.Random(f"size {seed}").choice((3, managers)), _drawn(seed, faults)
+    return World(seed, managers, faults, say)
 
 
 def run(seed: int, scenario: str, say: Callable[[str], None] | None = None) -> Result:
     """One run; never raises."""
-    size, faults = _drawn(seed) if scenario == "mixed" else SCENARIOS[scenario]
     result = Result(seed, scenario)
 
     def note(line: str) -> None:
@@ -67,20 +89,13 @@ def run(seed: int, scenario: str, say: Callable[[str], None] | None = None) -> R
         if say is not None:
             say(line)
 
-    world = World(seed, size, faults, note)
+    world = _world(seed, scenario, note)
     try:
         world.run()
     except AssertionError as error:
         result.violation = str(error) or traceback.format_exc()
     except Exception:
         result.violation = traceback.format_exc()
-    swaps = sum(client.acknowledged for client in world.clients)
-    reads = sum(client.reads for client in world.clients)
-    counts = "".join(f", {count} {what}" for what, count in sorted(world.counts.items()))
-    is_open = sum(operation.is_open for operation in world.history)
     verdict = "VIOLATION" if result.violation else "ok"
-    result.summary = (
-        f"seed {seed} {scenario}: {verdict}; {world.checks.highest} entries committed, {swaps} swaps, {reads} reads,"
-        f" {is_open} open{counts}; {world.net.now_s - 1000:.2f} simulated s"
-    )
+    result.summary = f"seed {seed} {scenario}: {verdict}; {world.summary()}"
     return result

@@ -146,6 +146,17 @@ class World:
             self.history.append(Operation(key, at, at, None, values.pop()))
         assert not (found := contradiction(self.history)), found
 
+    def summary(self) -> str:
+        """What happened, in numbers."""
+        swaps = sum(client.acknowledged for client in self.clients)
+        reads = sum(client.reads for client in self.clients)
+        counts = "".join(f", {count} {what}" for what, count in sorted(self.counts.items()))
+        is_open = sum(operation.is_open for operation in self.history)
+        return (
+            f"{self.checks.highest} entries committed, {swaps} swaps, {reads} reads, {is_open} open{counts};"
+            f" {self.net.now_s - 1000:.2f} simulated s"
+        )
+
     # ---- faults
 
     def _tell(self, text: str) -> None:
