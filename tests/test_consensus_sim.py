@@ -119,7 +119,7 @@ def _change_members(net: Net, leader: Engine, names: str) -> None:
     if outside and (len(inside) < 3 or net.random.random() < 0.5):
         name = net.random.choice(outside)
         if name not in net.engines:
-            net.start(name, (*leader.members(), net.member(name)))
+            net.start(name, leader.members())
         operation = "add"
     else:
         name = net.random.choice(sorted(inside - {leader.me.node_id}))

@@ -22,16 +22,18 @@ ORCHESTRATE = partial(orchestrate.decide, fits=schedule.fits)
 
 
 def found(**broken: Stage) -> str:
-    """What a run in which one stage is broken ends with."""
+    """What the first of a few runs that fails says, where one stage is broken."""
     quiet()
     stages: list[tuple[str, Stage]] = [("allocate", allocate.decide), ("orchestrate", ORCHESTRATE)]
     stages += [("allocate", allocate.decide), ("schedule", schedule.decide)]
     size = replace(SWARMS["swarm-small"][0], faults_s=8.0)
     mixed = [(name, broken.get(name, stage)) for name, stage in stages]
-    swarm = Swarm(1, size, Trouble(), lambda _: None, mixed)
-    with pytest.raises(AssertionError) as caught:
-        swarm.run()
-    return str(caught.value)
+    for seed in range(1, 6):
+        try:
+            Swarm(seed, size, Trouble(), lambda _: None, mixed).run()
+        except AssertionError as error:
+            return str(error)
+    return "nothing found"
 
 
 def altered(stage: Stage, change: Callable[[Change], Change | None]) -> Stage:
@@ -67,7 +69,7 @@ def test_tasks_that_are_never_stopped_are_noticed() -> None:
         stops = isinstance(record, Task) and record.desired_state in (TASK_SHUTDOWN, TASK_REMOVE)
         return None if isinstance(change, Update) and stops else change
 
-    assert found(orchestrate=altered(ORCHESTRATE, keep))
+    assert "nothing found" not in found(orchestrate=altered(ORCHESTRATE, keep))
 
 
 def test_an_address_that_is_given_twice_is_noticed() -> None:

@@ -295,7 +295,7 @@ class World:
         name = self._spare.pop(0)
         self._joining = name
         self._tell(f"{name} joins")
-        self.net.start(name, (*leader.members(), self.net.member(name)))
+        self.net.start(name, leader.members())  # without itself, as `changes.admit` answers
         leader.teach(self.net.member(name))
 
     def _go_on_joining(self, name: str) -> None:
@@ -325,8 +325,8 @@ class World:
         if leader is None:
             return False
         if self.net.member(name) not in leader.members():
-            if not leader.may_change_members():
-                return False  # not decided yet: it may come to nothing
+            if not leader.may_change_members() or leader.kernel.applied() < self.checks.highest:
+                return False  # not decided yet, or asked of one that only thinks it still leads
             self._lost.discard(name)
             self._rotten.discard(name)
             if name in self.net.engines:
