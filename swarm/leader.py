@@ -107,7 +107,8 @@ class LeaderLoop:
         self._changed.clear()
         timeout_s = max(0.0, min(self._wakes.values()) - self._now()) if self._wakes else None
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
 
     def _take_due(self) -> None:
         now = self._now()

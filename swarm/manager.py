@@ -191,7 +191,8 @@ class Manager:
         """Store the first objects of a new swarm, or what makes this manager the only one of an old."""
         led = asyncio.Event()
         self._consensus.on_leadership(lambda leads: led.set() if leads else None)
-        await asyncio.wait_for(led.wait(), JOIN_TIMEOUT_S)
+        async with asyncio.timeout(JOIN_TIMEOUT_S):
+            await led.wait()
         if recovery.is_recovery(bootstrap):
             await recovery.take_over(bootstrap, self._store, self._writer)
         elif self._store.cluster is None:

@@ -100,7 +100,8 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
             try:
-                await asyncio.wait_for(_gone(pid), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await _gone(pid)
             except TimeoutError:
                 log.warning("process did not end, killing it", name=self._name, pid=pid, after_s=timeout_s)
                 with contextlib.suppress(ProcessLookupError):

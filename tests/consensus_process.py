@@ -47,7 +47,8 @@ class Remote:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"command": command} | fields).encode() + b"\n")
-        line = await asyncio.wait_for(self.process.stdout.readline(), ANSWER_TIMEOUT_S)
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            line = await self.process.stdout.readline()
         if not line:
             raise ConnectionError(f"{self.node_id} has died")
         reply: dict[str, Any] = json.loads(line)

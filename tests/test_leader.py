@@ -7,12 +7,15 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
+import pytest
+
 from proto import objects_pb2 as pb
+from proto import store_pb2 as pb_store
 from proto.objects_pb2 import Cluster, Network, Service
 from swarm.errors import OutcomeUnknown, SwarmError
 from swarm.ids import random_id
 from swarm.leader import STAGES, LeaderLoop, Stage
-from swarm.store.changes import Create, Decision, Group, Update, copy_of
+from swarm.store.changes import Create, Decision, Group, Update, copy_of, transaction
 from swarm.store.dirty import Dirty
 from swarm.store.store import Event, Store
 from swarm.store.writer import Writer
@@ -60,6 +63,26 @@ async def test_a_service_becomes_assigned_tasks() -> None:
         await until(lambda: lead.assigned("after") == 2)
 
 
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_loop_that_is_cancelled_just_as_something_changes_ends(turns: int) -> None:
+    """It went on to lead, beside the next leader: `asyncio.wait_for` of Python 3.11 loses such a cancellation."""
+
+    def wake(store: Store, now: float, new_id: Callable[[], str], dirty: Dirty) -> Decision:
+        return Decision(wake_at=now + 1000)
+
+    lead = Leading((("wake", wake),))
+    await lead.create(Cluster(id="c"))
+    task = asyncio.create_task(lead.loop.run())
+    await until(lambda: lead.loop._wakes)
+    entry = pb_store.Entry(transactions=[transaction((Create(node("n1")),), 1.0)])
+    lead.store.apply(entry.SerializeToString())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    done, _ = await asyncio.wait([task], timeout=5)
+    assert done
+
+
 async def test_a_quiet_cluster_writes_nothing() -> None:
     rounds: list[int] = []
 
@@ -74,7 +97,8 @@ async def test_a_quiet_cluster_writes_nothing() -> None:
         await lead.create(network("unrelated"))
         await until(lambda: all(net.vni for net in lead.store.networks))
         seen, version = len(rounds), lead.store.version
-        await asyncio.wait_for(lead.writer.commit(()), 1)  # an entry that changes no object wakes nobody
+        async with asyncio.timeout(1):
+            await lead.writer.commit(())  # an entry that changes no object wakes nobody
         assert lead.store.version == version + 1
         assert len(rounds) <= seen + 1  # the round that notices the network's own change
 

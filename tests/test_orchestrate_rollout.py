@@ -279,6 +279,25 @@ def test_a_new_spec_supersedes_a_running_update() -> None:
     assert sim.service("web").update_status.spec_version == sim.service("web").spec_version
 
 
+def test_a_superseded_start_first_update_leaves_no_second_task_behind_though_the_next_one_is_paused() -> None:
+    sim = started(3, order=pb.START_FIRST, parallelism=0)
+    sim.set_image("web", "web:2")
+    sim.settle()
+    for task in sim.runnable("web"):
+        while task.spec.container.image == "web:2" and sim.task(task.id).status.state < pb.TASK_RUNNING:
+            sim.step(sim.task(task.id))
+    assert len(sim.running("web")) == 6  # each slot's second one runs, its first one does not know yet
+
+    def next_one(spec: pb.ServiceSpec) -> None:
+        spec.task.container.image = "web:3"
+        spec.update.parallelism = 1
+
+    sim.update_spec("web", next_one)
+    work(sim, 40, fate=lambda task: task.spec.container.image == "web:3")
+    assert state(sim) == "PAUSED"
+    assert [task.slot for task in sim.running("web")] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("named", [True, False])  # whether the API said which spec version it rolls back to
 def test_a_rollback_that_the_user_asked_for_uses_the_rollback_config(named: bool) -> None:
     sim = started(4)

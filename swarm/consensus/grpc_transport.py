@@ -133,8 +133,10 @@ class _Peer:
         finally:
             for part in parts:
                 part.cancel()
-            await asyncio.wait_for(channel.close(), CLOSE_TIMEOUT_S)
-            await asyncio.wait_for(asyncio.gather(*parts, return_exceptions=True), CLOSE_TIMEOUT_S)
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await channel.close()
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await asyncio.gather(*parts, return_exceptions=True)
 
     async def _read(self, call: grpc.aio.StreamStreamCall[pb.RaftFrame, pb.RaftFrame]) -> None:
         while await call.read() is not grpc.aio.EOF:

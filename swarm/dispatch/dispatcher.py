@@ -209,7 +209,8 @@ class Dispatcher(DispatcherServicer):
 
     async def _hello(self, incoming: AsyncIterator[AgentMessage]) -> AgentHello:
         try:
-            first = await asyncio.wait_for(anext(incoming), HELLO_TIMEOUT_S)
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                first = await anext(incoming)
         except (TimeoutError, StopAsyncIteration):
             raise Denied(f"the session sent no hello within {HELLO_TIMEOUT_S:g} s") from None
         if first.WhichOneof("message") != "hello":

@@ -112,7 +112,8 @@ class LogStream:
             if self._sealed and not self._sources and not self._queue:
                 return
             try:
-                await asyncio.wait_for(self._changed.wait(), self._patience_s())
+                async with asyncio.timeout(self._patience_s()):
+                    await self._changed.wait()
             except TimeoutError:
                 self._give_up_silent()
 
@@ -162,7 +163,8 @@ class LogStream:
             self._room.clear()
             alive()
             try:
-                await asyncio.wait_for(self._room.wait(), ALIVE_EVERY_S)
+                async with asyncio.timeout(ALIVE_EVERY_S):
+                    await self._room.wait()
             except TimeoutError:
                 continue
         return True

@@ -75,11 +75,13 @@ class NodeSession:
         loop = asyncio.get_running_loop()
         while True:
             while self._queue:
-                await asyncio.wait_for(write(self._queue.popleft()), WRITE_TIMEOUT_S)
+                async with asyncio.timeout(WRITE_TIMEOUT_S):
+                    await write(self._queue.popleft())
             if self.view.is_dirty and self._timer is None:
                 assignments = self.view.take()
                 if assignments is not None:
-                    await asyncio.wait_for(write(ManagerMessage(assignments=assignments)), WRITE_TIMEOUT_S)
+                    async with asyncio.timeout(WRITE_TIMEOUT_S):
+                        await write(ManagerMessage(assignments=assignments))
                     self._sent_at = loop.time()
             self._wake.clear()
             if not self._queue and not (self.view.is_dirty and self._timer is None):

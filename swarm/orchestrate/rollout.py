@@ -88,6 +88,8 @@ def _step(view: View, outdated: list[Slot]) -> None:
     ahead = {item.slot.key: item for item in progress}
     for slot in outdated:
         if not slot.settled:
+            _keep_one(view, slot)
+        if not slot.settled:
             _retire(view, ahead[slot.key], config, halted)
     if halted:
         return
@@ -163,14 +165,23 @@ def _replace(view: View, slot: Slot, config: UpdateConfig) -> None:
     """Begin the slot's update."""
     old = slot.runnable
     if old and is_start_first(view, config):
-        kept = max(old, key=lambda task: (task.status.state, task.id))  # of a superseded update two may be left
-        surplus = [view.stop(task, "updated to a newer spec") for task in old if task is not kept]
-        view.act(slot, *surplus, view.create(slot, pb.TASK_RUNNING, f"update: starts before {kept.id} stops"))
+        view.act(slot, view.create(slot, pb.TASK_RUNNING, f"update: starts before {old[0].id} stops"))
         return
     changes: list[Change] = [view.stop(task, "updated to a newer spec") for task in old]
     waits = any(not view.is_gone(task) and task.status.state >= pb.TASK_ASSIGNED for task in slot.tasks)
     reason = f"update: replaces {old[0].id}" if old else "update"
     view.act(slot, *changes, view.create(slot, pb.TASK_READY if waits else pb.TASK_RUNNING, reason))
+
+
+def _keep_one(view: View, slot: Slot) -> None:
+    """A superseded start-first update may leave two tasks in a slot, none of today's spec: the one that is further
+    on, or else has been there longer, stays until its own replacement serves."""
+    if any(not is_outdated(view, task) for task in slot.runnable):
+        return
+    kept = max(slot.runnable, key=lambda task: (task.status.state, -slot.tasks.index(task)), default=None)
+    surplus = [view.stop(task, "its update was superseded") for task in slot.runnable if task is not kept]
+    if surplus:
+        view.act(slot, *surplus)
 
 
 def _retire(view: View, item: Progress, config: UpdateConfig, halted: bool) -> None:

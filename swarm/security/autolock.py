@@ -48,7 +48,8 @@ class Autolock:
                 self._changed.clear()
                 await self.step()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), self._period_s)
+                    async with asyncio.timeout(self._period_s):
+                        await self._changed.wait()
         finally:
             unsubscribe()
 

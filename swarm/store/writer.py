@@ -53,7 +53,8 @@ class Writer:
         Raises Conflict, AlreadyExists, NotFound or Invalid (nothing written), NoLeader, Busy, OutcomeUnknown."""
         done = self._enqueue(group, request_id)
         try:
-            return await asyncio.wait_for(done, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await done
         except TimeoutError:
             raise OutcomeUnknown(
                 f"no quorum answered within {timeout_s:g} s: the change may or may not be stored; retry"

@@ -57,7 +57,8 @@ class Process:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"command": command} | fields).encode() + b"\n")
-        line = await asyncio.wait_for(self._process.stdout.readline(), ANSWER_TIMEOUT_S)
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            line = await self._process.stdout.readline()
         if not line:
             raise ConnectionError(f"{self._arguments[0]} has died")
         reply: dict[str, Any] = json.loads(line)
