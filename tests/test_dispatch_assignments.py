@@ -56,7 +56,7 @@ def expected(store: Store, node_id: str) -> dict[str, Item]:
             owner = store.nodes.get(task.node_id)
             down = owner is not None and owner.status.state == NodeStatus.DOWN
             for key, scoped in items.task_items(task, down).items():
-                if key.startswith("endpoint/") and scoped.item.endpoint.network_id in used:
+                if key.startswith("endpoint/") and is_told(store, task, scoped.item, node_id, used):
                     found[key] = scoped.item
     for network_id in used:
         network = store.networks.get(network_id)
@@ -74,6 +74,15 @@ def expected(store: Store, node_id: str) -> dict[str, Item]:
         if node.id != node_id and peer is not None:
             found[f"peer/{node.id}"] = peer.item
     return found
+
+
+def is_told(store: Store, task: Task, item: Item, node_id: str, used: set[str]) -> bool:
+    """Endpoints on the predefined network reach other nodes only while their service is published there."""
+    network_id = item.endpoint.network_id
+    if network_id != "ingress" or "ingress" not in store.networks or task.node_id == node_id:
+        return network_id in used
+    service = store.services.get(task.service_id)
+    return service is not None and items.ingress_network_of(store, service) == "ingress"
 
 
 def make_task(task_id: str, node_id: str, service_id: str, state: int, networks: frozenset[str]) -> Task:

@@ -24,6 +24,7 @@ from swarm.dispatch.items import (
     networks_of,
     node_scope,
     peer_item,
+    predefined_network,
     service_item,
     task_items,
 )
@@ -95,6 +96,7 @@ class AssignmentIndex:
         self._uses: dict[str, Counter[str]] = {}
         self._ingress_of: dict[str, str] = {}
         self._ingress_uses: Counter[str] = Counter()
+        self._predefined = predefined_network(self._store)
         self._dirty: set[str] = set()
         """Nodes whose views were touched by the events being applied."""
 
@@ -164,7 +166,7 @@ class AssignmentIndex:
 
     def _put_task(self, task_id: str, task: Task | None) -> None:
         down = task is not None and is_down(self._store.nodes.get(task.node_id))
-        items = task_items(task, down) if task is not None else {}
+        items = task_items(task, down, self._unreached(task)) if task is not None else {}
         # In whichever order scopes and items change, a view settles per key on what is true at the end.
         self._use(task_id, task.node_id if task is not None else "", networks_of(task) if task else frozenset())
         for key in self._task_keys.pop(task_id, ()):
@@ -174,6 +176,12 @@ class AssignmentIndex:
             self._set(key, scoped)
         if items:
             self._task_keys[task_id] = tuple(items)
+
+    def _unreached(self, task: Task) -> str:
+        """The predefined network, for tasks of a service that receives no published traffic there. It serves no names
+        and has no VIPs; tasks without networks of their own, which may be all of a swarm's, are on it to get out.
+        Telling each of them to every node would cost nodes times tasks, twice."""
+        return "" if self._ingress_of.get(task.service_id, "") == self._predefined else self._predefined
 
     def _use(self, task_id: str, node_id: str, networks: frozenset[str]) -> None:
         before = self._task_networks.pop(task_id, ("", frozenset()))
@@ -207,6 +215,8 @@ class AssignmentIndex:
             _decrement(self._ingress_uses, (before,))
         for view in self._views.values():
             self._rescope(view, {network_id for network_id in (before, after) if network_id})
+        for task in self._store.tasks.where("service", service_id):
+            self._put_task(task.id, task)  # published now, or not any more: who has to know of it
 
     def _put_network(self, event: Event) -> None:
         before, after = event.before, event.after
@@ -216,6 +226,10 @@ class AssignmentIndex:
             # Rare, and it may move the published traffic of any service.
             for service in self._store.services:
                 self._put_service(service.id, service)
+            predefined, self._predefined = self._predefined, predefined_network(self._store)
+            if predefined != self._predefined:
+                for task in self._store.tasks:
+                    self._put_task(task.id, task)
 
     def _put_node(self, event: Event) -> None:
         before, after = event.before, event.after

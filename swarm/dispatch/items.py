@@ -58,8 +58,9 @@ def networks_of(task: Task) -> frozenset[str]:
     return frozenset(attachment.network_id for attachment in task.networks) if is_live(task) else frozenset()
 
 
-def task_items(task: Task, node_down: bool) -> dict[str, Scoped]:
-    """The task itself for its node, and its endpoints for everyone on its networks."""
+def task_items(task: Task, node_down: bool, unreached: str = "") -> dict[str, Scoped]:
+    """The task itself for its node, and its endpoints for everyone on its networks. `unreached`: the ID of a network
+    that the task is on for its way out only: no other node has anything to send to it there."""
     items: dict[str, Scoped] = {}
     if is_assigned(task):
         items[f"task/{task.id}"] = Scoped(Item(task=for_agent(task)), frozenset({node_scope(task.node_id)}))
@@ -78,7 +79,9 @@ def task_items(task: Task, node_down: bool) -> dict[str, Scoped]:
                 serving=serving,
             )
             key = f"endpoint/{attachment.network_id}/{task.id}"
-            items[key] = Scoped(Item(endpoint=endpoint), frozenset({network_scope(attachment.network_id)}))
+            alone = attachment.network_id == unreached
+            scope = node_scope(task.node_id) if alone else network_scope(attachment.network_id)
+            items[key] = Scoped(Item(endpoint=endpoint), frozenset({scope}))
     return items
 
 
@@ -124,6 +127,11 @@ def ingress_network_of(store: Store, service: Service) -> str:
         network = store.networks.get(config.network_id)
         if network is not None and not network.spec.internal:
             return network.id
+    return predefined_network(store)
+
+
+def predefined_network(store: Store) -> str:
+    """The ID of the ingress network, "" = there is none."""
     return next((network.id for network in store.networks if network.spec.ingress), "")
 
 
