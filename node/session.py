@@ -44,6 +44,8 @@ WRITE_DEADLINE_S = 3.0
 """A manager that reads nothing for so long is as good as dead."""
 CLOSE_DEADLINE_S = 1.0
 DEFAULT_PERIOD_S = 1.0
+TICK_JITTER = 0.1
+"""As in the reference."""
 SILENT_TICKS_MAX = 5
 """Half-periods without any message: two and a half periods. Counted rather than timed, so that an agent which did
 not get the CPU for a while does not blame the manager."""
@@ -87,6 +89,12 @@ class Ended:
 def backoff_s(attempt: int, uniform: float) -> float:
     """Pause before the attempt after `attempt` failures (0 = the first failure), in s; uniform in 0..1."""
     return min(RETRY_MAX_S, RETRY_MIN_S * 2.0 ** min(attempt, 10)) * (0.5 + uniform / 2)
+
+
+def tick_s(period_s: float, uniform: float) -> float:
+    """From one heartbeat to the next, in s: half a period, 10 % more or less, so that the nodes of a cluster do not
+    speak in step; uniform in 0..1."""
+    return period_s / 2 * (1 - TICK_JITTER + 2 * TICK_JITTER * uniform)
 
 
 class Session:
@@ -231,7 +239,7 @@ class Session:
                 self._handler.on_logs(message.logs)
 
     async def _write(self, stream: Stream) -> None:
-        """The only writer of the stream. Ticks every half period; a heartbeat goes out on every second tick, before
+        """The only writer of the stream. Ticks about every half period; with each tick a heartbeat goes out, before
         anything else that waits."""
         loop = asyncio.get_running_loop()
         self._silent_ticks = 0
@@ -240,13 +248,12 @@ class Session:
             if loop.time() >= next_tick:
                 if self._silent_ticks > SILENT_TICKS_MAX:
                     raise TimeoutError("the manager has been silent for too long")
-                if ticks % 2 == 0:
-                    sequence += 1
-                    await _send(stream, AgentMessage(heartbeat=Heartbeat(sequence=sequence)))
+                sequence += 1
+                await _send(stream, AgentMessage(heartbeat=Heartbeat(sequence=sequence)))
                 if ticks % DESCRIBE_TICKS == DESCRIBE_TICKS - 1:
                     await self._hello_again(stream)
                 ticks, ack_ticks, self._silent_ticks = ticks + 1, ack_ticks + 1, self._silent_ticks + 1
-                next_tick = loop.time() + self._period_s / 2
+                next_tick = loop.time() + tick_s(self._period_s, self._rng.random())
                 if ack_ticks > ACK_TICKS_MAX:
                     self._outbox.statuses.take_back()
             if (batch := self._outbox.statuses.next_batch()) is not None:

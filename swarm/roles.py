@@ -49,7 +49,7 @@ def decide(nodes: Sequence[Node], members: Sequence[Member], reachable: frozense
     """The next step from what is to what users want. `me` leads; `reachable`: members that answer, `me` included."""
     by_id = {node.id: node for node in nodes}
     addrs = {member.node_id: member.addr for member in members}
-    updates = tuple(new for node in nodes if (new := _settled(node, addrs)) != node)
+    updates = tuple(new for node in nodes if (new := _settled(node, addrs)) is not node)
     # A member that answers nobody goes first: that costs no vote. Our own turn comes last.
     leaving = [member for member in sorted(addrs) if not _stays(by_id.get(member))]
     leaving.sort(key=lambda member: (member == me, member in reachable))
@@ -71,17 +71,21 @@ def _stays(node: Node | None) -> bool:
 
 
 def _settled(node: Node, addrs: dict[str, str]) -> Node:
-    """The node with role and manager address as they should be stored now."""
+    """The node with role and manager address as they should be stored now; itself when it has them."""
+    role, addr = node.role, node.manager_addr
+    if node.spec.desired_role == MANAGER:
+        role = MANAGER
+    elif node.id not in addrs:
+        role = WORKER
+    if node.id in addrs:
+        addr = addrs[node.id]
+    elif role == WORKER:
+        addr = ""
+    if (role, addr) == (node.role, node.manager_addr):
+        return node
     copy = Node()
     copy.CopyFrom(node)
-    if node.spec.desired_role == MANAGER:
-        copy.role = MANAGER
-    elif node.id not in addrs:
-        copy.role = WORKER
-    if node.id in addrs:
-        copy.manager_addr = addrs[node.id]
-    elif copy.role == WORKER:
-        copy.manager_addr = ""
+    copy.role, copy.manager_addr = role, addr
     return copy
 
 

@@ -31,6 +31,7 @@ from proto.dispatch_pb2_grpc import DispatcherServicer, add_DispatcherServicer_t
 from proto.objects_pb2 import MANAGER, Node
 from swarm.consensus.interface import Consensus
 from swarm.dispatch.assignments import AssignmentIndex
+from swarm.dispatch.liveness import BEATS_PER_PERIOD
 from swarm.dispatch.logs import Link, LogRelay
 from swarm.dispatch.nodes import host_of_peer, registered
 from swarm.dispatch.presence import Presence, heartbeat_period_s
@@ -226,7 +227,7 @@ class Dispatcher(DispatcherServicer):
             earlier.end(f"node {node_id} opened a newer session")
             self._drop(term, earlier)
         term.presence.arrived(node_id)
-        session = NodeSession(node_id, uuid.uuid4().hex, term.index.attach(node_id))
+        session = NodeSession(node_id, uuid.uuid4().hex, term.index.attach(node_id), self._period_s())
         term.sessions[node_id] = session
         try:
             await self._update_node(node_id, functools.partial(_told, hello, seen_addr))
@@ -265,7 +266,7 @@ class Dispatcher(DispatcherServicer):
         cluster = self._store.cluster
         port = (cluster.data_path_port if cluster is not None else 0) or DEFAULT_DATA_PATH_PORT
         session.managers = self._manager_addrs()
-        welcome = Welcome(session_id=session.session_id, heartbeat_period_s=self._period_s(), data_path_port=port)
+        welcome = Welcome(session_id=session.session_id, heartbeat_period_s=session.period_s, data_path_port=port)
         session.send(ManagerMessage(welcome=welcome))
         session.send(ManagerMessage(managers=ManagerList(addrs=session.managers)))
         node = self._store.nodes.get(session.node_id)
@@ -299,14 +300,17 @@ class Dispatcher(DispatcherServicer):
         def alive() -> None:
             # A session that was replaced or ended must not keep its node alive.
             if not session.ended.is_set():
-                term.presence.alive(node_id)
+                term.presence.alive(node_id, session.period_s)
 
         async for message in incoming:
             alive()
             match message.WhichOneof("message"):
-                case "heartbeat":
-                    reply = HeartbeatReply(sequence=message.heartbeat.sequence, period_s=self._period_s())
+                case "heartbeat" if message.heartbeat.sequence % BEATS_PER_PERIOD:  # one answer per period is enough
+                    session.period_s = self._period_s()
+                    reply = HeartbeatReply(sequence=message.heartbeat.sequence, period_s=session.period_s)
                     session.send(ManagerMessage(heartbeat=reply))
+                case "heartbeat":
+                    pass
                 case "statuses":
                     self._take_statuses(term, session, message.statuses)
                 case "logs":

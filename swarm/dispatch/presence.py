@@ -14,15 +14,22 @@ import structlog
 
 from proto.objects_pb2 import TASK_ORPHANED, Node, NodeStatus, Task
 from swarm.dispatch.items import is_live
-from swarm.dispatch.liveness import DEFAULT_PERIOD_S, MISSED_PERIODS, NEW_LEADER_FACTOR, Liveness
+from swarm.dispatch.liveness import (
+    CHECK_EVERY_S,
+    MISSED_PERIODS,
+    NEW_LEADER_FACTOR,
+    ListeningClock,
+    Liveness,
+    default_period_s,
+)
 from swarm.dispatch.nodes import with_state
 from swarm.errors import Conflict, NotFound, SwarmError
 from swarm.store.changes import Group, Update
 from swarm.store.store import Store
 from swarm.store.writer import Writer
 
-CHECK_EVERY_S = 0.5
-"""Longest sleep between two looks at the deadlines."""
+SET_READY_EVERY_S = 0.5
+"""Between two looks whether all who are connected count as READY: it goes through all of them."""
 RETRY_DELAY_S = 0.2
 """After a write that found no quorum."""
 ORPHANS_PER_GROUP = 500
@@ -40,9 +47,9 @@ class Connected(Protocol):
 
 
 def heartbeat_period_s(store: Store) -> float:
-    """What agents are told, in seconds."""
+    """What agents are told, in seconds: what the cluster's spec says, else as long as the number of nodes asks for."""
     cluster = store.cluster
-    return (cluster.spec.heartbeat_period_s if cluster is not None else 0.0) or DEFAULT_PERIOD_S
+    return (cluster.spec.heartbeat_period_s if cluster is not None else 0.0) or default_period_s(len(store.nodes))
 
 
 def orphaned(task: Task, now: float) -> Task:
@@ -73,6 +80,7 @@ class Presence:
         self._now = now
         self._monotonic = monotonic
         self._liveness = Liveness()
+        self._clock = ListeningClock(monotonic())
         self.expect_everybody()
 
     async def run(self) -> None:
@@ -96,15 +104,15 @@ class Presence:
     def expect_new(self, node_id: str) -> None:
         """A node joined: its agent will connect."""
         grace_s = NEW_LEADER_FACTOR * self._grace_s()
-        self._liveness.watch(node_id, self._monotonic(), grace_s)
+        self._liveness.watch(node_id, self._listened(), grace_s)
 
     def arrived(self, node_id: str) -> None:
         """The node opened a session."""
-        self._liveness.watch(node_id, self._monotonic(), self._grace_s())
+        self._liveness.watch(node_id, self._listened(), self._grace_s())
 
-    def alive(self, node_id: str) -> None:
-        """A message came from the node."""
-        self._liveness.beat(node_id, self._monotonic(), heartbeat_period_s(self._store))
+    def alive(self, node_id: str, period_s: float) -> None:
+        """A message came from the node, which was told this period."""
+        self._liveness.beat(node_id, self._listened(), period_s)
 
     def forget(self, node_id: str) -> None:
         """The node was removed."""
@@ -113,6 +121,9 @@ class Presence:
     def _is_connected(self, node_id: str) -> bool:
         session = self._sessions.get(node_id)
         return session is not None and not session.ended.is_set()
+
+    def _listened(self) -> float:
+        return self._clock.read(self._monotonic())
 
     def _grace_s(self) -> float:
         return MISSED_PERIODS * heartbeat_period_s(self._store)
@@ -128,22 +139,24 @@ class Presence:
                 return
 
     async def _check(self) -> None:
+        ready_at = 0.0
         while True:
-            check_at = self._liveness.next_check(self._monotonic(), CHECK_EVERY_S)
-            await asyncio.sleep(max(0.0, check_at - self._monotonic()))
+            listened = self._listened()
+            await asyncio.sleep(max(0.0, self._liveness.next_check(listened, CHECK_EVERY_S) - listened))
             now = self._monotonic()
-            self._liveness.overslept(now - check_at)
-            expired = self._liveness.expired(now)
+            expired = self._liveness.expired(self._clock.look(now))
             for node_id in expired:
                 self._liveness.down(node_id, now)
                 session = self._sessions.get(node_id)
                 if session is not None:
-                    session.end(f"nothing was heard of node {node_id} for {MISSED_PERIODS} heartbeat periods")
+                    session.end(f"nothing was heard of node {node_id} for {MISSED_PERIODS:g} heartbeat periods")
             if expired:
                 await self._set_down(expired)
             for node_id in self._liveness.lost(now):
                 await self._orphan_tasks(node_id)
-            await self._set_ready()
+            if now >= ready_at:
+                ready_at = now + SET_READY_EVERY_S
+                await self._set_ready()
 
     async def _set_down(self, node_ids: list[str]) -> None:
         """Returns once each is DOWN, removed, or back."""

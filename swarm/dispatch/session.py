@@ -27,10 +27,12 @@ COALESCE_S = 0.05
 class NodeSession:
     """One per connected node; `view` is its picture of the cluster."""
 
-    def __init__(self, node_id: str, session_id: str, view: View) -> None:
+    def __init__(self, node_id: str, session_id: str, view: View, period_s: float) -> None:
         self.node_id = node_id
         self.session_id = session_id
         self.view = view
+        self.period_s = period_s
+        """The heartbeat period that the node was told last: it keeps to this one until it has spoken again."""
         self.managers: tuple[str, ...] = ()
         """The list that was sent last."""
         self.ended = asyncio.Event()

@@ -82,7 +82,7 @@ class SimulatedSwarm:
             yield ControlStub(channel)
 
     def agents(self, first: int, count: int) -> subprocess.Popen[str]:
-        """A process with so many agents; it says "joined", then "connected"."""
+        """A process with so many agents; it says "connected" when all have a session."""
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.bench.swarm3k_agents"],
             stdin=subprocess.PIPE,
@@ -168,9 +168,8 @@ def measured(directory: Path, agents: int, tasks: int, processes: int, profile: 
             stack.callback(crowd.wait)
             assert crowd.stdin is not None
             stack.callback(crowd.stdin.close)
-        for word in ("joined", "connected"):
-            for crowd in crowds:
-                said(crowd.stdout, word)
+        for crowd in crowds:
+            said(crowd.stdout, "connected")
         joined_s = time.monotonic() - started_at
         before, cpu_before, rss_before = swarm.counts(), measure.cpu_ticks_s([swarm.process.pid]), swarm.rss_mib(False)
         started_at = time.monotonic()

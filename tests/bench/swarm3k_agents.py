@@ -1,8 +1,8 @@
 """Many simulated agents in one process: real certificates through the real join, the agents' own session
 (`node.session`), outbox and mirror of statuses; only containers are left out.
 
-Told by one line of JSON on standard input: {"join", "token", "directory", "first", "count"}. Prints "joined" when every
-agent is a member, and "connected" when every agent has its snapshot. Ends when standard input ends.
+Told by one line of JSON on standard input: {"join", "token", "directory", "first", "count"}. Prints "connected"
+when every agent is a member and has its snapshot. Ends when standard input ends.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import uvloop
@@ -41,6 +42,9 @@ from swarm.security.channel import secure_channel
 from swarm.security.identity import CA_NAME
 from tests.waiting import until
 
+if TYPE_CHECKING:
+    from proto.join_pb2_grpc import JoinAsyncStub
+
 STEPS: tuple[tuple[float, TaskState.ValueType], ...] = (
     (0.0, TASK_ACCEPTED),
     (0.01, TASK_PREPARING),
@@ -49,7 +53,8 @@ STEPS: tuple[tuple[float, TaskState.ValueType], ...] = (
     (0.4, TASK_RUNNING),
 )
 """Seconds after its assignment at which a task gets there: about what the real agent needs for a container."""
-JOINS_AT_ONCE = 32
+AT_ONCE = 32
+"""Agents that join, or connect for the first time, together."""
 CALL_TIMEOUT_S = 60.0
 
 
@@ -130,40 +135,56 @@ def address_of(number: int) -> str:
     return f"127.1.{number // 250}.{number % 250 + 1}"
 
 
-async def joined(join_addr: str, token: str, directory: Path, numbers: range) -> list[Agent]:
-    """The first agent joins as every machine does; the others trust its root CA and ask over one connection."""
-    first = await join_cluster(join_addr, token, advertise_host=address_of(numbers[0]), hostname=f"sim{numbers[0]}")
-    agents = [Agent(numbers[0], first.save(directory / str(numbers[0])), list(first.manager_addrs))]
-    gate = asyncio.Semaphore(JOINS_AT_ONCE)
-    trusted = NodeCredentials.load(directory / str(numbers[0])).root_ca_pem
-    async with secure_channel(join_addr, grpc.ssl_channel_credentials(trusted), CA_NAME) as channel:
-        stub = JoinStub(channel)
+class Crowd:
+    """The agents of this process: each opens its session as soon as it has joined."""
 
-        async def join_one(number: int) -> Agent:
-            async with gate:
-                key_pem, csr_pem = new_key_and_csr()
-                host = address_of(number)
-                request = IssueRequest(csr_pem=csr_pem, token=token, advertise_host=host, hostname=f"sim{number}")
-                reply = await stub.Issue(request, timeout=CALL_TIMEOUT_S)
-            credentials = NodeCredentials.save(directory / str(number), trusted, reply.certificate_pem, key_pem)
-            return Agent(number, credentials, list(reply.manager_addrs))
+    def __init__(self, join_addr: str, token: str, directory: Path) -> None:
+        self._join_addr = join_addr
+        self._token = token
+        self._directory = directory
+        self._gate = asyncio.Semaphore(AT_ONCE)
+        self._sessions: list[asyncio.Task[None]] = []
 
-        agents.extend(await asyncio.gather(*(join_one(number) for number in numbers[1:])))
-    return agents
+    async def begin(self, numbers: range) -> None:
+        """The first agent joins as every machine does; the others trust its root CA and ask over one connection."""
+        number = numbers[0]
+        first = await join_cluster(
+            self._join_addr, self._token, advertise_host=address_of(number), hostname=f"sim{number}"
+        )
+        await self._connect(number, first.save(self._directory / str(number)), list(first.manager_addrs))
+        trusted = first.root_ca_pem
+        async with secure_channel(self._join_addr, grpc.ssl_channel_credentials(trusted), CA_NAME) as channel:
+            stub: JoinAsyncStub = JoinStub(channel)
+            await asyncio.gather(*(self._join(stub, trusted, other) for other in numbers[1:]))
+
+    async def _join(self, stub: JoinAsyncStub, root_ca_pem: bytes, number: int) -> None:
+        async with self._gate:
+            key_pem, csr_pem = new_key_and_csr()
+            host = address_of(number)
+            request = IssueRequest(csr_pem=csr_pem, token=self._token, advertise_host=host, hostname=f"sim{number}")
+            reply = await stub.Issue(request, timeout=CALL_TIMEOUT_S)
+            place = self._directory / str(number)
+            credentials = NodeCredentials.save(place, root_ca_pem, reply.certificate_pem, key_pem)
+            await self._connect(number, credentials, list(reply.manager_addrs))
+
+    async def _connect(self, number: int, credentials: NodeCredentials, managers: list[str]) -> None:
+        agent = Agent(number, credentials, managers)
+        self._sessions.append(asyncio.create_task(agent.run()))
+        await until(lambda: agent.connected, CALL_TIMEOUT_S, "a session")
+
+    async def end(self) -> None:
+        for session in self._sessions:
+            session.cancel()
+        await asyncio.gather(*self._sessions, return_exceptions=True)
 
 
 async def main() -> None:
     orders = json.loads(sys.stdin.readline())
-    numbers = range(orders["first"], orders["first"] + orders["count"])
-    agents = await joined(orders["join"], orders["token"], Path(orders["directory"]), numbers)
-    print("joined", flush=True)
-    sessions = [asyncio.create_task(agent.run()) for agent in agents]
-    await until(lambda: all(agent.connected for agent in agents), timeout_s=300, what="every agent has a session")
+    crowd = Crowd(orders["join"], orders["token"], Path(orders["directory"]))
+    await crowd.begin(range(orders["first"], orders["first"] + orders["count"]))
     print("connected", flush=True)
     await asyncio.to_thread(sys.stdin.read)
-    for session in sessions:
-        session.cancel()
-    await asyncio.gather(*sessions, return_exceptions=True)
+    await crowd.end()
 
 
 if __name__ == "__main__":

@@ -44,9 +44,7 @@ class Counted(manager.Manager):
                 self._transitions += old is None or _states(old) != _states(event.after)
 
     def _write(self) -> None:
-        write_atomically(
-            self._file, json.dumps({"entries": self._entries, "transitions": self._transitions}).encode()
-        )
+        write_atomically(self._file, json.dumps({"entries": self._entries, "transitions": self._transitions}).encode())
 
 
 def _states(task: Task) -> tuple[int, int]:
