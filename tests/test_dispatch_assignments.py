@@ -70,8 +70,8 @@ def expected(store: Store, node_id: str) -> dict[str, Item]:
         if on & used or items.ingress_network_of(store, service):
             found[f"service/{service.id}"] = items.service_item(store, service).item
     for node in store.nodes:
-        peer = items.peer_item(node)
-        if node.id != node_id and peer is not None:
+        peer = items.peer_item(node, ())
+        if node.id != node_id and peer is not None and spoken_on(store, node.id) & used:
             found[f"peer/{node.id}"] = peer.item
     return found
 
@@ -83,6 +83,14 @@ def is_told(store: Store, task: Task, item: Item, node_id: str, used: set[str]) 
         return network_id in used
     service = store.services.get(task.service_id)
     return service is not None and items.ingress_network_of(store, service) == "ingress"
+
+
+def spoken_on(store: Store, node_id: str) -> set[str]:
+    """The networks on which this node and others send each other anything."""
+    tasks = (task for task in store.tasks if task.node_id == node_id and items.is_live(task))
+    own = {attachment.network_id for task in tasks for attachment in task.networks}
+    published = {items.ingress_network_of(store, service) for service in store.services} - {""}
+    return (own - {"ingress"} if "ingress" in store.networks else own) | published
 
 
 def make_task(task_id: str, node_id: str, service_id: str, state: int, networks: frozenset[str]) -> Task:

@@ -105,7 +105,7 @@ class AssignmentIndex:
         for network in self._store.networks:
             self._set(f"network/{network.id}", network_item(network))
         for node in self._store.nodes:
-            self._set(f"peer/{node.id}", peer_item(node))
+            self._put_peer(node.id)
         for service in self._store.services:
             self._put_service(service.id, service)
         for task in self._store.tasks:
@@ -189,6 +189,8 @@ class AssignmentIndex:
             self._task_networks[task_id] = (node_id, networks)
         if before == (node_id, networks):
             return
+        touched = {node_id, before[0]} - {""}
+        used = {each: set(self._uses.get(each, ())) for each in touched}
         if networks:
             self._uses.setdefault(node_id, Counter()).update(networks)
         old_node, old_networks = before
@@ -197,9 +199,18 @@ class AssignmentIndex:
             _decrement(uses, old_networks)
             if not uses:
                 del self._uses[old_node]
-        for touched in {node_id, old_node}:
-            if touched in self._views:
-                self._rescope(self._views[touched], networks | old_networks)
+        for each in touched:
+            if used[each] != self._uses.get(each, Counter()).keys():
+                self._put_peer(each)
+                if each in self._views:
+                    self._rescope(self._views[each], networks | old_networks)
+
+    def _put_peer(self, node_id: str) -> None:
+        """A node is told to those who share a network with it on which the two have something to say: all hosts do on
+        one with published ports, and nobody does on the predefined one otherwise."""
+        node = self._store.nodes.get(node_id)
+        networks = (self._uses.get(node_id, Counter()).keys() - {self._predefined}) | self._ingress_uses.keys()
+        self._set(f"peer/{node_id}", peer_item(node, networks) if node is not None else None)
 
     def _put_service(self, service_id: str, service: Service | None) -> None:
         self._set(f"service/{service_id}", service_item(self._store, service) if service is not None else None)
@@ -213,6 +224,8 @@ class AssignmentIndex:
             self._ingress_uses[after] += 1
         if before:
             _decrement(self._ingress_uses, (before,))
+        for node in self._store.nodes:
+            self._put_peer(node.id)
         for view in self._views.values():
             self._rescope(view, {network_id for network_id in (before, after) if network_id})
         for task in self._store.tasks.where("service", service_id):
@@ -230,11 +243,13 @@ class AssignmentIndex:
             if predefined != self._predefined:
                 for task in self._store.tasks:
                     self._put_task(task.id, task)
+                for node in self._store.nodes:
+                    self._put_peer(node.id)
 
     def _put_node(self, event: Event) -> None:
         before, after = event.before, event.after
         node = after if isinstance(after, Node) else None
-        self._set(f"peer/{event.record.id}", peer_item(node) if node is not None else None)
+        self._put_peer(event.record.id)
         if is_down(before if isinstance(before, Node) else None) != is_down(node):
             for task in self._store.tasks.where("node", event.record.id):
                 self._put_task(task.id, task)

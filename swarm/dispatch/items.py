@@ -6,6 +6,7 @@ every node. An item is sent to the nodes that are in one of its scopes (`assignm
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from proto.dispatch_pb2 import Item, NetworkEndpoint, NetworkPeer, NetworkService
@@ -107,11 +108,12 @@ def network_item(network: Network) -> Scoped | None:
     return Scoped(Item(network=copy), frozenset({network_scope(network.id)}))
 
 
-def peer_item(node: Node) -> Scoped | None:
+def peer_item(node: Node, network_ids: Iterable[str]) -> Scoped | None:
+    """The node, for those with whom it shares one of these networks."""
     if not node.data_path_addr or not node.index:
         return None
     peer = NetworkPeer(node_id=node.id, vtep_addr=node.data_path_addr, index=node.index, down=is_down(node))
-    return Scoped(Item(peer=peer), frozenset({EVERYWHERE}))
+    return Scoped(Item(peer=peer), frozenset(map(network_scope, network_ids)))
 
 
 def is_down(node: Node | None) -> bool:
