@@ -35,9 +35,9 @@ from swarm.dispatch.liveness import BEATS_PER_PERIOD
 from swarm.dispatch.logs import Link, LogRelay
 from swarm.dispatch.nodes import host_of_peer, registered
 from swarm.dispatch.presence import Presence, heartbeat_period_s
-from swarm.dispatch.session import NodeSession
+from swarm.dispatch.session import REGISTERS_MAX, REGISTERS_WITHIN_S, NodeSession, RegisterLimit
 from swarm.dispatch.statuses import StatusWriter
-from swarm.errors import Conflict, Denied, NotFound, SwarmError
+from swarm.errors import Busy, Conflict, Denied, NotFound, SwarmError
 from swarm.store.changes import Update
 from swarm.store.store import Event, Store
 from swarm.store.writer import Writer
@@ -64,6 +64,7 @@ class _Term:
         self.index = AssignmentIndex(store)
         self.statuses = StatusWriter(store, writer, now)
         self.sessions: dict[str, NodeSession] = {}
+        self.registers = RegisterLimit()
         self.presence = Presence(store, writer, self.sessions, now=now, monotonic=monotonic)
 
 
@@ -222,6 +223,11 @@ class Dispatcher(DispatcherServicer):
         """The node's new session, once it is stored that the node is READY. An earlier one is replaced."""
         if node_id not in self._store.nodes:
             raise NotFound(f"node {node_id} is not a member of this cluster: it may have been removed")
+        if not term.registers.allows(node_id, self._monotonic()):
+            raise Busy(
+                f"node {node_id} opened {REGISTERS_MAX} sessions within {REGISTERS_WITHIN_S:g} s: is its certificate in"
+                " use on two machines? Try again in a moment"
+            )
         earlier = term.sessions.get(node_id)
         if earlier is not None:
             earlier.end(f"node {node_id} opened a newer session")

@@ -24,6 +24,28 @@ COALESCE_S = 0.05
 """Least distance of two deltas to one node: under load they grow instead of multiplying."""
 
 
+REGISTERS_MAX = 10
+REGISTERS_WITHIN_S = 8.0
+"""Sessions of one node in this time; one more is refused. An agent that backs off opens seven at the most; one in a
+loop would cost the leader a handshake and a snapshot each time (the reference allows three, but waits 15 s for a node).
+"""
+
+
+class RegisterLimit:
+    """How often each node opened a session lately. Times are seconds of any steady clock."""
+
+    def __init__(self) -> None:
+        self._opened: dict[str, deque[float]] = {}
+
+    def allows(self, node_id: str, now: float) -> bool:
+        """Whether the node may open a session now; if so, it counts as opened."""
+        opened = self._opened.setdefault(node_id, deque(maxlen=REGISTERS_MAX))
+        if len(opened) == REGISTERS_MAX and now - opened[0] < REGISTERS_WITHIN_S:
+            return False
+        opened.append(now)
+        return True
+
+
 class NodeSession:
     """One per connected node; `view` is its picture of the cluster."""
 
