@@ -22,6 +22,9 @@ from swarm.store.store import Event, Store
 
 DEBOUNCE_S = 0.005
 """Wait so long after the first change for others that belong to it: far below what a person or a task notices."""
+REST_MAX_S = 0.5
+"""A round is followed by a rest as long as itself, up to this: one that looks at a service of thousands of tasks would
+otherwise be made for each handful of reports, and keep the process from reading the next ones."""
 CHUNK_GROUPS = 1000
 """Groups handed to the writer at a time: a tenth of its queue, so users' writes always find room."""
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 0.1, 5.0
@@ -79,14 +82,18 @@ class LeaderLoop:
         self._dirty = Dirty(everything=True)
         self._wakes = {}
         unsubscribe = self._store.subscribe(self._note)
-        backoff_s = BACKOFF_FIRST_S
+        backoff_s, rested_at = BACKOFF_FIRST_S, 0.0
+        loop = asyncio.get_running_loop()
         try:
             while True:
                 if not self._dirty:
                     await self._wait()
-                    await asyncio.sleep(DEBOUNCE_S)
-                    self._take_due()
-                if await self._round():
+                await asyncio.sleep(max(DEBOUNCE_S, rested_at - loop.time()))
+                self._take_due()
+                started_at = loop.time()
+                fine = await self._round()
+                rested_at = loop.time() + min(REST_MAX_S, loop.time() - started_at)
+                if fine:
                     backoff_s = BACKOFF_FIRST_S
                 else:
                     await asyncio.sleep(backoff_s)

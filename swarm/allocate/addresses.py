@@ -37,6 +37,7 @@ class Hosts:
                     kept.add(number)
                     latest = max(latest, (task.meta.created_at, number))
         self._at = latest[1]
+        self._avoided = self._used | self._remembered
 
     @property
     def used(self) -> int:
@@ -44,12 +45,13 @@ class Hosts:
 
     def take(self) -> str | None:
         """The next address with its prefix length ("10.0.1.5/24"), or None when all are in use."""
-        number = self._next(self._used | self._remembered) if self._remembered else self._next(self._used)
+        number = self._next(self._avoided)
         if number is None:
             number = self._next(self._used)
         if number is None:
             return None
         self._used.add(number)
+        self._avoided.add(number)
         self._at = number
         return f"{ipaddress.IPv4Address(number)}/{self._prefix}"
 
