@@ -125,6 +125,11 @@ class ControlStub:
                 request_serializer=proto_dot_control__pb2.LogsRequest.SerializeToString,
                 response_deserializer=proto_dot_control__pb2.LogsReply.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/pyswarm.Control/Explain',
+                request_serializer=proto_dot_control__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=proto_dot_control__pb2.Explanation.FromString,
+                _registered_method=True)
         self.CreateNetwork = channel.unary_unary(
                 '/pyswarm.Control/CreateNetwork',
                 request_serializer=proto_dot_control__pb2.NetworkRequest.SerializeToString,
@@ -261,6 +266,12 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateNetwork(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -377,6 +388,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Logs,
                     request_deserializer=proto_dot_control__pb2.LogsRequest.FromString,
                     response_serializer=proto_dot_control__pb2.LogsReply.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=proto_dot_control__pb2.ExplainRequest.FromString,
+                    response_serializer=proto_dot_control__pb2.Explanation.SerializeToString,
             ),
             'CreateNetwork': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateNetwork,
@@ -885,6 +901,33 @@ class Control:
             '/pyswarm.Control/Logs',
             proto_dot_control__pb2.LogsRequest.SerializeToString,
             proto_dot_control__pb2.LogsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pyswarm.Control/Explain',
+            proto_dot_control__pb2.ExplainRequest.SerializeToString,
+            proto_dot_control__pb2.Explanation.FromString,
             options,
             channel_credentials,
             insecure,

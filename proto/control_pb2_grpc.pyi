@@ -56,6 +56,7 @@ class ControlStub:
     ListTasks: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.TaskList]
     GetTask: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Task]
     Logs: _grpc.UnaryStreamMultiCallable[_control_pb2.LogsRequest, _control_pb2.LogsReply]
+    Explain: _grpc.UnaryUnaryMultiCallable[_control_pb2.ExplainRequest, _control_pb2.Explanation]
     CreateNetwork: _grpc.UnaryUnaryMultiCallable[_control_pb2.NetworkRequest, _objects_pb2.Network]
     GetNetwork: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Network]
     ListNetworks: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.NetworkList]
@@ -85,6 +86,7 @@ class ControlAsyncStub(ControlStub):
     ListTasks: _aio.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.TaskList]  # type: ignore[assignment]
     GetTask: _aio.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Task]  # type: ignore[assignment]
     Logs: _aio.UnaryStreamMultiCallable[_control_pb2.LogsRequest, _control_pb2.LogsReply]  # type: ignore[assignment]
+    Explain: _aio.UnaryUnaryMultiCallable[_control_pb2.ExplainRequest, _control_pb2.Explanation]  # type: ignore[assignment]
     CreateNetwork: _aio.UnaryUnaryMultiCallable[_control_pb2.NetworkRequest, _objects_pb2.Network]  # type: ignore[assignment]
     GetNetwork: _aio.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Network]  # type: ignore[assignment]
     ListNetworks: _aio.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.NetworkList]  # type: ignore[assignment]
@@ -219,6 +221,13 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.LogsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_control_pb2.LogsReply], _abc.AsyncIterator[_control_pb2.LogsReply]]: ...
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _control_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.Explanation, _abc.Awaitable[_control_pb2.Explanation]]: ...
 
     @_abc_1.abstractmethod
     def CreateNetwork(

@@ -185,6 +185,9 @@ def test_an_unsatisfiable_constraint_is_explained(cluster: Lab, web_image: str) 
         return "".join(row["Error"] for row in cluster.rows("m1", "service", "ps", "--no-trunc", "nowhere"))
 
     wait_for(lambda: "no suitable node (scheduling constraints not satisfied on 5 nodes)" in reason(), 20, "explained")
+    for subject in ("nowhere", "nowhere.1"):
+        assert "w1: does not satisfy node.hostname==x" in cluster.pyswarm("m2", "explain", subject)
+    assert "takes new tasks" in cluster.pyswarm("m2", "explain", "w1")
     remove(cluster, "nowhere")
 
 

@@ -17,7 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 from proto import control_pb2 as pb
 from proto.control_pb2_grpc import ControlServicer
 from proto.objects_pb2 import Cluster, Network, Node, Service, Task
-from swarm.api import backup, encryption, find, logs, networks, nodes, services, views, watch
+from swarm.api import backup, encryption, explaining, find, logs, networks, nodes, services, views, watch
 from swarm.api.backend import Backend, Demotion, LostLeadership
 from swarm.api.forward import Call, Router
 from swarm.consensus.interface import Consensus
@@ -206,6 +206,10 @@ class ControlService(ControlServicer):
     @_stream
     def Logs(self, request: pb.LogsRequest, call: Call) -> AsyncIterator[pb.LogsReply]:
         return logs.logs(self._backend, request)
+
+    @_read
+    async def Explain(self, request: pb.ExplainRequest, call: Call) -> pb.Explanation:
+        return explaining.explain(self._backend, request.ref)
 
     # ---- networks
 

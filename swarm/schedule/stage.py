@@ -66,14 +66,15 @@ class Board:
                 yield from self._refuse(task, explain([refused]))
             else:
                 load.take(need)
-                yield self._assign(task, node_id)
+                yield self._assign(task, node_id, "one task per node")
 
     def place(self, tasks: list[Task]) -> Iterable[Group]:
         """Tasks that are alike, spread over the nodes that may take them."""
         need = Need.of(tasks[0])
-        loads = [self._load(node, need) for node in self._store.nodes]
-        self._count_service(need.service_id)
+        loads = self.loads(need)
         accepted = [load for load in loads if refusing(need, load) is None]
+        spread = "".join(f", evenly over {key}" for key in need.spec.placement.spread)
+        why_here = f"fewest tasks of {len(accepted)} nodes that may take it (of {len(loads)}){spread}"
         placer = Placer(need, accepted, self._faults(need.service_id))
         for index, task in enumerate(tasks):
             node_id = placer.place_one()
@@ -82,7 +83,14 @@ class Board:
                 for rest in tasks[index:]:
                     yield from self._refuse(rest, why)
                 return
-            yield self._assign(task, node_id)
+            yield self._assign(task, node_id, why_here)
+
+    def loads(self, need: Need, preset: str = "") -> list[Load]:
+        """The nodes, or the one that is given, with what they carry."""
+        nodes = [node for node in self._store.nodes if preset in ("", node.id)]
+        loads = [self._load(node, need) for node in nodes]
+        self._count_service(need.service_id)
+        return loads
 
     def _load(self, node: Node, need: Need) -> Load:
         load = self._loads.get(node.id)
@@ -107,9 +115,10 @@ class Board:
     def _faults(self, service_id: str) -> Faults:
         return Faults.of(self._store.tasks.where("service", service_id), self._now)
 
-    def _assign(self, task: Task, node_id: str) -> Group:
+    def _assign(self, task: Task, node_id: str, reason: str) -> Group:
         placed = copy_of(task)
         placed.node_id = node_id
+        placed.placement_reason = reason
         placed.status.Clear()
         placed.status.state = pb.TASK_ASSIGNED
         placed.status.timestamp = placed.status.applied_at = self._now
