@@ -196,8 +196,11 @@ def _service_names(service: NetworkService, network_id: str, addresses: tuple[st
 
 def _task_names(endpoint: NetworkEndpoint, local: Local) -> TaskNames:
     """The full name stands for as long as the address belongs to the task, so that peers of a draining task can
-    still be named; `<service>.<slot>` means the one that serves, of which an update has two."""
+    still be named; `<service>.<slot>` and `<slot>.<service>` mean the one that serves, of which an update has two:
+    a slot keeps its name whatever task fills it. Tasks of global services have their node instead of a slot."""
     names: tuple[str, ...] = (endpoint.task_name,)
     if endpoint.serving and not local.has_ended(endpoint.task_id):
-        names += (endpoint.task_name.rpartition(".")[0],)
+        short = endpoint.task_name.rpartition(".")[0]
+        service, _, place = short.rpartition(".")
+        names += (short, f"{place}.{service}")
     return TaskNames(names=names, address=endpoint.address)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dns.interface import Sandbox
+from dns.names import NetworkView, TaskView
 from node import inputs, view
 from node.interface import ImageConfig, ResolvedImage, RuntimeFault
 from node.mirror import Mirror
@@ -202,11 +203,23 @@ def test_names_of_a_network() -> None:
     assert (one.names, one.vip, one.task_addresses) == (("svc1-name", "db"), "10.0.1.2", ("10.0.1.3",))
     assert (two.names, two.vip, two.task_addresses) == (("svc2-name",), None, ("10.0.1.5",))
     assert [(t.names, t.address) for t in network.tasks] == [
-        (("web.1.t1", "web.1"), "10.0.1.3"),
+        (("web.1.t1", "web.1", "1.web"), "10.0.1.3"),
         (("web.2.t2",), "10.0.1.4"),  # not serving: the slot's name belongs to the one that is
-        (("web.3.t3", "web.3"), "10.0.1.5"),
+        (("web.3.t3", "web.3", "3.web"), "10.0.1.5"),
     ]
     assert drawn.upstreams == ("192.0.2.53",)
+
+
+def test_a_slot_keeps_its_name_when_another_task_takes_it_over() -> None:
+    def looked_up(*serving: bool) -> tuple[tuple[str, ...] | None, ...]:
+        old, new = end("t1", "10.0.1.3", serving=serving[0]), end("s1", "10.0.1.4", node="n2", serving=serving[1])
+        (network,) = view.picture(mirror(net("net1"), svc(), old, new), LOCAL, [box()], ()).networks
+        task_view = TaskView([NetworkView(network)])
+        return tuple(task_view.lookup(name) for name in ("1.web", "web.1", "1.web.net1-name"))
+
+    assert looked_up(True, False) == (("10.0.1.3",),) * 3
+    assert looked_up(False, True) == (("10.0.1.4",),) * 3
+    assert looked_up(False, False) == (None,) * 3
 
 
 def test_a_service_is_named_only_on_its_networks_and_ingress_has_no_names() -> None:
