@@ -46,5 +46,5 @@ def _newest(store: Store, ref: str) -> Task | None:
     service = store.services.by_name(name) if dot and slot.isdecimal() else None
     if service is None:
         return None
-    tasks = [task for task in store.tasks.where("service", service.id) if task.slot == int(slot)]
+    tasks = store.tasks.where("slot", f"{service.id}/{int(slot)}")
     return max(tasks, key=lambda task: (task.meta.created_at, task.id), default=None)

@@ -9,6 +9,12 @@ STOPPED_BY_ITSELF = frozenset((pb.TASK_COMPLETE, pb.TASK_FAILED, pb.TASK_REJECTE
 """Ends that the restart policy judges; SHUTDOWN and ORPHANED are the cluster's own doing."""
 
 
+def slot_of(task: Task) -> str:
+    """The place that it shares with its predecessors and successors: a replica's number, a global service's node.
+    "" = it belongs to no service."""
+    return f"{task.service_id}/{task.slot or task.node_id}" if task.service_id else ""
+
+
 def is_runnable(task: Task) -> bool:
     """Managers want it to run, or to stand ready to."""
     return task.desired_state <= pb.TASK_RUNNING

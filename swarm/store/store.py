@@ -64,6 +64,7 @@ class Store:
         self.networks: Table[Network] = Table(name_of=lambda n: n.spec.annotations.name)
         self.tasks: Table[Task] = Table(
             service=lambda t: t.service_id,
+            slot=states.slot_of,
             node=lambda t: t.node_id,
             network=lambda t: {leg.network_id for leg in t.networks},
             waiting=states.waiting_for,  # "allocation" or "node"
