@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from node.interface import ContainerStatus, Phase
@@ -116,7 +116,6 @@ def test_retries_are_bounded_both_ways(attempts: int) -> None:
     assert 1.0 <= retry_delay_s(attempts) <= 10.0
 
 
-@settings(deadline=None)  # this machine is shared
 @given(
     observed=st.sampled_from(OBSERVED),
     phase=st.sampled_from([NONE, CREATED, RUNNING, EXITED]),

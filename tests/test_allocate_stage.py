@@ -94,7 +94,7 @@ def test_an_exhausted_pool_says_what_to_do() -> None:
     st.lists(st.tuples(st.integers(0, 2**16 - 1), st.integers(18, 29)), max_size=12),
     st.integers(22, 28),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_chosen_subnet_is_the_first_that_overlaps_nothing(taken: list[tuple[int, int]], size: int) -> None:
     base = int(ipaddress.IPv4Address("172.16.0.0"))
     at = node("n1")
@@ -215,7 +215,7 @@ def test_an_address_that_is_still_remembered_is_given_last() -> None:
 
 
 @given(st.lists(st.booleans(), max_size=60), st.integers(26, 29))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_address_is_handed_out_once_before_none_is_left(ended: list[bool], prefix: int) -> None:
     net = network("a")
     net.ipam.subnet, net.ipam.gateway = f"10.9.0.0/{prefix}", "10.9.0.1"

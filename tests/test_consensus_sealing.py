@@ -28,7 +28,7 @@ def _disk(path: Path) -> Sealed:
     return Sealed(Directory(path), KEY)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(writes=st.lists(st.binary(max_size=60), max_size=6), keep=st.integers(0, 6))
 def test_what_was_written_is_read_also_after_going_on_behind_a_cut(
     tmp_path_factory: pytest.TempPathFactory, writes: list[bytes], keep: int

@@ -92,7 +92,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(operations, st.integers(0, 10_000), st.binary(max_size=30))
 def test_after_a_crash_at_any_byte_the_log_is_a_synced_state(
     script: list[tuple[str, Any]], cut: int, garbage: bytes

@@ -257,7 +257,7 @@ class AnyHistory(RuleBasedStateMachine):
                 self.cluster.check(node_id)
 
 
-AnyHistory.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+AnyHistory.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
 TestAnyHistory = AnyHistory.TestCase
 
 

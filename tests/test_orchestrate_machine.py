@@ -153,6 +153,4 @@ class Cluster(RuleBasedStateMachine):
 
 
 TestCluster = Cluster.TestCase
-TestCluster.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestCluster.settings = settings(max_examples=60, stateful_step_count=30, suppress_health_check=list(HealthCheck))
