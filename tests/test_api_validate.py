@@ -101,6 +101,15 @@ BAD: list[tuple[Change, str]] = [
     (port(target_port=90, protocol=7), "port protocol: unknown value 7"),
     (lambda s: setattr(s.endpoint, "mode", pb.DNSRR), "ingress mode can't be used with dnsrr mode"),
     (lambda s: s.task.networks.extend([pb.NetworkAttachmentConfig(network_id="a")] * 2), "duplicate network 'a'"),
+    (lambda s: s.replicated_job.SetInParent(), "job modes: this version"),
+    (lambda s: s.global_job.SetInParent(), "job modes: this version"),
+    (lambda s: s.task.container.health.SetInParent(), "health checks: this version"),
+    (lambda s: s.task.container.devices.add(host_path="/dev/null"), "devices: this version"),
+    (mount(type=Mount.VOLUME, source="x", target="/x", per_slot=True), "volumes per slot: this version"),
+    (lambda s: setattr(s.task.resources.limits, "memory_swap_bytes", 2**30), "memory swap limits: this version"),
+    (lambda s: s.task.resources.reservations.generic.add(kind="gpu"), "generic resources: this version"),
+    (lambda s: setattr(s.update, "progress_deadline_s", 60), "progress deadlines: this version"),
+    (lambda s: setattr(s, "max_unavailable", 1), "limits of unavailable tasks: this version"),
 ]
 
 

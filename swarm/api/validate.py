@@ -50,6 +50,7 @@ def service_spec(spec: ServiceSpec) -> None:
     """Raises Invalid for the first thing that is wrong."""
     check.name("service", spec.annotations.name)
     check.labels("labels", spec.annotations.labels)
+    _without_what_comes_later(spec)
     if spec.WhichOneof("mode") == "replicated" and spec.replicated.replicas > REPLICAS_MAX:
         raise Invalid(
             f"replicas: {spec.replicated.replicas} is out of range: use a number from 0 to {REPLICAS_MAX} "
@@ -65,6 +66,24 @@ def service_spec(spec: ServiceSpec) -> None:
     endpoint_spec(spec.endpoint)
     if spec.WhichOneof("mode") == "global" and spec.task.placement.max_replicas_per_node:
         raise Invalid("max replicas per node has no meaning for a global service: leave it out")
+
+
+def _without_what_comes_later(spec: ServiceSpec) -> None:
+    """The object model has fields that nothing acts on yet: they are refused rather than ignored."""
+    container, limits = spec.task.container, spec.task.resources.limits
+    asked = {
+        "job modes": spec.WhichOneof("mode") in ("replicated_job", "global_job"),
+        "health checks": container.HasField("health"),
+        "devices": bool(container.devices),
+        "volumes per slot": any(mount.per_slot for mount in container.mounts),
+        "memory swap limits": bool(limits.memory_swap_bytes) or limits.HasField("memory_swappiness"),
+        "generic resources": bool(spec.task.resources.reservations.generic or limits.generic),
+        "progress deadlines": bool(spec.update.progress_deadline_s or spec.rollback.progress_deadline_s),
+        "limits of unavailable tasks": bool(spec.max_unavailable),
+    }
+    for what, is_asked in asked.items():
+        if is_asked:
+            raise Invalid(f"{what}: this version of pyswarm does not have them yet: leave them out")
 
 
 def task_spec(spec: TaskSpec) -> None:
