@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -128,22 +127,23 @@ async def test_output_and_errors_of_a_container_are_told_apart(host: Host) -> No
 
 @pytest.mark.root
 async def test_following_through_rotations_loses_nothing_and_ends_with_the_container(host: Host) -> None:
-    count = 20_000
-    shell = f"i=0; while [ $i -lt {count} ]; do echo line $i; i=$((i+1)); done"
+    """Each rotation comes while the container writes; it goes on to the next round only after that."""
+    rounds, each = 5, 4_000
+    write = f"while [ $i -lt $((r*{each})) ]; do echo line $i; i=$((i+1)); done"
+    shell = f"i=0; for r in $(seq {rounds}); do {write}; until [ -e /tmp/go$r ]; do sleep 0.01; done; done"
     await host.started("t1", shell=shell, log_max_bytes=50_000, log_max_files=90)
     following = asyncio.create_task(host.lines("t1", follow=True))
-    await until(lambda: _rotated(host) or following.done())
-    while not following.done():
+    for number in range(1, rounds + 1):
+        await until(lambda: _rotates(host))
         await host.runtime.rotate_logs()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(0.002):
-                await asyncio.shield(following)
-    assert following.result() == [f"line {number}" for number in range(count)]
-    assert (host.state / "tasks/t1/logs/log.2").exists()
-    assert await host.lines("t1") == [f"line {number}" for number in range(count)]
+        assert (await host.runtime.exec("t1", ["touch", f"/tmp/go{number}"]))[0] == 0
+    written = [f"line {number}" for number in range(rounds * each)]
+    assert await following == written
+    assert (host.state / f"tasks/t1/logs/log.{rounds}").exists()
+    assert await host.lines("t1") == written
 
 
-def _rotated(host: Host) -> bool:
+def _rotates(host: Host) -> bool:
     log = host.state / "tasks/t1/logs/log"
     return log.exists() and log.stat().st_size > 50_000
 

@@ -130,6 +130,9 @@ class World:
         for name in sorted(self._off):
             self._start(name)
         self._settle(registers())
+        for name in [member.node_id for member in net.elect().members()]:
+            if name not in net.engines and name not in self._lost:
+                self._start(name)  # it went off while it joined, and the change that adds it was under way
         for name in sorted(self._lost):
             self._until(lambda name=name: self._remove(name), f"the removal of {name}")  # type: ignore[misc]
         for client in self.clients:
