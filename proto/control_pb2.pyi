@@ -285,19 +285,28 @@ class ServiceCounts(_message.Message):
     SERVICE_ID_FIELD_NUMBER: _builtins.int
     RUNNING_FIELD_NUMBER: _builtins.int
     DESIRED_FIELD_NUMBER: _builtins.int
+    COMPLETED_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
     service_id: _builtins.str
     running: _builtins.int
     desired: _builtins.int
+    """jobs: executions that shall be under way now"""
+    completed: _builtins.int
+    """jobs: executions of this iteration that completed"""
+    total: _builtins.int
+    """jobs: completions wanted"""
     def __init__(
         self,
         *,
         service_id: _builtins.str = ...,
         running: _builtins.int = ...,
         desired: _builtins.int = ...,
+        completed: _builtins.int = ...,
+        total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired", b"desired", "running", b"running", "service_id", b"service_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed", b"completed", "desired", b"desired", "running", b"running", "service_id", b"service_id", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

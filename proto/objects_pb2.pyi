@@ -971,6 +971,7 @@ class Task(_message.Message):
     JOB_ITERATION_FIELD_NUMBER: _builtins.int
     ASSIGNED_GENERIC_FIELD_NUMBER: _builtins.int
     PLACEMENT_REASON_FIELD_NUMBER: _builtins.int
+    FAILURES_BEFORE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     spec_version: _builtins.int
     """Service.spec_version it was made from"""
@@ -988,6 +989,8 @@ class Task(_message.Message):
     """jobs: Service.job_status.iteration it belongs to"""
     placement_reason: _builtins.str
     """why this node: one line for people, written by the scheduler"""
+    failures_before: _builtins.int
+    """predecessors in the slot that ended soon after their start, one after the other"""
     @_builtins.property
     def meta(self) -> Global___Meta: ...
     @_builtins.property
@@ -1028,10 +1031,11 @@ class Task(_message.Message):
         job_iteration: _builtins.int | None = ...,
         assigned_generic: _abc.Iterable[Global___GenericResource] | None = ...,
         placement_reason: _builtins.str = ...,
+        failures_before: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_job_iteration", b"_job_iteration", "endpoint", b"endpoint", "job_iteration", b"job_iteration", "meta", b"meta", "service_annotations", b"service_annotations", "spec", b"spec", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_job_iteration", b"_job_iteration", "assigned_generic", b"assigned_generic", "desired_state", b"desired_state", "endpoint", b"endpoint", "id", b"id", "job_iteration", b"job_iteration", "meta", b"meta", "networks", b"networks", "node_id", b"node_id", "placement_reason", b"placement_reason", "reason", b"reason", "running_at", b"running_at", "service_annotations", b"service_annotations", "service_id", b"service_id", "slot", b"slot", "spec", b"spec", "spec_version", b"spec_version", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_job_iteration", b"_job_iteration", "assigned_generic", b"assigned_generic", "desired_state", b"desired_state", "endpoint", b"endpoint", "failures_before", b"failures_before", "id", b"id", "job_iteration", b"job_iteration", "meta", b"meta", "networks", b"networks", "node_id", b"node_id", "placement_reason", b"placement_reason", "reason", b"reason", "running_at", b"running_at", "service_annotations", b"service_annotations", "service_id", b"service_id", "slot", b"slot", "spec", b"spec", "spec_version", b"spec_version", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__job_iteration: _TypeAlias = _typing.Literal["job_iteration"]  # noqa: Y015
     _WhichOneofArgType__job_iteration: _TypeAlias = _typing.Literal["_job_iteration", b"_job_iteration"]  # noqa: Y015

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from proto import objects_pb2 as pb
 from proto.control_pb2 import Explanation, Finding
 from proto.objects_pb2 import Node, NodeStatus, Service, Task, UpdateStatus
+from swarm.orchestrate.restart import FREE_FAILURES, backoff_s
 from swarm.schedule import why_pending
 from swarm.store import states
 from swarm.store.store import Store
@@ -25,6 +26,10 @@ def explain_service(store: Store, service: Service, now: float) -> Explanation:
     wanted = [task for task in tasks if states.is_runnable(task) and not states.has_stopped(task)]
     running = sum(task.status.state == pb.TASK_RUNNING for task in wanted)
     made.findings.append(Finding(subject="tasks", summary=f"{running} run of {_aim(store, service, wanted)}"))
+    if states.is_job(service.spec):
+        done = sum(task.status.state == pb.TASK_COMPLETE for task in tasks)
+        summary = f"{done} executions of iteration {service.job_status.iteration} have completed"
+        made.findings.add(subject="job", summary=summary)
     if service.pending_delete:
         made.findings.add(subject="removal", summary=f"removed; {len(tasks)} tasks are still there")
     if service.allocation_error:
@@ -85,6 +90,10 @@ def explain_node(store: Store, node: Node) -> Explanation:
 def _aim(store: Store, service: Service, wanted: list[Task]) -> str:
     if service.spec.WhichOneof("mode") == "replicated":
         return f"{service.spec.replicated.replicas} replicas"
+    if service.spec.WhichOneof("mode") == "replicated_job":
+        job = service.spec.replicated_job
+        at_once = job.max_concurrent or job.total_completions
+        return f"{job.total_completions} executions, at most {at_once} at the same time"
     return f"{len({task.node_id for task in wanted})} nodes that may have one ({len(store.nodes)} in the swarm)"
 
 
@@ -115,6 +124,12 @@ def _pending(store: Store, task: Task, now: float) -> Finding:
         made.details.append("waits for an address on its networks")
     elif task.desired_state == pb.TASK_READY:
         made.details.append("prepared, but held back: for the restart delay, or until its predecessor has stopped")
+        if task.failures_before > FREE_FAILURES:
+            delay_s = backoff_s(task.spec.restart, task.failures_before)
+            left_s = max(0.0, task.meta.created_at + delay_s - now)
+            made.details.append(
+                f"crash loop: {task.failures_before} failures in a row, so it waits {delay_s:g} s ({left_s:.0f} s more)"
+            )
     return made
 
 

@@ -192,7 +192,7 @@ class Simulation:
             return False
         if states.has_stopped(task):
             return False
-        if task.desired_state > pb.TASK_RUNNING:
+        if not states.is_runnable(task):
             self.report(task, pb.TASK_SHUTDOWN)
             return True
         following = [s for s in _LIFE if task.status.state < s <= task.desired_state]
@@ -241,7 +241,7 @@ class Simulation:
         return [task for task in self.runnable(service_id) if task.status.state == pb.TASK_RUNNING]
 
 
-_LIFE = (pb.TASK_ACCEPTED, pb.TASK_PREPARING, pb.TASK_READY, pb.TASK_STARTING, pb.TASK_RUNNING)
+_LIFE = (pb.TASK_ACCEPTED, pb.TASK_PREPARING, pb.TASK_READY, pb.TASK_STARTING, pb.TASK_RUNNING, pb.TASK_COMPLETE)
 
 
 def check(store: Store) -> None:

@@ -101,14 +101,14 @@ BAD: list[tuple[Change, str]] = [
     (port(target_port=90, protocol=7), "port protocol: unknown value 7"),
     (lambda s: setattr(s.endpoint, "mode", pb.DNSRR), "ingress mode can't be used with dnsrr mode"),
     (lambda s: s.task.networks.extend([pb.NetworkAttachmentConfig(network_id="a")] * 2), "duplicate network 'a'"),
-    (lambda s: s.replicated_job.SetInParent(), "job modes: this version"),
-    (lambda s: s.global_job.SetInParent(), "job modes: this version"),
+    (lambda s: s.replicated_job.SetInParent(), "update and rollback config have no meaning for a job"),
+    (lambda s: s.global_job.SetInParent(), "update and rollback config have no meaning for a job"),
+    (lambda s: setattr(s.update, "progress_deadline_s", float("nan")), "update progress deadline: nan s"),
     (lambda s: s.task.container.health.SetInParent(), "health checks: this version"),
     (lambda s: s.task.container.devices.add(host_path="/dev/null"), "devices: this version"),
     (mount(type=Mount.VOLUME, source="x", target="/x", per_slot=True), "volumes per slot: this version"),
     (lambda s: setattr(s.task.resources.limits, "memory_swap_bytes", 2**30), "memory swap limits: this version"),
     (lambda s: s.task.resources.reservations.generic.add(kind="gpu"), "generic resources: this version"),
-    (lambda s: setattr(s.update, "progress_deadline_s", 60), "progress deadlines: this version"),
     (lambda s: setattr(s, "max_unavailable", 1), "limits of unavailable tasks: this version"),
 ]
 
@@ -120,6 +120,18 @@ def test_bad_service_specs(change: Change, message: str) -> None:
     with pytest.raises(Invalid, match=message) as refused:
         service_spec(spec)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("field", ["total_completions", "max_concurrent"])
+def test_jobs_have_as_many_executions_as_replicas_at_most(field: str) -> None:
+    spec = full_spec()
+    spec.ClearField("update")
+    spec.ClearField("rollback")
+    setattr(spec.replicated_job, field, 100_000)
+    service_spec(spec)
+    setattr(spec.replicated_job, field, 100_001)
+    with pytest.raises(Invalid, match=f"{field.replace('_', ' ')}: 100001 is out of range"):
+        service_spec(spec)
 
 
 def test_replicas_per_node_mean_nothing_for_a_global_service() -> None:

@@ -97,7 +97,7 @@ def test_create_without_a_name_takes_the_images(host: Host) -> None:
         (["--health-cmd", "true", "web"], ["--health-cmd is not supported"]),
         (["--no-healthcheck", "web"], ["--no-healthcheck is not supported"]),
         (["--log-driver", "syslog", "web"], ["--log-driver is not supported"]),
-        (["--mode", "global-job", "web"], ["jobs do not exist"]),
+        (["--mode", "global-job", "--replicas", "2", "web"], ["--replicas can only be used"]),
         (["--env-file", "/does/not/exist", "web"], ["--env-file"]),
     ],
 )

@@ -258,7 +258,10 @@ def test_flags_reach_their_fields() -> None:
         ({"replicas": "-1"}, r'invalid value "-1" for --replicas'),
         ({"replicas": "many"}, "for --replicas"),
         ({"mode": "global", "replicas": "2"}, "--replicas can only be used"),
-        ({"mode": "replicated-job"}, "jobs do not exist"),
+        ({"mode": "global-job", "replicas": "2"}, "--replicas can only be used"),
+        ({"mode": "global-job", "max_concurrent": "2"}, "--max-concurrent can only be used with --mode replicated-job"),
+        ({"mode": "replicated-job", "restart_condition": "any"}, "--restart-condition any cannot be used with a job"),
+        ({"update_progress_deadline": "soon"}, "for --update-progress-deadline"),
         ({"mode": "cluster"}, "for --mode"),
         ({"limit_cpu": "lots"}, "for --limit-cpu"),
         ({"restart_condition": "always"}, "for --restart-condition: choose one of any, on-failure, none"),
@@ -349,7 +352,7 @@ def test_updates_that_cannot_be() -> None:
     with pytest.raises(Invalid, match="--publish-rm"):
         update(publish_rm=("443",))
     spec = build(mode="global")
-    with pytest.raises(Invalid, match="replicated mode"):
+    with pytest.raises(Invalid, match="replicated or replicated-job mode"):
         updated_spec(spec, {"replicas": "2"}, {}, str)
 
 
@@ -389,3 +392,15 @@ def test_a_bind_of_a_missing_path_is_refused_unless_a_constraint_says_where() ->
         refuse_missing_binds(spec, lambda path: False)
     spec.task.placement.constraints.append("node.hostname==w1")
     refuse_missing_binds(spec, lambda path: False)
+
+
+def test_jobs() -> None:
+    job = build(mode="replicated-job", replicas="5", max_concurrent="2").replicated_job
+    assert (job.total_completions, job.max_concurrent) == (5, 2)
+    assert build(mode="replicated-job").replicated_job.total_completions == 1
+    assert build(mode="global-job").WhichOneof("mode") == "global_job"
+
+
+def test_a_deadline_of_0_means_never() -> None:
+    assert build(update_progress_deadline="0s").update.progress_deadline_s == -1
+    assert build(rollback_progress_deadline="2m").rollback.progress_deadline_s == 120

@@ -293,6 +293,40 @@ def test_a_global_service_waits_for_every_eligible_node() -> None:
     assert [bar.key for bar in measure(made, tasks, 2).bars] == ["n1", "n2"]
 
 
+def execution(slot: int, state: pb.TaskState.ValueType, **fields: Any) -> pb.Task:
+    fields.setdefault("desired_state", pb.TASK_COMPLETE)
+    return task(slot, state, job_iteration=1, **fields)
+
+
+def a_job(total: int) -> pb.Service:
+    made = service()
+    made.spec.replicated_job.total_completions = total
+    made.job_status.iteration = 1
+    return made
+
+
+def test_a_job_converges_when_it_is_complete() -> None:
+    former = task(2, pb.TASK_COMPLETE, job_iteration=0, suffix="former")
+    progress = measure(a_job(2), [former, execution(1, pb.TASK_COMPLETE), execution(2, pb.TASK_RUNNING)], 0)
+    assert (progress.outcome, progress.overall) == (Outcome.WORKING, "job progress: 1 out of 2 complete")
+    assert [(bar.key, bar.state) for bar in progress.bars] == [("1/2", "complete"), ("2/2", "running")]
+    done = [execution(1, pb.TASK_COMPLETE), execution(2, pb.TASK_COMPLETE)]
+    assert measure(a_job(2), done, 0).outcome is Outcome.CONVERGED
+
+
+def test_a_job_that_cannot_complete_any_more_says_so() -> None:
+    lost = execution(2, pb.TASK_FAILED, desired_state=pb.TASK_SHUTDOWN, reason="failed; no attempts left")
+    assert measure(a_job(3), [lost, execution(1, pb.TASK_COMPLETE)], 0).outcome is Outcome.WORKING
+    progress = measure(a_job(2), [lost, execution(1, pb.TASK_COMPLETE)], 0)
+    assert progress.outcome is Outcome.FAILED
+    assert progress.note == "1 of 2 executions failed for good: failed; no attempts left"
+
+
+def test_a_jobs_row_has_dockers_words() -> None:
+    shown = service_row(a_job(5), ServiceCounts(running=1, desired=1, completed=3, total=5))
+    assert (shown["Mode"], shown["Replicas"]) == ("replicated job", "1/1 (3/5 completed)")
+
+
 @pytest.mark.parametrize(
     ("state", "version", "asked", "outcome"),
     [

@@ -164,6 +164,30 @@ def test_a_global_service_runs_once_on_each_matching_node(cluster: Lab, web_imag
     remove(cluster, "everywhere")
 
 
+def test_jobs_complete_as_often_as_asked(cluster: Lab, web_image: str) -> None:
+    """TestReplicatedJob of the reference; a second iteration, and a global job."""
+    command = ["--name", "sum", "--entrypoint", "sh -c 'sleep 0.3'", web_image]
+    modes = ["--mode", "replicated-job", "--replicas", "5", "--max-concurrent", "2"]
+    assert "job progress: 5 out of 5 complete" in cluster.pyswarm("m1", "service", "create", *modes, *command)
+    shown = cluster.rows("m2", "service", "ls")[0]
+    assert (shown["Mode"], shown["Replicas"]) == ("replicated job", "0/0 (5/5 completed)")
+    states = {
+        (row["DesiredState"], row["CurrentState"].split()[0]) for row in cluster.rows("m1", "service", "ps", "sum")
+    }
+    assert states == {("Complete", "Complete")}
+    assert "job progress: 3 out of 3 complete" in cluster.pyswarm("m1", "service", "scale", "sum=3")
+    assert len(cluster.rows("m1", "service", "ps", "sum")) == 3
+    remove(cluster, "sum")
+    cluster.pyswarm("m1", "service", "create", "--mode", "global-job", *command)
+    assert len({row["Node"] for row in cluster.rows("m1", "service", "ps", "sum")}) == 5
+    failing = ["--name", "no", "--restart-condition", "none", "--entrypoint", "sh -c 'exit 3'", web_image]
+    failed = cluster.try_pyswarm("m1", "service", "create", "--mode", "replicated-job", *failing)
+    assert failed.returncode != 0
+    assert "1 of 1 executions failed for good" in failed.stdout + failed.stderr
+    remove(cluster, "no")
+    remove(cluster, "sum")
+
+
 def test_a_missing_image_rejects_the_task_with_the_reason(cluster: Lab) -> None:
     command = ["service", "create", "--detach", "--no-resolve-image", "--name", "ghost", "127.0.0.1:1/no/such:1"]
     cluster.pyswarm("m1", *command)

@@ -6,6 +6,7 @@ import pytest
 
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import NodeStatus, Task
+from swarm.orchestrate.restart import backoff_s
 from tests.simulated import Simulation, node, service
 
 ANY, ON_FAILURE, NONE = pb.RESTART_ANY, pb.RESTART_ON_FAILURE, pb.RESTART_NONE
@@ -174,3 +175,49 @@ def test_a_predecessor_whose_node_goes_down_is_not_waited_for() -> None:
     sim.set_node(old.node_id, NodeStatus.DOWN)
     sim.settle()
     assert sim.runnable("web")[0].desired_state == pb.TASK_RUNNING
+
+
+def crash(sim: Simulation) -> Task:
+    """The running task fails; what replaces it, and the wait for that is over."""
+    sim.run()
+    end(sim)
+    return sim.runnable("web")[0]
+
+
+def test_a_crash_loop_is_slowed_down_and_says_so() -> None:
+    sim = started(delay_s=5.0)
+    waits = []
+    for _ in range(12):
+        crash(sim)
+        replacement, failed_at = sim.runnable("web")[0], sim.now
+        sim.run()
+        waits.append(round(sim.task(replacement.id).running_at or sim.now - failed_at))
+    assert waits == [5, 5, 5, 10, 20, 40, 80, 160, 300, 300, 300, 300]
+    assert replacement.reason.endswith("failure 12 in a row: waits 300 s")
+
+
+def test_a_task_that_lived_long_ends_the_loop() -> None:
+    sim = started(delay_s=5.0)
+    for _ in range(6):
+        assert crash(sim).failures_before
+    sim.run()
+    sim.now += 400.0
+    end(sim)
+    assert sim.runnable("web")[0].failures_before == 1
+
+
+def test_limited_attempts_are_not_slowed_down() -> None:
+    policy = pb.RestartPolicy(max_attempts=9, delay_s=5.0)
+    assert {backoff_s(policy, failures) for failures in range(9)} == {5.0}
+
+
+def test_a_move_neither_ends_nor_lengthens_the_loop() -> None:
+    sim = started()
+    for _ in range(4):
+        crash(sim)
+    sim.run()
+    task = sim.running("web")[0]
+    sim.set_node(task.node_id, NodeStatus.DOWN)
+    sim.settle()
+    moved = sim.runnable("web")[0]
+    assert (moved.failures_before, moved.desired_state) == (4, pb.TASK_RUNNING)

@@ -332,3 +332,48 @@ def test_a_global_service_on_a_paused_node_is_updated_when_the_node_is_back() ->
     sim.set_node("n1", availability=pb.ACTIVE)
     sim.run()
     assert images(sim) == ["web:2"] * 2
+
+
+def hopeless(sim: Simulation) -> None:
+    """A new spec that no node can take."""
+
+    def change(spec: ServiceSpec) -> None:
+        spec.task.resources.reservations.nano_cpus = 100 * 10**9
+
+    sim.update_spec("web", change)
+
+
+def test_an_update_that_gets_nowhere_fails_at_its_deadline() -> None:
+    sim = started(4, progress_deadline_s=30.0)
+    hopeless(sim)
+    sim.run()
+    assert state(sim) == "PAUSED"
+    message = sim.service("web").update_status.message
+    assert message.startswith("update paused because no task got ready within 30 s; task t")
+    assert "no suitable node" in message
+    assert len(sim.running("web")) == 3  # stop-first: one was taken down for its replacement
+
+
+def test_at_the_deadline_a_rollback_brings_everything_back() -> None:
+    sim = started(4, progress_deadline_s=30.0, failure_action=pb.ROLLBACK, order=pb.START_FIRST)
+    hopeless(sim)
+    sim.run()
+    assert state(sim) == "ROLLBACK_COMPLETED"
+    assert len(sim.running("web")) == 4
+
+
+@pytest.mark.parametrize(("deadline_s", "ends"), [(0.0, "PAUSED"), (-1.0, "UPDATING")])
+def test_the_deadline_is_ten_minutes_unless_switched_off(deadline_s: float, ends: str) -> None:
+    sim = started(2, progress_deadline_s=deadline_s)
+    began_at = sim.now
+    hopeless(sim)
+    sim.run()
+    assert state(sim) == ends
+    assert sim.now - began_at >= (599 if ends == "PAUSED" else 0)  # sums of floats
+
+
+def test_slots_that_get_ahead_move_the_deadline() -> None:
+    sim = started(4, progress_deadline_s=8.0, delay_s=6.0)
+    sim.set_image("web", "web:2")
+    sim.run()
+    assert state(sim) == "COMPLETED"

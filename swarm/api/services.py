@@ -17,6 +17,7 @@ from swarm.api.backend import Backend, object_id
 from swarm.api.find import find_network, find_service
 from swarm.api.views import shown_service
 from swarm.errors import AlreadyExists, Conflict, Invalid, NotFound
+from swarm.store import states
 from swarm.store.changes import Create, Group, Update
 from swarm.store.store import Store
 
@@ -55,15 +56,24 @@ def check_ports(store: Store, service_id: str, spec: ServiceSpec) -> None:
         raise Invalid(f"{why}: publish another port, or remove it there")
 
 
-def created(store: Store, service_id: str, spec: ServiceSpec) -> Service:
-    """The new service. Raises AlreadyExists, Invalid."""
+def created(store: Store, service_id: str, spec: ServiceSpec, now: float) -> Service:
+    """The new service. `now` in Unix s. Raises AlreadyExists, Invalid."""
     name = spec.annotations.name
     holder = store.services.by_name(name)
     if holder is not None:
         state = "is still being removed; try again in a moment" if holder.pending_delete else "already exists"
         raise AlreadyExists(f"name conflicts with an existing object: service {name} {state}")
     check_ports(store, service_id, spec)
-    return Service(id=service_id, spec=spec, spec_version=1)
+    made = Service(id=service_id, spec=spec, spec_version=1)
+    if states.is_job(spec):
+        made.job_status.last_execution = now
+    return made
+
+
+def _begin_iteration(service: Service, now: float) -> None:
+    """Every change of a job's spec runs it anew."""
+    service.job_status.iteration += 1
+    service.job_status.last_execution = now
 
 
 def updated(store: Store, request: ServiceUpdateRequest, now: float) -> Service | None:
@@ -77,7 +87,8 @@ def updated(store: Store, request: ServiceUpdateRequest, now: float) -> Service 
     if spec.annotations.name != old.annotations.name:
         raise Invalid(f"renaming service {old.annotations.name} is not supported: create one with the new name")
     if spec.WhichOneof("mode") != old.WhichOneof("mode"):
-        raise Invalid(f"service mode change is not allowed: {old.annotations.name} is {old.WhichOneof('mode')}")
+        mode = (old.WhichOneof("mode") or "").replace("_", " ")
+        raise Invalid(f"service mode change is not allowed: {old.annotations.name} is {mode}")
     if not spec.task.container.registry_auth:  # reads do not show it, so a spec read and sent back lacks it
         spec.task.container.registry_auth = old.task.container.registry_auth
     check_ports(store, service.id, spec)
@@ -89,6 +100,8 @@ def updated(store: Store, request: ServiceUpdateRequest, now: float) -> Service 
     changed.spec.CopyFrom(spec)
     changed.spec_version = max(service.meta.version, service.spec_version + 1, service.previous_spec_version + 1)
     changed.ClearField("update_status")
+    if states.is_job(spec):
+        _begin_iteration(changed, now)
     return changed
 
 
@@ -116,6 +129,10 @@ def _rolled_back(service: Service, now: float) -> Service:
     changed.previous_spec.CopyFrom(service.spec)
     changed.previous_spec_version = service.spec_version
     changed.update_status.Clear()
+    if states.is_job(changed.spec):
+        changed.spec_version = changed.previous_spec_version + 1  # what ran under that spec before is not this
+        _begin_iteration(changed, now)
+        return changed
     changed.update_status.state = UpdateStatus.ROLLBACK_STARTED
     changed.update_status.started_at = now
     changed.update_status.message = "manually requested rollback"
@@ -160,7 +177,7 @@ async def create(backend: Backend, spec: ServiceSpec, request_id: str) -> Servic
     def decide() -> Group:
         if service_id in store.services:
             return ()  # the request was delivered twice
-        return (Create(created(store, service_id, full)),)
+        return (Create(created(store, service_id, full, backend.now())),)
 
     full = completed(store, spec)
     if service_id not in store.services:

@@ -25,6 +25,7 @@ from proto.objects_pb2 import (
 from swarm.api import check
 from swarm.errors import Invalid
 from swarm.schedule.constraints import parse_constraint, parse_spread
+from swarm.store import states
 
 REPLICAS_MAX = 100_000
 """More is a slip of the finger, and the state of that many tasks is more than the managers should hold."""
@@ -56,6 +57,8 @@ def service_spec(spec: ServiceSpec) -> None:
             f"replicas: {spec.replicated.replicas} is out of range: use a number from 0 to {REPLICAS_MAX} "
             "(a negative number is not a number of replicas)"
         )
+    if states.is_job(spec):
+        _job(spec)
     task_spec(spec.task)
     if spec.HasField("update"):
         update_config("update", spec.update)
@@ -64,21 +67,29 @@ def service_spec(spec: ServiceSpec) -> None:
         if spec.rollback.failure_action == pb.ROLLBACK:
             raise Invalid("rollback failure action: a rollback cannot be rolled back: use pause or continue")
     endpoint_spec(spec.endpoint)
-    if spec.WhichOneof("mode") == "global" and spec.task.placement.max_replicas_per_node:
+    if states.is_global(spec) and spec.task.placement.max_replicas_per_node:
         raise Invalid("max replicas per node has no meaning for a global service: leave it out")
+
+
+def _job(spec: ServiceSpec) -> None:
+    if spec.update.ByteSize() or spec.rollback.ByteSize():
+        raise Invalid(
+            "update and rollback config have no meaning for a job, which begins anew when it is updated: leave them out"
+        )
+    for field in ("total_completions", "max_concurrent"):
+        if (count := getattr(spec.replicated_job, field)) > REPLICAS_MAX:
+            raise Invalid(f"{field.replace('_', ' ')}: {count} is out of range: use a number up to {REPLICAS_MAX}")
 
 
 def _without_what_comes_later(spec: ServiceSpec) -> None:
     """The object model has fields that nothing acts on yet: they are refused rather than ignored."""
     container, limits = spec.task.container, spec.task.resources.limits
     asked = {
-        "job modes": spec.WhichOneof("mode") in ("replicated_job", "global_job"),
         "health checks": container.HasField("health"),
         "devices": bool(container.devices),
         "volumes per slot": any(mount.per_slot for mount in container.mounts),
         "memory swap limits": bool(limits.memory_swap_bytes) or limits.HasField("memory_swappiness"),
         "generic resources": bool(spec.task.resources.reservations.generic or limits.generic),
-        "progress deadlines": bool(spec.update.progress_deadline_s or spec.rollback.progress_deadline_s),
         "limits of unavailable tasks": bool(spec.max_unavailable),
     }
     for what, is_asked in asked.items():
@@ -185,6 +196,8 @@ def update_config(kind: str, config: UpdateConfig) -> None:
     check.duration(f"{kind} delay", config.delay_s)
     if config.HasField("monitor_s"):
         check.duration(f"{kind} monitor", config.monitor_s)
+    if not config.progress_deadline_s < 0:  # negative: never
+        check.duration(f"{kind} progress deadline", config.progress_deadline_s)
     ratio = config.max_failure_ratio
     if math.isnan(ratio) or not 0 <= ratio <= 1:
         raise Invalid(f"{kind} max failure ratio {ratio:g}: must be between 0 and 1")

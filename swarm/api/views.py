@@ -10,6 +10,7 @@ from proto.control_pb2 import Filter, ServiceCounts
 from proto.objects_pb2 import (
     ACTIVE,
     MANAGER,
+    TASK_COMPLETE,
     TASK_RUNNING,
     Cluster,
     Network,
@@ -22,6 +23,7 @@ from proto.objects_pb2 import (
 from swarm.consensus.interface import Consensus
 from swarm.dispatch.items import is_down, task_name
 from swarm.schedule.filters import fits
+from swarm.store import states
 from swarm.store.store import Store
 
 
@@ -85,28 +87,55 @@ def shown_node(node: Node, consensus: Consensus) -> Node:
 def counts(store: Store, service: Service) -> ServiceCounts:
     """Running: wanted tasks that run on nodes that are not down. Desired of a global service: the nodes that
     may run it, and those that run it already."""
-    tasks = [task for task in store.tasks.where("service", service.id) if task.desired_state <= TASK_RUNNING]
+    tasks = [task for task in store.tasks.where("service", service.id) if states.is_runnable(task)]
     running = [
         task for task in tasks if task.status.state == TASK_RUNNING and not is_down(store.nodes.get(task.node_id))
     ]
+    made = ServiceCounts(service_id=service.id, running=len(running))
     if service.pending_delete:
         desired = 0
-    elif service.spec.WhichOneof("mode") == "global":
+    elif states.is_job(service.spec):
+        desired = _count_job(store, service, made)
+    elif states.is_global(service.spec):
         desired = eligible_nodes(store, service)
     else:
         desired = service.spec.replicated.replicas
-    return ServiceCounts(service_id=service.id, running=len(running), desired=desired)
+    made.desired = desired
+    return made
+
+
+def _count_job(store: Store, service: Service, counts: ServiceCounts) -> int:
+    """Fill in what has completed; returns how many executions shall be under way."""
+    iteration = service.job_status.iteration
+    done = {
+        task.slot or task.node_id
+        for task in store.tasks.where("service", service.id)
+        if task.status.state == TASK_COMPLETE and task.job_iteration == iteration
+    }
+    counts.completed = len(done)
+    if states.is_global(service.spec):
+        eligible = _eligible(store, service)
+        counts.total = len(eligible | done)
+        return len(eligible - done)
+    job = service.spec.replicated_job
+    counts.total = job.total_completions
+    return min(job.max_concurrent or job.total_completions, max(0, job.total_completions - len(done)))
 
 
 def eligible_nodes(store: Store, service: Service) -> int:
     """Nodes on which a task of a global service is wanted: those that take tasks, and paused ones that have one."""
-    wanted = {task.node_id for task in store.tasks.where("service", service.id) if task.desired_state <= TASK_RUNNING}
-    return sum(
-        node.status.state == NodeStatus.READY
+    return len(_eligible(store, service))
+
+
+def _eligible(store: Store, service: Service) -> set[int | str]:
+    wanted = {task.node_id for task in store.tasks.where("service", service.id) if states.is_runnable(task)}
+    return {
+        node.id
+        for node in store.nodes
+        if node.status.state == NodeStatus.READY
         and (node.spec.availability == ACTIVE or node.id in wanted)
         and fits(node, service.spec.task)
-        for node in store.nodes
-    )
+    }
 
 
 # ---------------------------------------------------------------- filters

@@ -44,6 +44,11 @@ def service_json(service: pb.Service) -> Json:
             **({"CompletedAt": format_time(status.completed_at)} if status.completed_at else {}),
             "Message": status.message,
         }
+    if service.HasField("job_status"):
+        shape["JobStatus"] = {
+            "JobIteration": {"Index": service.job_status.iteration},
+            "LastExecution": format_time(service.job_status.last_execution),
+        }
     if service.allocation_error:
         shape["AllocationError"] = service.allocation_error
     return shape
@@ -55,9 +60,18 @@ def update_state(state: pb.UpdateStatus.State.ValueType) -> str:
 
 
 def service_spec_json(spec: pb.ServiceSpec) -> Json:
-    mode: Json = {"Replicated": {"Replicas": spec.replicated.replicas}}
-    if spec.WhichOneof("mode") == "global":
-        mode = {"Global": {}}
+    job = spec.replicated_job
+    modes: dict[str, Json] = {
+        "global": {"Global": {}},
+        "global_job": {"GlobalJob": {}},
+        "replicated_job": {
+            "ReplicatedJob": {
+                "MaxConcurrent": job.max_concurrent or job.total_completions,
+                "TotalCompletions": job.total_completions,
+            }
+        },
+    }
+    mode = modes.get(spec.WhichOneof("mode") or "", {"Replicated": {"Replicas": spec.replicated.replicas}})
     return {
         **_annotations(spec.annotations),
         "TaskTemplate": task_spec_json(spec.task),

@@ -45,12 +45,18 @@ def _rollout(prefix: str, word: str, actions: str) -> tuple[Flag, ...]:
         _value(f"{prefix}-monitor", "DURATION", f"How long each task {word} is watched for failure (default 5s)"),
         _value(f"{prefix}-failure-action", actions, "What to do when too many tasks fail (default pause)"),
         _value(f"{prefix}-max-failure-ratio", "RATIO", "Share of tasks that may fail, 0 to 1 (default 0)"),
+        _value(
+            f"{prefix}-progress-deadline",
+            "DURATION",
+            "Fails when no task got ahead for so long (default 10m; 0s = never)",
+        ),
         _value(f"{prefix}-order", "start-first|stop-first", "Which comes first, new or old task (default stop-first)"),
     )
 
 
 COMMON: tuple[Flag, ...] = (
-    _value("replicas", "N", "Number of tasks (replicated mode; default 1)"),
+    _value("replicas", "N", "Number of tasks, or of a job's completions (default 1)"),
+    _value("max-concurrent", "N", "Tasks of a replicated job at the same time (default: all)"),
     _value("replicas-max-per-node", "N", "Most tasks on one node; 0 = unlimited"),
     _value("endpoint-mode", "vip|dnsrr", "How the service's name resolves (default vip)"),
     _value("limit-cpu", "CPUS", "Most CPU a task may use, such as 0.5"),
@@ -106,7 +112,7 @@ SWITCHES: tuple[Flag, ...] = (
 
 CREATE: tuple[Flag, ...] = (
     _value("name", "NAME", "Name of the service (default: made from the image's)"),
-    _value("mode", "replicated|global", "A number of tasks, or one on every node (default replicated)"),
+    _value("mode", "replicated|global|replicated-job|global-job", "A number of tasks, or one per node; jobs complete"),
     *COMMON,
     *LISTS,
     _list("env-file", "FILE", "Read environment variables from a file, one KEY=VALUE a line"),
@@ -149,7 +155,6 @@ _REFUSED_BOTH: dict[str, str] = {
     "log-driver": "logs are always kept in files on the node; --log-opt max-size and max-file set how much",
     "memory-swap": _SWAP,
     "memory-swappiness": _SWAP,
-    "max-concurrent": "jobs do not exist in this version of pyswarm",
 }
 REFUSED_CREATE: dict[str, str] = {
     **_REFUSED_BOTH,

@@ -18,9 +18,16 @@ def pretty_service(service: pb.Service, network_name: Mapping[str, str]) -> str:
     spec, task = service.spec, service.spec.task
     lines: list[Line] = [(0, "ID", service.id), (0, "Name", spec.annotations.name)]
     lines += _labels(spec.annotations.labels)
-    lines += [(0, "Service Mode", mode_word(spec).capitalize())]
+    lines += [(0, "Service Mode", mode_word(spec).title())]
     if spec.WhichOneof("mode") == "replicated":
         lines += [(1, "Replicas", str(spec.replicated.replicas))]
+    elif spec.WhichOneof("mode") == "replicated_job":
+        job = spec.replicated_job
+        lines += [(1, "Max Concurrent", str(job.max_concurrent or job.total_completions))]
+        lines += [(1, "Total Completions", str(job.total_completions))]
+    if service.HasField("job_status"):
+        lines += [(1, "Job Iteration", str(service.job_status.iteration))]
+        lines += [(1, "Last Execution", format_time(service.job_status.last_execution))]
     lines += _update_status(service.update_status)
     if service.allocation_error:
         lines += [(0, "Allocation", service.allocation_error)]

@@ -25,6 +25,7 @@ STEPS: dict[pb.TaskState.ValueType, int] = {
     pb.TASK_READY: 6,
     pb.TASK_STARTING: 7,
     pb.TASK_RUNNING: 9,
+    pb.TASK_COMPLETE: 9,
 }
 STEPS_ALL = 9
 
@@ -53,15 +54,21 @@ class Progress:
     outcome: Outcome
     note: str = ""
     """WORKING: what holds it up; FAILED: why."""
+    is_job: bool = False
+    """Then `running` counts what has completed."""
 
     @property
     def overall(self) -> str:
+        if self.is_job:
+            return f"job progress: {self.running} out of {self.wanted} complete"
         return f"overall progress: {self.running} out of {self.wanted} tasks"
 
 
 def measure(service: pb.Service, tasks: Iterable[pb.Task], nodes_eligible: int, rolling_back: bool = False) -> Progress:
     """`nodes_eligible` counts for global services only; `rolling_back`: the user asked for a rollback,
     so that completing one is success."""
+    if service.HasField("job_status"):
+        return _measure_job(service, tasks, nodes_eligible)
     is_global = service.spec.WhichOneof("mode") == "global"
     wanted = nodes_eligible if is_global else service.spec.replicated.replicas
     current, errors = _current(tasks)
@@ -75,6 +82,33 @@ def measure(service: pb.Service, tasks: Iterable[pb.Task], nodes_eligible: int, 
 
 
 Key = tuple[int, str]
+
+
+def _measure_job(service: pb.Service, tasks: Iterable[pb.Task], nodes_eligible: int) -> Progress:
+    """A job has converged when it is complete, and failed when what is not complete will not be tried again."""
+    newest: dict[Key, pb.Task] = {}
+    for task in sorted(tasks, key=lambda task: (task.meta.created_at, task.id)):
+        key = (task.slot, "" if task.slot else task.node_id)
+        if task.job_iteration != service.job_status.iteration or task.desired_state == pb.TASK_REMOVE:
+            continue
+        if key not in newest or newest[key].status.state != pb.TASK_COMPLETE:
+            newest[key] = task
+    is_global = service.spec.WhichOneof("mode") == "global_job"
+    wanted = max(nodes_eligible, len(newest)) if is_global else service.spec.replicated_job.total_completions
+    done = sum(task.status.state == pb.TASK_COMPLETE for task in newest.values())
+    lost = [task for task in newest.values() if _is_given_up(task)]
+    outcome, note = Outcome.WORKING, service.allocation_error
+    if done >= wanted:
+        outcome, note = Outcome.CONVERGED, ""
+    elif lost and done + len(lost) >= wanted:
+        outcome, note = Outcome.FAILED, f"{len(lost)} of {wanted} executions failed for good: {lost[0].reason}"
+    keys = sorted(newest) if is_global else _slots(newest, wanted)
+    bars = (_bar(key, newest.get(key), task_error(newest[key]) if key in newest else "", wanted) for key in keys)
+    return Progress(done, wanted, tuple(bars) if wanted <= BARS_MAX else (), outcome, note, is_job=True)
+
+
+def _is_given_up(task: pb.Task) -> bool:
+    return task.desired_state == pb.TASK_SHUTDOWN and task.status.state in (pb.TASK_FAILED, pb.TASK_REJECTED)
 
 
 def _slots(current: dict[Key, pb.Task], wanted: int) -> list[Key]:

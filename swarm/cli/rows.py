@@ -60,13 +60,16 @@ def state_word(state: pb.TaskState.ValueType) -> str:
 
 
 def mode_word(spec: pb.ServiceSpec) -> str:
-    return "global" if spec.WhichOneof("mode") == "global" else "replicated"
+    """Docker's words: "replicated", "global", "replicated job", "global job"."""
+    return (spec.WhichOneof("mode") or "replicated").replace("_", " ")
 
 
 def service_row(service: pb.Service, counts: ServiceCounts) -> dict[str, str]:
     """One line of `service ls`."""
     spec = service.spec
     replicas = f"{counts.running}/{counts.desired}"
+    if mode_word(spec).endswith("job"):
+        replicas += f" ({counts.completed}/{counts.total} completed)"
     if spec.task.placement.max_replicas_per_node:
         replicas += f" (max {spec.task.placement.max_replicas_per_node} per node)"
     ports = service.endpoint.spec.ports or spec.endpoint.ports

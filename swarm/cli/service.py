@@ -23,8 +23,8 @@ from swarm.cli.flags import Flag, Kind
 from swarm.cli.images import base_name, registry_of
 from swarm.cli.mounts import refuse_missing_binds
 from swarm.cli.registry_auth import find_credentials
-from swarm.cli.spec import build_spec, parse_replicas
-from swarm.cli.update import set_replicas, updated_spec
+from swarm.cli.spec import build_spec, parse_replicas, set_replicas
+from swarm.cli.update import updated_spec
 from swarm.cli.watch import wait_converged
 from swarm.errors import Invalid
 from swarm.ids import random_id

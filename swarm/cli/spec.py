@@ -39,6 +39,7 @@ Parse = Callable[[str], Any]
 REPLICAS_MAX = 1_000_000
 """A typing error should not make managers create tasks until memory ends."""
 RATIO_MAX = 1.0
+MODES = ("replicated", "global", "replicated-job", "global-job")
 
 
 def choice(**known: Any) -> Parse:
@@ -67,6 +68,10 @@ def _uint32(text: str) -> int:
     return parse_uint(text, 0, 2**32 - 1)
 
 
+def _deadline(text: str) -> float:
+    return parse_duration_s(text) or -1.0  # in a spec 0 stands for the default, and a negative number for "never"
+
+
 def _rollout(prefix: str, **actions: int) -> dict[str, tuple[str, Parse]]:
     return {
         f"{prefix}-parallelism": (f"{prefix}.parallelism", parse_uint),
@@ -74,6 +79,7 @@ def _rollout(prefix: str, **actions: int) -> dict[str, tuple[str, Parse]]:
         f"{prefix}-monitor": (f"{prefix}.monitor_s", parse_duration_s),
         f"{prefix}-failure-action": (f"{prefix}.failure_action", choice(**actions)),
         f"{prefix}-max-failure-ratio": (f"{prefix}.max_failure_ratio", _ratio),
+        f"{prefix}-progress-deadline": (f"{prefix}.progress_deadline_s", _deadline),
         f"{prefix}-order": (f"{prefix}.order", choice(start_first=START_FIRST, stop_first=STOP_FIRST)),
     }
 
@@ -152,17 +158,41 @@ def build_spec(
 
 def _set_mode(spec: ServiceSpec, flags: Flags) -> None:
     mode = flags.get("mode", "replicated")
-    if mode in ("replicated-job", "global-job"):
-        raise Invalid(f"--mode {mode} is not supported: jobs do not exist in this version of pyswarm")
-    if mode == "global":
-        if "replicas" in flags:
-            raise Invalid("--replicas can only be used with --mode replicated: a global service runs on every node")
-        # `global` is a keyword, so the field is reached by name.
-        getattr(spec, "global").SetInParent()
-    elif mode == "replicated":
-        spec.replicated.replicas = flag_value("replicas", parse_replicas, flags.get("replicas", "1"))
-    else:
-        raise Invalid(f'unknown mode "{mode}" for --mode: choose replicated or global')
+    if mode not in MODES:
+        raise Invalid(f'unknown mode "{mode}" for --mode: choose one of {", ".join(MODES)}')
+    if mode.startswith("global") and "replicas" in flags:
+        raise Invalid("--replicas can only be used with a replicated mode: a global service runs on every node")
+    if mode != "replicated-job" and "max-concurrent" in flags:
+        raise Invalid("--max-concurrent can only be used with --mode replicated-job")
+    if mode.endswith("job") and flags.get("restart-condition") == "any":
+        raise Invalid("--restart-condition any cannot be used with a job, which ends when it completes: use on-failure")
+    # `global` is a keyword, so the field is reached by name.
+    getattr(spec, mode.replace("-", "_")).SetInParent()
+    if mode.startswith("replicated"):
+        set_replicas(spec, flag_value("replicas", parse_replicas, flags.get("replicas", "1")))
+    if "max-concurrent" in flags:
+        set_max_concurrent(spec, flag_value("max-concurrent", parse_replicas, flags["max-concurrent"]))
+
+
+def set_replicas(spec: ServiceSpec, replicas: int) -> None:
+    """Raises Invalid for a global service."""
+    match spec.WhichOneof("mode"):
+        case "replicated":
+            spec.replicated.replicas = replicas
+        case "replicated_job":
+            spec.replicated_job.total_completions = replicas
+        case _:
+            raise Invalid(
+                f"{spec.annotations.name}: scale can only be used with replicated or replicated-job mode: "
+                "a global service runs on every node"
+            )
+
+
+def set_max_concurrent(spec: ServiceSpec, count: int) -> None:
+    """Raises Invalid for what is not a replicated job."""
+    if spec.WhichOneof("mode") != "replicated_job":
+        raise Invalid("--max-concurrent can only be used with replicated-job mode")
+    spec.replicated_job.max_concurrent = count
 
 
 def parse_replicas(text: str) -> int:

@@ -25,6 +25,8 @@ from swarm.cli.spec import (
     parse_preference,
     parse_replicas,
     parse_ulimit,
+    set_max_concurrent,
+    set_replicas,
     split_words,
 )
 from swarm.errors import Invalid
@@ -42,6 +44,8 @@ def updated_spec(current: ServiceSpec, flags: Flags, environ: Mapping[str, str],
     apply_scalars(spec, flags)
     if "replicas" in flags:
         set_replicas(spec, flag_value("replicas", parse_replicas, flags["replicas"]))
+    if "max-concurrent" in flags:
+        set_max_concurrent(spec, flag_value("max-concurrent", parse_replicas, flags["max-concurrent"]))
     if "args" in flags:
         spec.task.container.args[:] = flag_value("args", split_words, flags["args"])
     if flags.get("force"):
@@ -57,15 +61,6 @@ def updated_spec(current: ServiceSpec, flags: Flags, environ: Mapping[str, str],
     _update_networks(spec, flags, network_id)
     _update_ports(spec, flags)
     return spec
-
-
-def set_replicas(spec: ServiceSpec, replicas: int) -> None:
-    """Raises Invalid for a global service."""
-    if spec.WhichOneof("mode") == "global":
-        raise Invalid(
-            f"{spec.annotations.name}: scale can only be used with replicated mode: a global service runs on every node"
-        )
-    spec.replicated.replicas = replicas
 
 
 def _update_placement(spec: ServiceSpec, flags: Flags) -> None:

@@ -20,6 +20,7 @@ from proto.objects_pb2 import (
     Service,
     Task,
 )
+from swarm.store.states import is_runnable
 from swarm.store.store import Store
 
 EVERYWHERE = "all"
@@ -66,7 +67,7 @@ def task_items(task: Task, node_down: bool, unreached: str = "") -> dict[str, Sc
     if is_assigned(task):
         items[f"task/{task.id}"] = Scoped(Item(task=for_agent(task)), frozenset({node_scope(task.node_id)}))
     if is_live(task):
-        serving = task.status.state == TASK_RUNNING and task.desired_state <= TASK_RUNNING and not node_down
+        serving = task.status.state == TASK_RUNNING and is_runnable(task) and not node_down
         for attachment in task.networks:
             endpoint = NetworkEndpoint(
                 task_id=task.id,

@@ -11,7 +11,9 @@ def spread(view: View) -> None:
     """A task on each fitting node; what stays on other nodes is `restart.replace_ended`'s to stop."""
     for node in view.store.nodes:
         slot = view.slots.get(node.id) or Slot(node.id)
-        if slot.settled or slot.runnable or is_given_up(view, slot) or not may_start_in(view, slot):
+        if slot.settled or slot.runnable or view.is_done(slot) or is_given_up(view, slot):
+            continue
+        if not may_start_in(view, slot):
             continue
         view.slots[node.id] = slot
         waits = any(not view.is_gone(task) for task in slot.tasks)

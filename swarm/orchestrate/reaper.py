@@ -40,7 +40,9 @@ def _trim_history(view: View, slot: Slot, limit: int) -> None:
     for task in slot.tasks[:-1]:  # the newest says whether the slot was given up
         if surplus <= 0:
             break
-        if not states.is_runnable(task) and view.is_gone(task):
+        # What says that a job's execution has completed is not forgotten before its iteration ends.
+        is_proof = view.is_job and task.status.state == pb.TASK_COMPLETE
+        if not states.is_runnable(task) and view.is_gone(task) and not is_proof:
             view.groups.append((Remove(task),))
             surplus -= 1
 

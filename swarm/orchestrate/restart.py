@@ -22,6 +22,31 @@ STOP_WAIT_S = 60.0
 stop a container must not keep the slot down for ever."""
 GRACE_S = 10.0
 """Docker's default stop grace period."""
+FREE_FAILURES = 3
+"""So many failures in a row are met with the policy's own delay: what they wait for may be about to come up."""
+BACKOFF_MAX_S = 300.0
+"""Each further one doubles the delay, up to this (Kubernetes' CrashLoopBackOff)."""
+STEADY_S = 300.0
+"""A task that lived so long was no crash: the next failure is the first one again."""
+
+
+def backoff_s(policy: RestartPolicy, failures: int) -> float:
+    """The delay before the start that follows so many failures in a row. Where the attempts are limited the loop ends
+    by itself, and a growing delay could outgrow the window in which they are counted: there it stays as it is."""
+    delay_s = policy.delay_s if policy.HasField("delay_s") else DELAY_S
+    doublings = failures - FREE_FAILURES
+    if doublings <= 0 or policy.max_attempts or delay_s >= BACKOFF_MAX_S:
+        return delay_s
+    return min(BACKOFF_MAX_S, max(delay_s, 1.0) * 2.0 ** min(doublings, 20))
+
+
+def failures_up_to(policy: RestartPolicy, task: Task) -> int:
+    """How many tasks in a row, this one the last, ended by themselves soon after their start."""
+    if task.status.state not in states.STOPPED_BY_ITSELF:
+        return task.failures_before  # it was moved: that says nothing about it
+    waited_s = backoff_s(policy, task.failures_before) if task.failures_before else 0.0
+    is_steady = states.changed_at(task) - task.meta.created_at - waited_s >= STEADY_S
+    return 1 if is_steady and task.status.state != pb.TASK_REJECTED else task.failures_before + 1
 
 
 def exits(slot: Slot, like: Task, window_s: float) -> int:
@@ -81,8 +106,12 @@ def misplaced(view: View, task: Task, node: Node | None) -> str | None:
 def replace_ended(view: View) -> None:
     """Give up each task that ended or cannot stay, with its replacement where the policy wants one."""
     for slot in view.slots.values():
+        if slot.settled:
+            continue
         runnable = slot.runnable
         for task in runnable:
+            if view.is_job and task.status.state == pb.TASK_COMPLETE:
+                continue
             moved = None
             if task.status.state not in states.STOPPED_BY_ITSELF:
                 moved = misplaced(view, task, view.node_of(task))
@@ -120,9 +149,12 @@ def _replace(view: View, slot: Slot, task: Task, moved: str | None) -> None:
     if not may_start_in(view, slot):
         view.act(slot, stop)
         return
-    waits = (moved is None and delay_s(view) > 0) or not view.is_gone(task)
-    desired = pb.TASK_READY if waits else pb.TASK_RUNNING
-    view.act(slot, stop, view.create(slot, desired, f"replaces {task.id}: {why}"))
+    policy = view.spec.task.restart
+    failures = failures_up_to(policy, task)
+    delay_s = backoff_s(policy, failures) if moved is None else 0.0
+    desired = pb.TASK_READY if delay_s > 0 or not view.is_gone(task) else pb.TASK_RUNNING
+    loop = f"; failure {failures} in a row: waits {delay_s:g} s" if failures > FREE_FAILURES and delay_s else ""
+    view.act(slot, stop, view.create(slot, desired, f"replaces {task.id}: {why}{loop}", failures))
 
 
 def may_start_in(view: View, slot: Slot) -> bool:
@@ -131,11 +163,6 @@ def may_start_in(view: View, slot: Slot) -> bool:
         return True
     node = view.store.nodes.get(slot.key)
     return node is not None and states.takes_tasks(node) and view.fits_on(node)
-
-
-def delay_s(view: View) -> float:
-    policy = view.spec.task.restart
-    return policy.delay_s if policy.HasField("delay_s") else DELAY_S
 
 
 def _keep_one(view: View, slot: Slot) -> None:
@@ -174,7 +201,7 @@ def _promotion_at(view: View, slot: Slot, index: int) -> float:
         and before.status.state in states.STOPPED_BY_ITSELF
         and before.spec_version == task.spec_version  # else a rollout replaced it: its own delay applies
     ):
-        at = created_at + delay_s(view)
+        at = created_at + backoff_s(view.spec.task.restart, task.failures_before)
     for other in slot.tasks:
         if not states.is_runnable(other) and not view.is_gone(other):
             container = other.spec.container

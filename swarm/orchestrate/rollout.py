@@ -20,6 +20,9 @@ from swarm.store.changes import Change, Update, copy_of
 MONITOR_S = 5.0
 """How long a new task is watched after it runs (Docker's default)."""
 PARALLELISM = 1
+PROGRESS_DEADLINE_S = 600.0
+"""An update in which no slot got ahead for so long has failed, unless its config says otherwise (Kubernetes' default
+for its deployments; Docker waits for ever)."""
 
 MOVING = (UpdateStatus.UPDATING, UpdateStatus.ROLLBACK_STARTED)
 HALTED = (UpdateStatus.PAUSED, UpdateStatus.ROLLBACK_PAUSED)
@@ -83,7 +86,7 @@ def _step(view: View, outdated: list[Slot]) -> None:
     config = config_of(view.service)
     progress = [_progress(view, slot) for slot in view.slots.values()]
     _note_running(view, progress)
-    if not halted and _fail(view, progress, config):
+    if not halted and _fail(view, progress, config, outdated):
         return
     ahead = {item.slot.key: item for item in progress}
     for slot in outdated:
@@ -197,7 +200,7 @@ def _retire(view: View, item: Progress, config: UpdateConfig, halted: bool) -> N
         view.act(slot, *(view.stop(task, "updated to a newer spec") for task in old))
 
 
-def _fail(view: View, progress: list[Progress], config: UpdateConfig) -> bool:
+def _fail(view: View, progress: list[Progress], config: UpdateConfig, outdated: list[Slot]) -> bool:
     """Act on too many failures; True when that ends this step."""
     if config.failure_action == pb.CONTINUE:
         return False
@@ -205,11 +208,15 @@ def _fail(view: View, progress: list[Progress], config: UpdateConfig) -> bool:
     failed = [task for item in progress for task in item.fresh if _has_failed(task, monitor_s)]
     status = view.service.update_status
     slots = status.slots or len(view.slots) or 1  # a rollback that the user asked for comes without a count
-    if not failed or len(failed) / slots <= config.max_failure_ratio:
+    why = ""
+    if failed and len(failed) / slots > config.max_failure_ratio:
+        why = f"due to failure or early termination of task {failed[-1].id} ({describe_end(failed[-1])})"
+    elif stuck := _stuck(view, progress, config, outdated):
+        why = f"because {stuck}"
+    if not why:
         return False
     service = copy_of(view.service)
     rolling_back = status.state == UpdateStatus.ROLLBACK_STARTED
-    why = f"due to failure or early termination of task {failed[-1].id} ({describe_end(failed[-1])})"
     if config.failure_action == pb.ROLLBACK and not rolling_back and service.HasField("previous_spec"):
         service.spec.CopyFrom(service.previous_spec)
         service.spec_version = service.previous_spec_version
@@ -225,6 +232,26 @@ def _fail(view: View, progress: list[Progress], config: UpdateConfig) -> bool:
         service.update_status.message = f"{word} paused {why}"
     view.act(None, Update(service))
     return True
+
+
+def _stuck(view: View, progress: list[Progress], config: UpdateConfig, outdated: list[Slot]) -> str:
+    """What the update has been waiting for until its deadline; "" while it gets ahead, or may yet."""
+    deadline_s = config.progress_deadline_s or PROGRESS_DEADLINE_S
+    waited_for = [item for item in progress if item.is_on_its_way]
+    if deadline_s < 0 or not (waited_for or outdated):
+        return ""
+    steps = [view.service.update_status.started_at, *(item.done_at for item in progress if item.done_at is not None)]
+    until = max(steps) + config.delay_s + deadline_s
+    if until > view.now:
+        view.wake(until)
+        return ""
+    tasks = "".join(f"; task {item.fresh[-1].id}: {_describe_wait(item.fresh[-1])}" for item in waited_for[:1])
+    return f"no task got ready within {deadline_s:g} s{tasks}"
+
+
+def _describe_wait(task: Task) -> str:
+    state = pb.TaskState.Name(task.status.state).removeprefix("TASK_").lower()
+    return f"{state}: {task.status.err}" if task.status.err else state
 
 
 def _has_failed(task: Task, monitor_s: float) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from proto.objects_pb2 import Service
-from swarm.orchestrate import everywhere, reaper, replicated, restart, rollout
+from swarm.orchestrate import everywhere, jobs, reaper, replicated, restart, rollout
 from swarm.orchestrate.view import Fits, View, slots_of
+from swarm.store import states
 from swarm.store.changes import Decision, Group, Remove
 from swarm.store.dirty import Dirty
 from swarm.store.store import Store
@@ -35,12 +36,17 @@ def look(store: Store, now: float, new_id: Callable[[], str], service: Service, 
     if service.pending_delete:
         reaper.remove_service(view)
         return view
+    if view.is_job:
+        jobs.clear(view)
     restart.replace_ended(view)
     if view.is_global:
         everywhere.spread(view)
+    elif view.is_job:
+        jobs.start(view)
     else:
         replicated.scale(view)
-    rollout.advance(view)
+    if not view.is_job:
+        rollout.advance(view)
     restart.promote(view)
     reaper.trim(view)
     return view
@@ -54,6 +60,6 @@ def _touched(store: Store, dirty: Dirty) -> list[Service]:
         for node_id in dirty.nodes:
             ids.update(task.service_id for task in store.tasks.where("node", node_id))
         if dirty.nodes:
-            ids.update(service.id for service in store.services if service.spec.WhichOneof("mode") == "global")
+            ids.update(service.id for service in store.services if states.is_global(service.spec))
     # A service that is gone may have left tasks; those of no service at all (service_id "") are nobody's business here.
     return [store.services.get(service_id) or reaper.ownerless(service_id) for service_id in sorted(ids) if service_id]

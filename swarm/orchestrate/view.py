@@ -52,7 +52,15 @@ class View:
 
     @property
     def is_global(self) -> bool:
-        return self.spec.WhichOneof("mode") == "global"
+        return states.is_global(self.spec)
+
+    @property
+    def is_job(self) -> bool:
+        return states.is_job(self.spec)
+
+    def is_done(self, slot: Slot) -> bool:
+        """A job's slot: an execution of it has completed."""
+        return self.is_job and any(task.status.state == pb.TASK_COMPLETE for task in slot.tasks)
 
     def fits_on(self, node: Node) -> bool:
         """The node satisfies today's placement of the service."""
@@ -80,8 +88,12 @@ class View:
             slot.settled = True
         self.groups.append(changes)
 
-    def create(self, slot: Slot, desired: pb.TaskState.ValueType, reason: str) -> Create:
-        task = Task(id=self.new_id(), service_id=self.service.id, desired_state=desired, reason=reason)
+    def create(self, slot: Slot, desired: pb.TaskState.ValueType, reason: str, failures_before: int = 0) -> Create:
+        """`desired`: READY or RUNNING (for a job that means COMPLETE)."""
+        task = Task(id=self.new_id(), service_id=self.service.id, desired_state=self._goal(desired), reason=reason)
+        task.failures_before = failures_before
+        if self.is_job:
+            task.job_iteration = self.service.job_status.iteration
         task.spec_version = self.service.spec_version
         task.spec.CopyFrom(self.spec.task)
         task.service_annotations.CopyFrom(self.spec.annotations)
@@ -105,7 +117,10 @@ class View:
         return self._desire(task, pb.TASK_REMOVE, reason)
 
     def promote(self, task: Task) -> Change:
-        return self._desire(task, pb.TASK_RUNNING, task.reason)
+        return self._desire(task, self._goal(pb.TASK_RUNNING), task.reason)
+
+    def _goal(self, desired: pb.TaskState.ValueType) -> pb.TaskState.ValueType:
+        return pb.TASK_COMPLETE if self.is_job and desired == pb.TASK_RUNNING else desired
 
     def _desire(self, task: Task, state: pb.TaskState.ValueType, reason: str) -> Change:
         changed = copy_of(task)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from proto import objects_pb2 as pb
-from proto.objects_pb2 import Node, NodeStatus, Task
+from proto.objects_pb2 import Node, NodeStatus, ServiceSpec, Task
 
 STOPPED_BY_ITSELF = frozenset((pb.TASK_COMPLETE, pb.TASK_FAILED, pb.TASK_REJECTED))
 """Ends that the restart policy judges; SHUTDOWN and ORPHANED are the cluster's own doing."""
@@ -16,8 +16,18 @@ def slot_of(task: Task) -> str:
 
 
 def is_runnable(task: Task) -> bool:
-    """Managers want it to run, or to stand ready to."""
-    return task.desired_state <= pb.TASK_RUNNING
+    """Managers want it to run (a job's: to its completion), or to stand ready to."""
+    return task.desired_state <= pb.TASK_COMPLETE
+
+
+def is_job(spec: ServiceSpec) -> bool:
+    """Its tasks are to complete, not to serve."""
+    return spec.WhichOneof("mode") in ("replicated_job", "global_job")
+
+
+def is_global(spec: ServiceSpec) -> bool:
+    """One task on each node that may run it."""
+    return spec.WhichOneof("mode") in ("global", "global_job")
 
 
 def has_stopped(task: Task) -> bool:

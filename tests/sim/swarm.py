@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from proto import objects_pb2 as pb
@@ -13,6 +13,7 @@ from proto.objects_pb2 import NodeStatus, UpdateStatus
 from swarm.consensus.config import DEFAULTS
 from swarm.errors import SwarmError
 from swarm.leader import STAGES, Stage
+from swarm.store import states
 from swarm.store.changes import Change, Update, copy_of
 from swarm.store.store import Store
 from tests.sim.agents import Host
@@ -195,6 +196,16 @@ class Swarm:
             await asyncio.sleep(0.1)
             digests = {self.net.machines[name].digest() for name in self._names}
         assert len(digests) == 1, "the managers' states differ"
+        self._count_executions()
+
+    def _count_executions(self) -> None:
+        for service in self.net.machines[self._names[0]].services:
+            if states.is_job(service.spec):
+                tasks = list(self.net.machines[self._names[0]].tasks.where("service", service.id))
+                done = {task.slot or task.node_id for task in tasks if task.status.state == pb.TASK_COMPLETE}
+                self.counts["executions asked for"] = self.counts.get("executions asked for", 0) + len(done)
+                repeated = self._executions(tasks) - len(done)
+                self.counts["executions repeated"] = self.counts.get("executions repeated", 0) + repeated
 
     # ---- what must be true in the end
 
@@ -211,7 +222,7 @@ class Swarm:
             if why := self._unsettled_service(store, service):
                 return f"{service.id}: {why}"
         for name, host in sorted(self.hosts.items()):
-            wanted = {task.id for task in store.tasks.where("node", name) if task.desired_state == pb.TASK_RUNNING}
+            wanted = {task.id for task in store.tasks.where("node", name) if _shall_run(task)}
             if host.running() != wanted:
                 return f"{name} runs {sorted(host.running())}, wanted there is {sorted(wanted)}"
         return ""
@@ -222,6 +233,8 @@ class Swarm:
         if service.update_status.state in (UpdateStatus.UPDATING, UpdateStatus.ROLLBACK_STARTED):
             return f"still updating: {service.update_status.message}"
         tasks = list(store.tasks.where("service", service.id))
+        if states.is_job(service.spec):
+            return self._unsettled_job(service, tasks)
         running = [t for t in tasks if (t.desired_state, t.status.state) == (pb.TASK_RUNNING, pb.TASK_RUNNING)]
         replicated = service.spec.WhichOneof("mode") == "replicated"
         wanted = service.spec.replicated.replicas if replicated else len(self.hosts)
@@ -231,6 +244,22 @@ class Swarm:
         if len(places) != wanted:
             return f"{wanted} tasks run in {len(places)} slots"
         return ""
+
+    def _unsettled_job(self, service: pb.Service, tasks: list[pb.Task]) -> str:
+        iteration = service.job_status.iteration
+        if former := [task.id for task in tasks if task.job_iteration != iteration]:
+            return f"tasks of former iterations: {former}"
+        done = [task.slot or task.node_id for task in tasks if task.status.state == pb.TASK_COMPLETE]
+        numbers = range(1, service.spec.replicated_job.total_completions + 1)
+        wanted = set(self.hosts) if states.is_global(service.spec) else set(numbers)
+        if set(done) != wanted or any(_shall_run(task) for task in tasks):
+            return f"{len(set(done))} of {len(wanted)} executions have completed"
+        executed = self._executions(tasks)
+        return "" if executed >= len(wanted) else f"{executed} executions of {len(wanted)} took place"
+
+    def _executions(self, tasks: Iterable[pb.Task]) -> int:
+        """How often their containers ran to a good end: at least once for each that is complete."""
+        return sum(host.executions.get(task.id, 0) for host in self.hosts.values() for task in tasks)
 
     # ---- who reaches whom
 
@@ -350,6 +379,10 @@ class Swarm:
             f"{self.checks.highest} entries committed, {self._size.hosts} hosts, {services} services and {tasks} tasks"
             f" in the end{counts}; {self.net.now_s - START_S:.2f} simulated s"
         )
+
+
+def _shall_run(task: pb.Task) -> bool:
+    return task.desired_state in (pb.TASK_RUNNING, pb.TASK_COMPLETE) and not states.has_stopped(task)
 
 
 def _activate(store: Store, name: str) -> tuple[Change, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import Cluster, Network, Node, Service, ServiceSpec
+from swarm.store import states
 from swarm.store.changes import Change, Create, Update, copy_of
 from swarm.store.store import Store
 
@@ -59,8 +60,13 @@ class Users:
         spec.annotations.name = service.id
         spec.task.container.image = "image:1"
         spec.task.restart.delay_s = chance.choice((0.0, 1.0, 5.0))
-        if chance.random() < 0.2:
+        if (draw := chance.random()) < 0.2:
             getattr(spec, "global").SetInParent()
+        elif draw < 0.3:
+            spec.replicated_job.total_completions = chance.randint(0, REPLICAS_MAX)
+            spec.replicated_job.max_concurrent = chance.randint(0, 4)
+        elif draw < 0.35:
+            spec.global_job.SetInParent()
         else:
             spec.replicated.replicas = chance.randint(0, REPLICAS_MAX)
         for number in chance.sample(range(1, NETWORKS + 1), chance.randint(0, 2)):
@@ -69,6 +75,8 @@ class Users:
             spec.task.resources.reservations.nano_cpus = chance.choice((10**7, 10**8))
         if chance.random() < 0.3:
             spec.endpoint.ports.add(target_port=80, published_port=8000 + self._made)
+        if states.is_job(spec):
+            return f"create job {service.id}", Create(service)
         for config in (spec.update, spec.rollback):
             config.parallelism = chance.choice((0, 1, 2, 4))
             config.monitor_s = chance.choice((0.5, 5.0))
@@ -78,7 +86,7 @@ class Users:
         return f"create {service.id}", Create(service)
 
     def _change(self, store: Store, service: Service) -> tuple[str, Change]:
-        replicated = service.spec.WhichOneof("mode") == "replicated"
+        replicated = service.spec.WhichOneof("mode") in ("replicated", "replicated_job")
         if replicated and self._chance.random() < 0.5:
             replicas = self._chance.randint(0, REPLICAS_MAX)
             return self._respecify(store, service, f"scale to {replicas}", lambda spec: _scale(spec, replicas))
@@ -94,6 +102,8 @@ class Users:
         service.previous_spec_version = service.spec_version
         change(service.spec)
         service.spec_version = store.version + 1
+        if states.is_job(service.spec):
+            service.job_status.iteration += 1
         return f"{what}: {service.id}", Update(service)
 
     def _node(self, store: Store) -> tuple[str, Change]:
@@ -103,7 +113,10 @@ class Users:
 
 
 def _scale(spec: ServiceSpec, replicas: int) -> None:
-    spec.replicated.replicas = replicas
+    if states.is_job(spec):
+        spec.replicated_job.total_completions = replicas
+    else:
+        spec.replicated.replicas = replicas
 
 
 def _set_image(spec: ServiceSpec, image: str) -> None:
