@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from node import etcfiles, spec
@@ -13,6 +15,7 @@ from node.interface import CreateRequest, RuntimeFault
 from node.mounts import mount_overlay, unmount
 from node.rootfs import Account, find_account, make_directory, read_small_file
 from node.taskdir import TaskPaths
+from proto.objects_pb2 import Device
 
 _INIT_PROGRAMS = ("docker-init", "tini-static", "tini", "catatonit")
 _INIT_PLACES = ("/usr/bin", "/usr/sbin", "/usr/libexec/docker", "/usr/libexec/podman", "/usr/local/bin")
@@ -37,6 +40,31 @@ def find_init() -> Path:
         "the service wants an init process, but this host has none of docker-init, tini, catatonit: "
         "install one (apt install tini) or drop --init"
     )
+
+
+def find_devices(devices: Iterable[Device]) -> tuple[spec.DeviceNode, ...]:
+    """The host's device nodes of a spec. Raises RuntimeFault for one that this host does not have."""
+    found: list[spec.DeviceNode] = []
+    for device in devices:
+        try:
+            status = os.stat(device.host_path)
+        except OSError as error:
+            raise RuntimeFault(f"device {device.host_path}: {error.strerror} on this node") from None
+        if not (stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+            raise RuntimeFault(f"device {device.host_path}: it is no device on this node")
+        found.append(
+            spec.DeviceNode(
+                path=device.container_path or device.host_path,
+                kind="c" if stat.S_ISCHR(status.st_mode) else "b",
+                major=os.major(status.st_rdev),
+                minor=os.minor(status.st_rdev),
+                mode=stat.S_IMODE(status.st_mode),
+                uid=status.st_uid,
+                gid=status.st_gid,
+                access=device.permissions or "rwm",
+            )
+        )
+    return tuple(found)
 
 
 def available_caps() -> frozenset[str]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from node import bundle, cgroups, logs, monitor
+from node import bundle, cgroups, execs, logs, monitor
 from node.inotify import Inotify
 from node.interface import ContainerStatus, CreateRequest, RuntimeFault
 from node.logrotate import LogRotation
@@ -49,7 +50,6 @@ START_TIMEOUT_S = 30.0
 DELETE_TIMEOUT_S = 30.0
 KILL_TIMEOUT_S = 10.0
 """From SIGKILL to the monitor's end; only a process stuck in the kernel takes longer."""
-EXEC_TIMEOUT_S = 60.0
 
 
 class _FilterRefused(RuntimeFault):
@@ -90,6 +90,7 @@ class ConmonRuntime:
         self._records: dict[str, Record] = {}
         self._watches: dict[str, asyncio.Task[ContainerStatus]] = {}
         self._rotation = LogRotation()
+        self._exec_numbers = itertools.count(1)
 
     def _programs_with(self, runtime: str) -> monitor.Programs:
         root = self._run_dir / Path(runtime).name
@@ -214,6 +215,7 @@ class ConmonRuntime:
             init=bundle.find_init() if wanted.init else None,
             cgroup_v2=self._layout.mode is cgroups.CgroupMode.V2,
             swap_limit=self._layout.swap_limit,
+            devices=bundle.find_devices(wanted.devices),
             available_caps=self._caps,
         )
         bundle.write_config(paths, request, facts)
@@ -255,14 +257,16 @@ class ConmonRuntime:
         done = await self._runtime("state", task_id, timeout_s=START_TIMEOUT_S)
         return done.code == 0 and b'"created"' not in done.output
 
-    async def _runtime(self, command: str, task_id: str, *rest: str, timeout_s: float) -> Finished:
-        """Run the runtime that made the container, which may not be the one for new ones."""
+    def _runtime_of(self, task_id: str) -> list[str]:
+        """The runtime that made the container, which may not be the one for new ones."""
         record = self._records.get(task_id)
         programs = self._programs_with(record.runtime) if record and record.runtime else self._programs
+        return [programs.runtime, *programs.runtime_args]
+
+    async def _runtime(self, command: str, task_id: str, *, timeout_s: float) -> Finished:
         option = ("-f",) if command == "delete" else ()
-        argv = [programs.runtime, *programs.runtime_args, command, *option, task_id, *rest]
         try:
-            return await run(argv, timeout_s=timeout_s)
+            return await run([*self._runtime_of(task_id), command, *option, task_id], timeout_s=timeout_s)
         except (CommandTimeout, CommandMissing) as error:
             raise RuntimeFault(str(error), permanent=False) from None
 
@@ -431,9 +435,10 @@ class ConmonRuntime:
                 with contextlib.suppress(OSError):  # removed meanwhile
                     self._rotation.run(paths.log, paths.control, *limits, now_s=now_s)
 
-    async def exec(self, task_id: str, argv: list[str]) -> tuple[int, bytes]:
+    async def exec(self, task_id: str, argv: Sequence[str], timeout_s: float) -> tuple[int, bytes]:
         self._known(task_id)
-        done = await self._runtime("exec", task_id, *argv, timeout_s=EXEC_TIMEOUT_S)
+        token = str(next(self._exec_numbers))
+        done = await execs.run_in(self._runtime_of(task_id), self._paths(task_id), token, argv, timeout_s)
         return done.code, done.output + done.errors
 
 

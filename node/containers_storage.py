@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from node.interface import ImageConfig, ImageFault, ResolvedImage, StoredImage
+from proto.objects_pb2 import HealthConfig
 
 LOCK_TIMEOUT_S = 10.0
 """Others hold these locks for milliseconds; 10 s means that one hangs."""
@@ -182,6 +183,20 @@ def big_data_file(store: Path, image_id: str, key: str) -> Path:
     return store / "overlay-images" / image_id / name
 
 
+def _health(raw: dict[str, Any]) -> HealthConfig:
+    """Docker's extension of the OCI format; durations are nanoseconds."""
+    seconds = {
+        field: int(raw.get(key) or 0) / 1e9
+        for field, key in (
+            ("interval_s", "Interval"),
+            ("timeout_s", "Timeout"),
+            ("start_period_s", "StartPeriod"),
+            ("start_interval_s", "StartInterval"),
+        )
+    }
+    return HealthConfig(test=raw.get("Test") or (), retries=int(raw.get("Retries") or 0), **seconds)
+
+
 def parse_config(text: str) -> ImageConfig:
     """The OCI or Docker image configuration. Raises ValueError."""
     try:
@@ -195,6 +210,7 @@ def parse_config(text: str) -> ImageConfig:
             stop_signal=raw.get("StopSignal") or "",
             volumes=tuple(sorted(raw.get("Volumes") or ())),
             labels=dict(raw.get("Labels") or {}),
+            health=_health(raw.get("Healthcheck") or {}),
         )
     except (AttributeError, TypeError) as error:
         raise ValueError(str(error)) from None

@@ -80,6 +80,9 @@ def create_request(
     """Everything the runtime needs to make the task's container. Raises RuntimeFault (permanent) for a
     template or an option that cannot be understood."""
     spec = expanded(task.spec.container, values_for(task, node, node_labels))
+    for mount in spec.mounts:
+        if mount.per_slot:
+            mount.source = f"{mount.source}.{task.slot}"
     max_bytes, max_files = log_limits(task.spec.log_options)
     name = task_name(task)
     labels = dict(spec.labels) | {

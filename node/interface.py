@@ -7,13 +7,13 @@ Each has one real implementation (`node/conmon.py`, `node/images.py`) and one fa
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from proto.dispatch_pb2 import LogLine, LogOptions
-from proto.objects_pb2 import ContainerSpec, Resources
+from proto.objects_pb2 import ContainerSpec, HealthConfig, Resources
 
 
 class RuntimeFault(Exception):
@@ -37,6 +37,7 @@ class ImageConfig:
     stop_signal: str = ""
     volumes: tuple[str, ...] = ()
     labels: dict[str, str] = field(default_factory=dict)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,4 +162,7 @@ class Runtime(Protocol):
         """Rotate what has grown past its limit; called by the agent every few seconds."""
         ...
 
-    async def exec(self, task_id: str, argv: list[str]) -> tuple[int, bytes]: ...
+    async def exec(self, task_id: str, argv: Sequence[str], timeout_s: float) -> tuple[int, bytes]:
+        """(exit code, output and errors) of a command in the container. Raises RuntimeFault when it did not end in
+        time; it has been killed then."""
+        ...

@@ -13,12 +13,14 @@ import structlog
 from dns.interface import DnsError, Sandbox
 from node import inputs, steps
 from node import shell as limits
+from node.health import HEALTHY, UNHEALTHY, Check, Health, check_of, complaint, merged
 from node.interface import ContainerStatus, ImageFault, Phase, RuntimeFault
+from node.prober import Prober
 from node.shell import Shell
 from node.steps import Action, Facts, Outcome
 from overlay.interface import NetworkError
 from proto.agent_pb2 import TaskRecord
-from proto.objects_pb2 import HOST, TASK_READY, TASK_RUNNING, TASK_SHUTDOWN, Task, TaskStatus
+from proto.objects_pb2 import HOST, TASK_FAILED, TASK_READY, TASK_RUNNING, TASK_SHUTDOWN, Task, TaskStatus
 
 log = structlog.get_logger()
 
@@ -31,14 +33,16 @@ class _Ending(Exception):
 
 
 class TaskRunner:
-    def __init__(self, shell: Shell, task: Task, phase: Phase | None, attached: bool, image_id: str = "") -> None:
-        """`phase`, `attached`: what an earlier process left standing. `task.status` is the last observed."""
-        self.task = task
+    def __init__(self, shell: Shell, record: TaskRecord, phase: Phase | None, attached: bool) -> None:
+        """`phase`, `attached`: what an earlier process left standing. The record's status is the last observed."""
+        self.task = task = record.task
         self.status: TaskStatus = task.status
         self.assigned = True
         self.removed = False
         """True once everything of the task has been reclaimed."""
-        self.image_id = image_id
+        self.image_id = record.image_id
+        self._health = record.health
+        self._check = check_of(record.health)
         self.phase = phase
         self._shell = shell
         self._attached = attached
@@ -158,7 +162,7 @@ class TaskRunner:
         except TimeoutError:
             return
 
-    def _enter(self, outcome: Outcome, pid: int = 0) -> None:
+    def _enter(self, outcome: Outcome, pid: int = 0, health: str = "") -> None:
         self.status = TaskStatus(
             state=outcome.state,
             timestamp=self._shell.now(),
@@ -167,14 +171,18 @@ class TaskRunner:
             pid=pid,
             exit_code=outcome.exit_code or 0,
             container_id=self.task.id if self.phase is not None else "",
+            health=health if self._check is not None else "",
         )
+        self._tell()
+
+    def _tell(self) -> None:
         self._save()
         has_host_ports = any(port.mode == HOST for port in self.task.endpoint.ports)
         self._shell.observed(self.task.id, self.status, has_host_ports)
 
     def _save(self) -> None:
         try:
-            self._shell.files.save(TaskRecord(task=self.snapshot(), image_id=self.image_id))
+            self._shell.files.save(TaskRecord(task=self.snapshot(), image_id=self.image_id, health=self._health))
         except OSError as error:
             # Not fatal: a restarted agent then finds the container and asks the managers about the rest.
             log.warning("task file could not be written", task=self.task.id, reason=str(error))
@@ -236,6 +244,8 @@ class TaskRunner:
             _both(self._wire_in_slot(), shell.image(spec.image, spec.registry_auth))
         )
         self.image_id = image.image_id
+        self._health = merged(spec.health, image.config.health)
+        self._check = check_of(self._health)
         named = shell.names.poke()
         world = shell.world
         request = inputs.create_request(self.task, image, netns, world.description, world.node.spec.annotations.labels)
@@ -270,9 +280,43 @@ class TaskRunner:
         self.phase = status.phase
         if status.phase is Phase.CREATED:
             raise RuntimeFault("the container did not start and gave no reason", permanent=False)
-        self._enter(Outcome(TASK_RUNNING), pid=status.pid)
+        health = ""
+        if self._check is not None and status.phase is Phase.RUNNING:
+            turned = await self._turned(self._check, Health())
+            if turned is None:
+                self.phase = Phase.EXITED  # before it was healthy, so it never ran: what that means is for WATCH
+                return
+            if turned.status == UNHEALTHY:
+                await self._fail_unhealthy(self._check, turned)
+                return
+            health = turned.status
+        self._enter(Outcome(TASK_RUNNING), pid=status.pid, health=health)
+
+    async def _turned(self, check: Check, health: Health) -> Health | None:
+        prober = Prober(self._shell, self.task.id, check, self._note_failure)
+        return await self._unless_ending(prober.turned(health, self.status.timestamp))
+
+    def _note_failure(self, health: Health) -> None:
+        """So that `service ps` says what a task that does not become healthy waits for."""
+        assert self._check is not None
+        status = TaskStatus()
+        status.CopyFrom(self.status)
+        status.err = complaint(self._check, health)
+        self.status = status
+        self._tell()
+
+    async def _fail_unhealthy(self, check: Check, health: Health) -> None:
+        status = await self._halt(drain=False)  # whoever is sent to it gets no answer anyway
+        await self._release()
+        code = status.exit_code if status is not None else None
+        self._enter(Outcome(TASK_FAILED, complaint(check, health), code), health=health.status)
 
     async def _watch(self) -> None:
+        if self._check is not None and self.phase is Phase.RUNNING:
+            turned = await self._turned(self._check, Health(HEALTHY))
+            if turned is not None:
+                await self._fail_unhealthy(self._check, turned)
+                return
         # No deadline: a service runs for years; the monitor's own death ends the wait as well.
         status = await self._unless_ending(self._shell.runtime.wait(self.task.id))
         self.phase = status.phase
@@ -297,12 +341,12 @@ class TaskRunner:
         self.removed = True
         self._shell.forget(self.task.id)
 
-    async def _halt(self) -> ContainerStatus | None:
+    async def _halt(self, drain: bool = True) -> ContainerStatus | None:
         """Drain, then end the container however far it is. Returns what is left of it."""
         runtime = self._shell.runtime
         status = await _within(runtime.status(self.task.id), limits.STATUS_DEADLINE_S, "reading the container's status")
         if status is not None and status.phase is Phase.RUNNING:
-            if self.status.state == TASK_RUNNING:
+            if drain and self.status.state == TASK_RUNNING:
                 await self._drain()
             grace_s = inputs.stop_grace_s(self.task)
             status = await _within(

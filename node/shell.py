@@ -18,6 +18,8 @@ from proto.objects_pb2 import TaskStatus
 SLOTS = 8
 """Preparations and starts in flight: more than that only makes each slower on the machines we know, and
 leaves no CPU for the containers that already run."""
+PROBES = 32
+"""Health checks in flight on one host; one that has to wait for its turn is not counted as slow."""
 IMAGE_DEADLINE_S = 3600.0
 """A pull of many gigabytes over a slow line; the registry client has shorter deadlines of its own."""
 NETWORKS_DEADLINE_S = 30.0
@@ -65,6 +67,7 @@ class Shell:
         self.statuses = statuses
         self.now = now
         self.slots = asyncio.Semaphore(SLOTS)
+        self.probes = asyncio.Semaphore(PROBES)
         self.adopting: set[str] = set()
         """Tasks whose namespaces are being taken over from an earlier process: until that is done the name
         server keeps the picture that it has, else their names would be gone for a moment."""

@@ -76,6 +76,23 @@ _RLIMITS = [
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceNode:
+    """A device of the host that the container may use."""
+
+    path: str
+    """In the container."""
+    kind: str
+    """c | b"""
+    major: int
+    minor: int
+    mode: int
+    uid: int
+    gid: int
+    access: str
+    """Of "rwm": read, write, make."""
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What the shell found out for this container."""
 
@@ -91,6 +108,7 @@ class Facts:
     init: Path | None = None
     cgroup_v2: bool = False
     swap_limit: bool = False
+    devices: tuple[DeviceNode, ...] = ()
     available_caps: frozenset[str] = frozenset(ALL_CAPS)
 
 
@@ -142,16 +160,22 @@ def capabilities(add: Iterable[str], drop: Iterable[str], available: frozenset[s
     return tuple(cap for cap in ALL_CAPS if cap in held)
 
 
-def resources(limits: Resources, reservations: Resources, swap_limit: bool) -> dict[str, Any]:
-    """The OCI field linux.resources."""
-    result: dict[str, Any] = {"devices": _DEVICES}
+def resources(limits: Resources, reservations: Resources, facts: Facts) -> dict[str, Any]:
+    """The OCI field linux.resources. As Docker, what the kernel cannot do about swap is left out."""
+    allowed = [
+        {"allow": True, "type": device.kind, "major": device.major, "minor": device.minor, "access": device.access}
+        for device in facts.devices
+    ]
+    result: dict[str, Any] = {"devices": [*_DEVICES, *allowed]}
     memory: dict[str, int] = {}
     if limits.memory_bytes:
         memory["limit"] = limits.memory_bytes
-        if swap_limit:
-            memory["swap"] = 2 * limits.memory_bytes  # as Docker: as much swap as memory
+        if facts.swap_limit:
+            memory["swap"] = limits.memory_swap_bytes or 2 * limits.memory_bytes  # as Docker: as much swap as memory
     if reservations.memory_bytes:
         memory["reservation"] = reservations.memory_bytes
+    if limits.HasField("memory_swappiness") and not facts.cgroup_v2:  # cgroup v2 has no such thing
+        memory["swappiness"] = limits.memory_swappiness
     if memory:
         result["memory"] = memory
     if limits.nano_cpus:
@@ -236,6 +260,18 @@ def rlimits(spec: ContainerSpec) -> list[dict[str, Any]]:
     return result
 
 
+def _device(device: DeviceNode) -> dict[str, Any]:
+    return {
+        "path": device.path,
+        "type": device.kind,
+        "major": device.major,
+        "minor": device.minor,
+        "fileMode": device.mode,
+        "uid": device.uid,
+        "gid": device.gid,
+    }
+
+
 def _namespaces(netns: Path | None, cgroup_v2: bool) -> list[dict[str, str]]:
     kinds = ["mount", "pid", "ipc", "uts", *(["cgroup"] if cgroup_v2 else [])]
     namespaces = [{"type": kind} for kind in kinds]
@@ -272,7 +308,7 @@ def build(request: CreateRequest, facts: Facts) -> dict[str, Any]:
     caps = capabilities(spec.capability_add, spec.capability_drop, facts.available_caps)
     linux: dict[str, Any] = {
         "namespaces": _namespaces(request.netns, facts.cgroup_v2),
-        "resources": resources(request.limits, request.reservations, facts.swap_limit),
+        "resources": resources(request.limits, request.reservations, facts),
         "cgroupsPath": facts.cgroups_path,
         "maskedPaths": _MASKED,
         "readonlyPaths": _READ_ONLY,
@@ -285,6 +321,8 @@ def build(request: CreateRequest, facts: Facts) -> dict[str, Any]:
         sysctls.setdefault("net.ipv4.ping_group_range", "0 2147483647")
     if sysctls:
         linux["sysctl"] = sysctls
+    if facts.devices:
+        linux["devices"] = [_device(device) for device in facts.devices]
     if propagation := rootfs_propagation(spec.mounts):
         linux["rootfsPropagation"] = propagation
     config: dict[str, Any] = {

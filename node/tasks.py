@@ -13,6 +13,7 @@ from node.interface import ContainerStatus, Phase
 from node.mirror import Mirror
 from node.runner import TaskRunner
 from node.shell import Shell
+from proto.agent_pb2 import TaskRecord
 from proto.objects_pb2 import TASK_RUNNING, Task
 
 log = structlog.get_logger()
@@ -42,7 +43,7 @@ class TaskSet:
         self._found = {status.task_id: status for status in found}
         self.adopted = True
         for record in self._shell.files.load():
-            runner = self._start(record.task, record.image_id)
+            runner = self._start(record)
             self._shell.statuses.record(record.task.id, runner.status)
         log.info(
             "tasks taken over", tasks=len(self._runners), containers=len(self._found), namespaces=len(self._attached)
@@ -65,21 +66,22 @@ class TaskSet:
             if task_id not in keep:
                 runner.withdraw()
         for task_id in sorted((self._found.keys() | self._attached) - keep - self._runners.keys()):
-            self._start(Task(id=task_id), "").withdraw()
+            self._start(TaskRecord(task=Task(id=task_id))).withdraw()
 
     def _assign(self, task: Task) -> None:
         runner = self._runners.get(task.id)
         if runner is not None:
             runner.assign(task)
         else:
-            self._start(task, "")
+            self._start(TaskRecord(task=task))
 
-    def _start(self, task: Task, image_id: str) -> TaskRunner:
+    def _start(self, record: TaskRecord) -> TaskRunner:
+        task = record.task
         # What was found is used up: a later task of the same ID (assigned again after its removal) starts anew.
         found = self._found.pop(task.id, None)
         attached = task.id in self._attached
         self._attached.discard(task.id)
-        runner = TaskRunner(self._shell, task, found.phase if found is not None else None, attached, image_id)
+        runner = TaskRunner(self._shell, record, found.phase if found is not None else None, attached)
         self._runners[task.id] = runner
         life = asyncio.create_task(runner.run(), name=f"task {task.id}")
         self._running[task.id] = life
@@ -95,7 +97,7 @@ class TaskSet:
         del self._runners[task_id]
         wanted = self._shell.world.mirror.task(task_id)
         if runner.removed and wanted is not None and not self._shell.leaving:
-            self._start(wanted, "")  # assigned again in the moment in which its removal ended
+            self._start(TaskRecord(task=wanted))  # assigned again in the moment in which its removal ended
 
     async def stop(self) -> None:
         """End the runners; containers, namespaces and files stay for the next process."""

@@ -25,21 +25,27 @@ class TaskRecord(_message.Message):
 
     TASK_FIELD_NUMBER: _builtins.int
     IMAGE_ID_FIELD_NUMBER: _builtins.int
+    HEALTH_FIELD_NUMBER: _builtins.int
     image_id: _builtins.str
     """"" until the image is known"""
     @_builtins.property
     def task(self) -> _objects_pb2.Task:
         """as assigned, with `status` replaced by what this node observed last"""
 
+    @_builtins.property
+    def health(self) -> _objects_pb2.HealthConfig:
+        """of the service and the image together; absent until the image is known"""
+
     def __init__(
         self,
         *,
         task: _objects_pb2.Task | None = ...,
         image_id: _builtins.str = ...,
+        health: _objects_pb2.HealthConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["health", b"health", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image_id", b"image_id", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["health", b"health", "image_id", b"image_id", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +81,8 @@ class FakeRuntime:
         self.on_start: Callable[[str], None] = lambda task_id: None
         self.ignores_signals = False
         """Containers end by SIGKILL only."""
+        self.answers: list[tuple[int, bytes]] = []
+        """Of the next `exec`s; then they succeed."""
         self.rotations = 0
         self.in_flight = 0
         self.in_flight_max = 0
@@ -167,8 +169,11 @@ class FakeRuntime:
     async def rotate_logs(self) -> None:
         self.rotations += 1
 
-    async def exec(self, task_id: str, argv: list[str]) -> tuple[int, bytes]:
-        return 0, " ".join(argv).encode()
+    async def exec(self, task_id: str, argv: Sequence[str], timeout_s: float) -> tuple[int, bytes]:
+        await self._enter("exec")
+        if self.phase_of(task_id) is not Phase.RUNNING:
+            raise RuntimeFault(f"task {task_id} does not run", permanent=False)
+        return self.answers.pop(0) if self.answers else (0, b"")
 
     async def _enter(self, call: str) -> None:
         await self.gate.at(f"{call}:before")
@@ -193,6 +198,7 @@ class FakeImages:
         self.gate = gate or Gate()
         self.known: set[str] = {"web"}
         self.fault: ImageFault | None = None
+        self.config = ImageConfig()
         self.asked: list[tuple[str, str]] = []
 
     async def ensure(self, name: str, registry_auth: str = "") -> ResolvedImage:
@@ -203,7 +209,7 @@ class FakeImages:
         if name not in self.known:
             raise ImageFault(f"No such image: {name}", "not_found")
         await self.gate.at("ensure:after")
-        return ResolvedImage(image_id=f"sha256:{name}", layers=(), config=ImageConfig())
+        return ResolvedImage(image_id=f"sha256:{name}", layers=(), config=self.config)
 
     async def resolve(self, name: str, registry_auth: str = "") -> tuple[str, bool]:
         return name, name in self.known

@@ -11,7 +11,7 @@ from dns.names import NetworkView, TaskView
 from node import inputs, view
 from node.interface import ImageConfig, ResolvedImage, RuntimeFault
 from node.mirror import Mirror
-from node.templates import expand
+from node.templates import expand, values_for
 from overlay.interface import Interface, OverlayNetwork, Peer, PublishedPort, RemoteEndpoint, Vip
 from proto.dispatch_pb2 import Item, NetworkEndpoint, NetworkPeer, NetworkService
 from proto.objects_pb2 import (
@@ -32,6 +32,7 @@ from proto.objects_pb2 import (
     PortConfig,
     Task,
 )
+from swarm.api import templates
 
 LOCAL = view.Local(node_id="n1", vtep="192.0.2.1", index=7)
 
@@ -283,6 +284,12 @@ def test_the_attachment_keeps_the_order_of_networks_and_takes_only_net_sysctls()
     attachment = inputs.attachment(full_task())
     assert attachment.interfaces == (Interface("net1", "10.0.1.5/24"), Interface("net2", "10.0.2.5/24"))
     assert attachment.sysctls == {"net.core.somaxconn": "512"}
+
+
+def test_the_managers_know_the_same_templates() -> None:
+    values = values_for(Task(slot=1), NodeDescription(), {})
+    labels = {".Service.Labels", ".Node.Labels"}
+    assert set(templates.KNOWN) - labels == {key for key in values if ".Labels." not in key}
 
 
 @pytest.mark.parametrize(

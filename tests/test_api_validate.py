@@ -31,6 +31,13 @@ def full_spec() -> ServiceSpec:
     container.stop_grace_period_s = 0
     container.ulimits.add(name="nofile", soft=1024, hard=-1)
     container.hosts.append("10.0.0.1 db")
+    container.health.test[:] = ["CMD-SHELL", "true"]
+    container.health.interval_s = 0.001
+    container.devices.add(host_path="/dev/fuse", permissions="rw")
+    container.mounts.add(type=Mount.VOLUME, source="slots", target="/slots", per_slot=True)
+    container.hostname = '{{.Service.Name}}-{{ .Task.Slot }}-{{index .Node.Labels "zone"}}'
+    spec.task.resources.limits.memory_swap_bytes = -1
+    spec.task.resources.limits.memory_swappiness = 0
     spec.task.resources.limits.nano_cpus = 1_000_000
     spec.task.resources.limits.memory_bytes = 4 << 20
     spec.task.placement.constraints.append("node.role==worker")
@@ -53,6 +60,10 @@ def port(**fields: int) -> Change:
 
 def mount(**fields: object) -> Change:
     return lambda spec: spec.task.container.mounts.append(Mount(**fields))  # type: ignore[arg-type]
+
+
+def health_test(*words: str) -> Change:
+    return lambda spec: spec.task.container.health.test.__setitem__(slice(None), words)
 
 
 BAD: list[tuple[Change, str]] = [
@@ -104,10 +115,21 @@ BAD: list[tuple[Change, str]] = [
     (lambda s: s.replicated_job.SetInParent(), "update and rollback config have no meaning for a job"),
     (lambda s: s.global_job.SetInParent(), "update and rollback config have no meaning for a job"),
     (lambda s: setattr(s.update, "progress_deadline_s", float("nan")), "update progress deadline: nan s"),
-    (lambda s: s.task.container.health.SetInParent(), "health checks: this version"),
-    (lambda s: s.task.container.devices.add(host_path="/dev/null"), "devices: this version"),
-    (mount(type=Mount.VOLUME, source="x", target="/x", per_slot=True), "volumes per slot: this version"),
-    (lambda s: setattr(s.task.resources.limits, "memory_swap_bytes", 2**30), "memory swap limits: this version"),
+    (health_test("curl"), "health test 'curl': it begins with one of CMD"),
+    (health_test("CMD"), "health test CMD: the command is missing"),
+    (lambda s: setattr(s.task.container.health, "interval_s", 0.0005), "health interval: 0.0005 s is too short"),
+    (lambda s: setattr(s.task.container.health, "start_period_s", -1), "health start period: -1 s"),
+    (lambda s: setattr(s.task.container.health, "retries", 2**31), "health retries 2147483648"),
+    (lambda s: s.task.container.devices.add(host_path="null"), "device 'null': .* absolute"),
+    (lambda s: s.task.container.devices.add(host_path="/dev/null", permissions="x"), "permissions 'x'"),
+    (lambda s: s.task.container.devices.extend([pb.Device(host_path="/dev/a")] * 2), "duplicate device '/dev/a'"),
+    (mount(type=Mount.VOLUME, target="/x", per_slot=True), "only a volume with a name"),
+    (mount(type=Mount.BIND, source="/x", target="/x", per_slot=True), "only a volume with a name"),
+    (lambda s: s.task.container.env.append("A={{.Task.Slto}}"), r"template \{\{.Task.Slto\}\} is not known"),
+    (lambda s: setattr(s.task.container, "hostname", "{{.Node.Labels}}"), "template"),
+    (lambda s: setattr(s.task.resources.limits, "memory_swap_bytes", 2**20), "memory swap value .* at least"),
+    (lambda s: setattr(s.task.resources.reservations, "memory_swap_bytes", -1), "needs a memory limit"),
+    (lambda s: setattr(s.task.resources.limits, "memory_swappiness", 101), "memory swappiness value 101"),
     (lambda s: s.task.resources.reservations.generic.add(kind="gpu"), "generic resources: this version"),
     (lambda s: setattr(s, "max_unavailable", 1), "limits of unavailable tasks: this version"),
 ]

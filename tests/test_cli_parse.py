@@ -284,6 +284,46 @@ def test_bad_flags_are_refused_by_name(flags: dict[str, Any], why: str) -> None:
         build(**flags)
 
 
+def test_a_health_check_and_what_ends_it() -> None:
+    spec = build(health_cmd="curl x", health_interval="5s", health_retries="2", health_start_period="1m")
+    wanted = pb.HealthConfig(test=["CMD-SHELL", "curl x"], interval_s=5, retries=2, start_period_s=60)
+    assert spec.task.container.health == wanted
+
+    def after(**flags: Any) -> pb.HealthConfig:
+        return updated_spec(spec, {k.replace("_", "-"): v for k, v in flags.items()}, {}, str).task.container.health
+
+    assert after(health_timeout="1s").test == ["CMD-SHELL", "curl x"]
+    assert after(no_healthcheck=True) == pb.HealthConfig(test=["NONE"])
+    assert after(health_cmd="") == pb.HealthConfig(interval_s=5, retries=2, start_period_s=60)
+    spec = build(no_healthcheck=True)
+    assert after(health_retries="1") == pb.HealthConfig(retries=1)
+    assert not build().task.container.HasField("health")
+
+
+def test_devices_swap_and_volumes_per_slot() -> None:
+    spec = build(
+        device=("/dev/fuse", "/dev/a:/dev/b:r", "/dev/c:rw"),
+        memory_swap="-1",
+        memory_swappiness="0",
+        volume_per_slot=("data:/var/lib/data",),
+        mount=("source=x,target=/x,volume-per-slot",),
+    )
+    assert list(spec.task.container.devices) == [
+        pb.Device(host_path="/dev/fuse"),
+        pb.Device(host_path="/dev/a", container_path="/dev/b", permissions="r"),
+        pb.Device(host_path="/dev/c", permissions="rw"),
+    ]
+    assert [(m.source, m.target, m.per_slot) for m in spec.task.container.mounts] == [
+        ("x", "/x", True),
+        ("data", "/var/lib/data", True),
+    ]
+    assert spec.task.resources.limits == pb.Resources(memory_swap_bytes=-1, memory_swappiness=0)
+    flags = {"volume-per-slot-rm": ("/x",), "device-rm": ("/dev/b",), "device-add": ("/dev/fuse:r",)}
+    container = updated_spec(spec, flags, {}, str).task.container
+    assert [mount.target for mount in container.mounts] == ["/var/lib/data"]
+    assert [(d.host_path, d.permissions) for d in container.devices] == [("/dev/fuse", "r"), ("/dev/c", "rw")]
+
+
 def test_small_parsers() -> None:
     assert parse_env(["A=b=c", "X"], {}) == {"A": "b=c"}
     assert parse_env_file("\ufeffA=1\n  # no\n") == ["A=1"]

@@ -188,6 +188,22 @@ def test_jobs_complete_as_often_as_asked(cluster: Lab, web_image: str) -> None:
     remove(cluster, "sum")
 
 
+def test_a_task_runs_when_it_is_healthy_and_an_unhealthy_one_is_replaced(cluster: Lab, web_image: str) -> None:
+    check = "test -e /dev/shm/well || { echo taken ill; false; }"
+    command = ["--detach", "--name", "frail", "--health-cmd", check, "--health-interval", "300ms"]
+    command += ["--health-retries", "2", "--health-start-period", "30s"]
+    start = ["--entrypoint", "sh -c 'sleep 1; touch /dev/shm/well; sleep 2; rm /dev/shm/well; sleep 1000'"]
+    cluster.pyswarm("m1", "service", "create", *command, *start, "--restart-delay", "0s", web_image)
+
+    def errors() -> str:
+        return "".join(row["Error"] for row in cluster.rows("m1", "service", "ps", "--no-trunc", "frail"))
+
+    wait_for(lambda: len(cluster.running("frail")) == 1, 20, "healthy")
+    wait_for(lambda: "unhealthy: its health check failed 2 times: taken ill" in errors(), 20, "told")
+    wait_for(lambda: len(cluster.running("frail")) == 1, 20, "replaced")
+    remove(cluster, "frail")
+
+
 def test_a_missing_image_rejects_the_task_with_the_reason(cluster: Lab) -> None:
     command = ["service", "create", "--detach", "--no-resolve-image", "--name", "ghost", "127.0.0.1:1/no/such:1"]
     cluster.pyswarm("m1", *command)

@@ -22,7 +22,7 @@ from node.interface import Phase, ResolvedImage, RuntimeFault
 from node.seccomp import filtered
 from node.taskdir import identify
 from proto.dispatch_pb2 import LogOptions
-from proto.objects_pb2 import Mount, Resources, Ulimit
+from proto.objects_pb2 import Device, Mount, Resources, Ulimit
 from tests.containers import CGROUP_PARENT, Host, agent_namespace, host_in, load_tool_image, scratch_directory
 from tests.images import WEB_IMAGE, build_web_image
 from tests.waiting import until
@@ -60,7 +60,7 @@ async def test_a_container_has_namespaces_of_its_own(host: Host, netns: Path) ->
     for kind in ("pid", "mnt", "uts", "ipc", "net"):
         assert os.readlink(f"/proc/{status.pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
     assert os.stat(f"/proc/{status.pid}/ns/net").st_ino == netns.stat().st_ino
-    code, output = await host.runtime.exec("t1", ["sh", "-c", "hostname; ls /proc | grep -c '^[0-9]*$'"])
+    code, output = await host.runtime.exec("t1", ["sh", "-c", "hostname; ls /proc | grep -c '^[0-9]*$'"], 20.0)
     assert (code, output.split()[0]) == (0, b"box")
     assert int(output.split()[1]) < 10
 
@@ -309,10 +309,10 @@ async def test_containers_of_another_runtime_are_still_managed(host: Host) -> No
     await host.started("t1", ["sleep", "100"])
     other = host.open(runtime="runc")
     try:
-        assert await other.exec("t1", ["hostname"]) == (0, b"box\n")
+        assert await other.exec("t1", ["hostname"], 20.0) == (0, b"box\n")
         await other.create(host.request("t2", ["sleep", "100"]))
         assert (await other.start("t2")).phase is Phase.RUNNING
-        assert await other.exec("t2", ["hostname"]) == (0, b"box\n")
+        assert await other.exec("t2", ["hostname"], 20.0) == (0, b"box\n")
         text = Path(f"/proc/{(await other.start('t2')).pid}/status").read_text()
         assert "Seccomp:\t2" in text
         await other.remove("t1")
@@ -330,6 +330,26 @@ async def test_an_init_process_that_the_host_lacks_is_a_clear_fault(host: Host) 
             await host.runtime.create(host.request("t1", ["true"], init=True))
     else:
         assert "docker-init" in await host.output("t1", "cat /proc/1/cmdline", init=True)
+
+
+async def test_a_command_that_outlives_its_deadline_is_killed(host: Host) -> None:
+    await host.started("t1", ["sleep", "100"])
+    with pytest.raises(RuntimeFault, match="sh did not finish within 1 s"):
+        await host.runtime.exec("t1", ["sh", "-c", "echo here > /tmp/began; exec sleep 77"], 1.0)
+    code, output = await host.runtime.exec("t1", ["sh", "-c", "cat /tmp/began; ps"], 20.0)
+    assert code == 0
+    assert b"here" in output
+    assert b"sleep 77" not in output
+    assert list((host.state / "tasks" / "t1").glob("exec-*")) == []
+
+
+async def test_a_device_of_the_host(host: Host) -> None:
+    devices = [Device(host_path="/dev/null", container_path="/dev/mine", permissions="rw")]
+    assert "c 1 3" in await host.output("t1", "stat -c '%F c %t %T' /dev/mine; echo x > /dev/mine", devices=devices)
+    with pytest.raises(RuntimeFault, match="device /dev/nothing: No such file or directory on this node"):
+        await host.runtime.create(host.request("t2", ["true"], devices=[Device(host_path="/dev/nothing")]))
+    with pytest.raises(RuntimeFault, match="device /etc: it is no device"):
+        await host.runtime.create(host.request("t3", ["true"], devices=[Device(host_path="/etc")]))
 
 
 async def test_a_terminal(host: Host) -> None:
@@ -375,5 +395,5 @@ async def test_the_web_image_answers_and_ends_when_asked(host: Host) -> None:
     await until(lambda: _listens(port), what="the web server")
     answers = [await asyncio.to_thread(_request, port) for _ in range(50)]
     assert set(answers) == {"box on w1\n"}
-    assert await host.runtime.exec("t1", ["fetch", f"http://127.0.0.1:{port}/"]) == (0, b"box on w1\n")
+    assert await host.runtime.exec("t1", ["fetch", f"http://127.0.0.1:{port}/"], 20.0) == (0, b"box on w1\n")
     assert (await host.runtime.stop("t1", "", 10)).exit_code == 0

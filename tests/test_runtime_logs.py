@@ -136,7 +136,7 @@ async def test_following_through_rotations_loses_nothing_and_ends_with_the_conta
     for number in range(1, rounds + 1):
         await until(lambda: _rotates(host))
         await host.runtime.rotate_logs()
-        assert (await host.runtime.exec("t1", ["touch", f"/tmp/go{number}"]))[0] == 0
+        assert (await host.runtime.exec("t1", ["touch", f"/tmp/go{number}"], 20.0))[0] == 0
     written = [f"line {number}" for number in range(rounds * each)]
     assert await following == written
     assert (host.state / f"tasks/t1/logs/log.{rounds}").exists()

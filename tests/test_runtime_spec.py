@@ -74,16 +74,27 @@ def test_capabilities_all_and_unknown() -> None:
         spec.capabilities(["fly"], [], available)
 
 
+def facts(**fields: Any) -> spec.Facts:
+    return spec.Facts(rootfs=Path("/r"), account=Account(), cgroups_path="/x", seccomp={}, **fields)
+
+
 def test_limits_in_the_kernels_units() -> None:
     limits = Resources(nano_cpus=1_500_000_000, memory_bytes=100, pids=5)
-    assert spec.resources(limits, Resources(memory_bytes=7), swap_limit=True) | {"devices": 0} == {
+    assert spec.resources(limits, Resources(memory_bytes=7), facts(swap_limit=True)) | {"devices": 0} == {
         "devices": 0,
         "memory": {"limit": 100, "swap": 200, "reservation": 7},
         "cpu": {"quota": 150_000, "period": 100_000},
         "pids": {"limit": 5},
     }
-    tiny = spec.resources(Resources(nano_cpus=1), Resources(), swap_limit=False)
+    tiny = spec.resources(Resources(nano_cpus=1), Resources(), facts())
     assert tiny["cpu"]["quota"] == spec.CPU_QUOTA_US_MIN
+    swapping = Resources(memory_bytes=100, memory_swap_bytes=-1, memory_swappiness=0)
+    assert spec.resources(swapping, Resources(), facts(swap_limit=True))["memory"] == {
+        "limit": 100,
+        "swap": -1,
+        "swappiness": 0,
+    }
+    assert spec.resources(swapping, Resources(), facts(cgroup_v2=True))["memory"] == {"limit": 100}
 
 
 def test_deeper_mounts_come_later_and_the_user_may_replace_our_files() -> None:

@@ -13,7 +13,9 @@ from collections.abc import Iterable
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import (
     ContainerSpec,
+    Device,
     EndpointSpec,
+    HealthConfig,
     Mount,
     PortConfig,
     Resources,
@@ -22,7 +24,7 @@ from proto.objects_pb2 import (
     TaskSpec,
     UpdateConfig,
 )
-from swarm.api import check
+from swarm.api import check, templates
 from swarm.errors import Invalid
 from swarm.schedule.constraints import parse_constraint, parse_spread
 from swarm.store import states
@@ -32,6 +34,10 @@ REPLICAS_MAX = 100_000
 NANO_CPUS_MIN = 1_000_000
 MEMORY_BYTES_MIN = 4 << 20
 """As in the reference: the kernel refuses less, or the container cannot start in it."""
+HEALTH_DURATION_MIN_S = 0.001
+"""As in the reference."""
+HEALTH_RETRIES_MAX = 10_000
+SWAPPINESS_MAX = 100
 PORT_MAX = 65_535
 LIST_MAX = 1_000
 """Entries of one list of a spec; the whole object must stay below 1 MB."""
@@ -43,6 +49,7 @@ _LOG_OPTIONS = {
     "max-file": (re.compile(r"0*[1-9]\d*"), "a number of files, 1 or more"),
 }
 """As the nodes understand them (node/inputs.py): what they would refuse, task after task, is refused here at once."""
+_HEALTH_TESTS = ("CMD", "CMD-SHELL", "NONE")
 _PROPAGATIONS = ("", "private", "rprivate", "shared", "rshared", "slave", "rslave")
 _PROTOCOL = {pb.TCP: "tcp", pb.UDP: "udp", pb.SCTP: "sctp"}
 
@@ -67,6 +74,10 @@ def service_spec(spec: ServiceSpec) -> None:
         if spec.rollback.failure_action == pb.ROLLBACK:
             raise Invalid("rollback failure action: a rollback cannot be rolled back: use pause or continue")
     endpoint_spec(spec.endpoint)
+    if states.is_global(spec) and any(mount.per_slot for mount in spec.task.container.mounts):
+        raise Invalid(
+            "volume per slot has no meaning for a global service, whose tasks have no slots: use a plain volume"
+        )
     if states.is_global(spec) and spec.task.placement.max_replicas_per_node:
         raise Invalid("max replicas per node has no meaning for a global service: leave it out")
 
@@ -83,12 +94,8 @@ def _job(spec: ServiceSpec) -> None:
 
 def _without_what_comes_later(spec: ServiceSpec) -> None:
     """The object model has fields that nothing acts on yet: they are refused rather than ignored."""
-    container, limits = spec.task.container, spec.task.resources.limits
+    limits = spec.task.resources.limits
     asked = {
-        "health checks": container.HasField("health"),
-        "devices": bool(container.devices),
-        "volumes per slot": any(mount.per_slot for mount in container.mounts),
-        "memory swap limits": bool(limits.memory_swap_bytes) or limits.HasField("memory_swappiness"),
         "generic resources": bool(spec.task.resources.reservations.generic or limits.generic),
         "limits of unavailable tasks": bool(spec.max_unavailable),
     }
@@ -146,9 +153,48 @@ def container_spec(spec: ContainerSpec) -> None:
     for ulimit in spec.ulimits:
         if not ulimit.name or (ulimit.hard >= 0 and ulimit.soft > ulimit.hard):
             raise Invalid(f"ulimit {ulimit.name or '(no name)'}: soft {ulimit.soft} must not exceed hard {ulimit.hard}")
+    if spec.HasField("health"):
+        health(spec.health)
+    for device in spec.devices:
+        _device(device)
+    _unique(
+        "device", (device.container_path or device.host_path for device in spec.devices), "give each a path of its own"
+    )
+    _templates(spec)
     for host in spec.hosts:
         if len(host.split()) < 2:
             raise Invalid(f"host {host!r}: write an address and a name")
+
+
+def health(config: HealthConfig) -> None:
+    kind, *words = list(config.test) or ["NONE"]
+    if kind not in _HEALTH_TESTS:
+        raise Invalid(f"health test {kind!r}: it begins with one of {', '.join(_HEALTH_TESTS)}")
+    if kind != "NONE" and not any(words):
+        raise Invalid(f"health test {kind}: the command is missing")
+    for field in ("interval", "timeout", "start_period", "start_interval"):
+        seconds = getattr(config, f"{field}_s")
+        name = f"health {field.replace('_', ' ')}"
+        check.duration(name, seconds)
+        if 0 < seconds < HEALTH_DURATION_MIN_S:
+            raise Invalid(f"{name}: {seconds:g} s is too short: use at least 1ms, or 0 for the default")
+    if config.retries > HEALTH_RETRIES_MAX:
+        raise Invalid(f"health retries {config.retries}: use a number up to {HEALTH_RETRIES_MAX}")
+
+
+def _device(device: Device) -> None:
+    for path in (device.host_path, device.container_path or "/dev"):
+        if not path.startswith("/"):
+            raise Invalid(f"device {path!r}: it must be an absolute path")
+    if not re.fullmatch("[rwm]*", device.permissions):
+        raise Invalid(f"device {device.host_path}: permissions {device.permissions!r}: use letters of rwm")
+
+
+def _templates(spec: ContainerSpec) -> None:
+    texts = [spec.hostname, *spec.env, *(mount.source for mount in spec.mounts), *(m.target for m in spec.mounts)]
+    for text in texts:
+        if unknown := templates.unknown_in(text):
+            raise Invalid(f"template {unknown} is not known: use one of {', '.join(templates.KNOWN)}")
 
 
 def _mount(mount: Mount) -> None:
@@ -164,6 +210,8 @@ def _mount(mount: Mount) -> None:
         raise Invalid(
             f"mount source {source!r} for {target}: a volume has a name, not a path; use type=bind for a path"
         )
+    if mount.per_slot and (mount.type != Mount.VOLUME or not source):
+        raise Invalid(f"mount {target}: only a volume with a name can be one per slot")
     if mount.type == Mount.TMPFS and source:
         raise Invalid(f"mount source {source!r} for {target}: a tmpfs has no source")
     if mount.tmpfs_size_bytes < 0:
@@ -178,6 +226,15 @@ def resources(kind: str, spec: Resources) -> None:
         raise Invalid(f"invalid {kind} cpu value {spec.nano_cpus / 1e9:g}: must be at least {NANO_CPUS_MIN / 1e9:g}")
     if spec.memory_bytes and spec.memory_bytes < MEMORY_BYTES_MIN:
         raise Invalid(f"invalid {kind} memory value {spec.memory_bytes}: must be at least 4MiB")
+    if spec.memory_swap_bytes and not spec.memory_bytes:
+        raise Invalid(f"{kind} memory swap needs a memory limit: give --limit-memory too")
+    if spec.memory_swap_bytes < -1 or 0 < spec.memory_swap_bytes < spec.memory_bytes:
+        raise Invalid(
+            f"invalid {kind} memory swap value {spec.memory_swap_bytes}: it counts memory and swap together, so use "
+            "at least the memory limit, or -1 (unlimited)"
+        )
+    if spec.HasField("memory_swappiness") and not 0 <= spec.memory_swappiness <= SWAPPINESS_MAX:
+        raise Invalid(f"invalid {kind} memory swappiness value {spec.memory_swappiness}: use a number from 0 to 100")
     if spec.pids < 0:
         raise Invalid(f"invalid {kind} pids value {spec.pids}: must be 0 (unlimited) or more")
 

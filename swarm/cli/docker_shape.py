@@ -90,6 +90,12 @@ def task_spec_json(task: pb.TaskSpec) -> Json:
         "Resources": {
             "Limits": _resources(resources.limits),
             "Reservations": _resources(resources.reservations),
+            **_given("SwapBytes", resources.limits.memory_swap_bytes),
+            **(
+                {"MemorySwappiness": resources.limits.memory_swappiness}
+                if resources.limits.HasField("memory_swappiness")
+                else {}
+            ),
         },
         "RestartPolicy": {
             "Condition": RESTART[restart.condition],
@@ -134,6 +140,18 @@ def container_json(c: pb.ContainerSpec) -> Json:
         **_given("StopSignal", c.stop_signal),
         "StopGracePeriod": _ns(grace_s),
         **_given("Mounts", [_mount(mount) for mount in c.mounts]),
+        **_given("Healthcheck", _health(c.health)),
+        **_given(
+            "Devices",
+            [
+                {
+                    "PathOnHost": device.host_path,
+                    "PathInContainer": device.container_path or device.host_path,
+                    "CgroupPermissions": device.permissions or "rwm",
+                }
+                for device in c.devices
+            ],
+        ),
         **_given("Hosts", list(c.hosts)),
         **_given("DNSConfig", dns),
         **_given("CapabilityAdd", list(c.capability_add)),
@@ -142,6 +160,17 @@ def container_json(c: pb.ContainerSpec) -> Json:
         **_given("Sysctls", dict(c.sysctls)),
         **_given("OomScoreAdj", c.oom_score_adj),
         "Isolation": "default",
+    }
+
+
+def _health(health: pb.HealthConfig) -> Json:
+    return {
+        **_given("Test", list(health.test)),
+        **_given("Interval", _ns(health.interval_s)),
+        **_given("Timeout", _ns(health.timeout_s)),
+        **_given("StartPeriod", _ns(health.start_period_s)),
+        **_given("StartInterval", _ns(health.start_interval_s)),
+        **_given("Retries", health.retries),
     }
 
 
@@ -279,6 +308,6 @@ def _mount(mount: pb.Mount) -> Json:
         "Target": mount.target,
         **_given("ReadOnly", mount.read_only),
         **_given("BindOptions", _given("Propagation", mount.propagation)),
-        **_given("VolumeOptions", _given("NoCopy", mount.no_copy)),
+        **_given("VolumeOptions", {**_given("NoCopy", mount.no_copy), **_given("PerSlot", mount.per_slot)}),
         **_given("TmpfsOptions", tmpfs),
     }

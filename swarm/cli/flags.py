@@ -61,6 +61,8 @@ COMMON: tuple[Flag, ...] = (
     _value("endpoint-mode", "vip|dnsrr", "How the service's name resolves (default vip)"),
     _value("limit-cpu", "CPUS", "Most CPU a task may use, such as 0.5"),
     _value("limit-memory", "BYTES", "Most memory a task may use, such as 64m"),
+    _value("memory-swap", "BYTES", "Most memory and swap together; -1 = unlimited (default: twice --limit-memory)"),
+    _value("memory-swappiness", "N", "How readily the kernel swaps the task out, 0 to 100 (cgroup v1)"),
     _value("limit-pids", "N", "Most processes of a task; 0 = unlimited"),
     _value("reserve-cpu", "CPUS", "CPU that a node must have free for a task"),
     _value("reserve-memory", "BYTES", "Memory that a node must have free for a task"),
@@ -80,6 +82,13 @@ COMMON: tuple[Flag, ...] = (
     _value("stop-signal", "SIGNAL", "Signal that stops the process"),
     _value("stop-grace-period", "DURATION", "Time between that signal and SIGKILL (default 10s)"),
     _value("oom-score-adj", "N", "The kernel's out-of-memory preference, -1000 to 1000"),
+    _value("health-cmd", "COMMAND", 'Run in the container by its shell to see whether it serves; "" = the image\'s'),
+    _value("health-interval", "DURATION", "Pause between checks (default 30s)"),
+    _value("health-timeout", "DURATION", "A check that takes longer has failed (default 30s)"),
+    _value("health-retries", "N", "Failures one after the other that make a task unhealthy (default 3)"),
+    _value("health-start-period", "DURATION", "Time to start up, in which failures do not count (default 0s)"),
+    _value("health-start-interval", "DURATION", "Longest pause between checks while it starts (default 5s)"),
+    _bool("no-healthcheck", "Do not use the image's health check"),
     _list("log-opt", "KEY=VALUE", "Log option: max-size, max-file", removal=""),
     _list("cap-add", "CAP", "Add a capability", removal=""),
     _list("cap-drop", "CAP", "Drop a capability", removal=""),
@@ -94,6 +103,8 @@ LISTS: tuple[Flag, ...] = (
     _list("constraint", "EXPRESSION", "Where tasks may run: node.role==worker"),
     _list("placement-pref", "PREFERENCE", "Spread tasks over values: spread=node.labels.zone"),
     _list("mount", "MOUNT", "type=bind|volume|tmpfs,source=,target=,readonly", removal="TARGET"),
+    _list("volume-per-slot", "NAME:TARGET", "Mount a volume of its own in each slot: NAME.1, ...", removal="TARGET"),
+    _list("device", "PATH", "Give access to a device of the node: HOST[:CONTAINER[:rwm]]", removal="PATH"),
     _list("host", "NAME:IP", "Line for /etc/hosts"),
     _list("dns", "IP", "Name server used instead of the node's"),
     _list("dns-search", "DOMAIN", "DNS search domain"),
@@ -140,21 +151,13 @@ UPDATE: tuple[Flag, ...] = (
 
 _SECRETS = "secrets do not exist in this version of pyswarm; use a bind mount or an environment variable"
 _CONFIGS = "configs do not exist in this version of pyswarm; use a bind mount"
-_HEALTH = "health checks do not exist in this version of pyswarm"
 _DEVICES = "nodes offer no generic resources in this version of pyswarm"
 _WINDOWS = "it is for Windows containers only"
-_SWAP = "swap limits do not exist in this version of pyswarm"
 
 _REFUSED_BOTH: dict[str, str] = {
-    **{
-        f"health-{name}": _HEALTH
-        for name in ("cmd", "interval", "retries", "start-interval", "start-period", "timeout")
-    },
     "credential-spec": _WINDOWS,
     "isolation": _WINDOWS,
     "log-driver": "logs are always kept in files on the node; --log-opt max-size and max-file set how much",
-    "memory-swap": _SWAP,
-    "memory-swappiness": _SWAP,
 }
 REFUSED_CREATE: dict[str, str] = {
     **_REFUSED_BOTH,
@@ -169,4 +172,3 @@ REFUSED_UPDATE: dict[str, str] = {
     **{f"generic-resource-{form}": _DEVICES for form in ("add", "rm")},
 }
 """Docker's flags that take a value and are refused by name, with the reason: never silently ignored."""
-REFUSED_SWITCHES: dict[str, str] = {"no-healthcheck": _HEALTH}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable
 
-from proto.objects_pb2 import Mount, ServiceSpec
+from proto.objects_pb2 import Device, Mount, ServiceSpec
 from swarm.cli.units import parse_bool, parse_bytes
 from swarm.errors import Invalid
 
@@ -24,6 +25,7 @@ UNSUPPORTED = {
 _ONLY_FOR = {
     "bind-propagation": Mount.BIND,
     "volume-nocopy": Mount.VOLUME,
+    "volume-per-slot": Mount.VOLUME,
     "tmpfs-size": Mount.TMPFS,
     "tmpfs-mode": Mount.TMPFS,
 }
@@ -41,6 +43,25 @@ def parse_mount(text: str, flag: str = "--mount") -> Mount:
         return _parse(text)
     except (Invalid, csv.Error) as error:
         raise Invalid(f'invalid value "{text}" for {flag}: {error}') from None
+
+
+def parse_volume_per_slot(text: str, flag: str = "--volume-per-slot") -> Mount:
+    """ "data:/var/lib/data": slot 3 has the volume data.3 there. Raises Invalid."""
+    source, _, target = text.partition(":")
+    if not source or "/" in source or not target.startswith("/"):
+        raise Invalid(f'invalid value "{text}" for {flag}: write NAME:TARGET, such as data:/var/lib/data')
+    return Mount(type=Mount.VOLUME, source=source, target=target, per_slot=True)
+
+
+def parse_device(text: str, flag: str = "--device") -> Device:
+    """ "/dev/fuse", "/dev/sda:/dev/disk" or "/dev/sda:/dev/disk:r". Raises Invalid."""
+    host, _, rest = text.partition(":")
+    container, _, permissions = rest.partition(":")
+    if re.fullmatch("[rwm]+", container):
+        container, permissions = "", container
+    if not host.startswith("/") or container[:1] not in ("", "/") or not re.fullmatch("[rwm]*", permissions):
+        raise Invalid(f'invalid value "{text}" for {flag}: write HOST[:CONTAINER[:rwm]], such as /dev/fuse')
+    return Device(host_path=host, container_path=container, permissions=permissions)
 
 
 def refuse_missing_binds(spec: ServiceSpec, exists: Callable[[str], bool]) -> None:
@@ -90,6 +111,8 @@ def _set_field(mount: Mount, key: str, value: str) -> None:
             mount.read_only = parse_bool(value or "true")
         case "volume-nocopy":
             mount.no_copy = parse_bool(value or "true")
+        case "volume-per-slot":
+            mount.per_slot = parse_bool(value or "true")
         case "bind-propagation":
             if value not in PROPAGATIONS:
                 raise Invalid(f'bind-propagation "{value}" is not known; choose {", ".join(PROPAGATIONS)}')

@@ -138,6 +138,8 @@ def _container(container: pb.ContainerSpec) -> list[Line]:
         ("Dir", container.dir),
         ("User", container.user),
         ("Stop signal", container.stop_signal),
+        ("Health check", " ".join(container.health.test)),
+        ("Devices", " ".join(device.host_path for device in container.devices)),
         ("Capabilities added", " ".join(container.capability_add)),
         ("Capabilities dropped", " ".join(container.capability_drop)),
     ):

@@ -54,14 +54,12 @@ def _option(flag: Flag) -> Callable[[Any], Any]:
     return click.option(*names, metavar=flag.metavar, multiple=multiple, help=flag.help)
 
 
-def _refusing(name: str, reason: str, is_flag: bool) -> Callable[[Any], Any]:
+def _refusing(name: str, reason: str) -> Callable[[Any], Any]:
     def refuse(_ctx: click.Context, _param: click.Parameter, value: Any) -> None:
         if value:
             raise Failure(f"--{name} is not supported: {reason}")
 
     parameter = "refused_" + name.replace("-", "_")
-    if is_flag:
-        return click.option(f"--{name}", parameter, is_flag=True, hidden=True, callback=refuse, expose_value=False)
     return click.option(f"--{name}", parameter, multiple=True, hidden=True, callback=refuse, expose_value=False)
 
 
@@ -72,9 +70,7 @@ def _options(table: tuple[Flag, ...], refused: Mapping[str, str]) -> Callable[[A
         for flag in reversed(table):
             function = _option(flag)(function)
         for name, reason in refused.items():
-            function = _refusing(name, reason, is_flag=False)(function)
-        for name, reason in known.REFUSED_SWITCHES.items():
-            function = _refusing(name, reason, is_flag=True)(function)
+            function = _refusing(name, reason)(function)
         return function
 
     return decorate

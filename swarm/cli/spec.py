@@ -24,11 +24,12 @@ from proto.objects_pb2 import (
     START_FIRST,
     STOP_FIRST,
     VIP,
+    ContainerSpec,
     NetworkAttachmentConfig,
     ServiceSpec,
     Ulimit,
 )
-from swarm.cli.mounts import csv_fields, parse_mount
+from swarm.cli.mounts import csv_fields, parse_device, parse_mount, parse_volume_per_slot
 from swarm.cli.ports import parse_publish
 from swarm.cli.units import parse_bytes, parse_duration_s, parse_nano_cpus, parse_uint
 from swarm.errors import Invalid
@@ -62,6 +63,14 @@ def _ratio(text: str) -> float:
 
 def _score(text: str) -> int:
     return parse_uint(text, -1000, 1000)
+
+
+def _swap(text: str) -> int:
+    return -1 if text == "-1" else parse_bytes(text)
+
+
+def _percent(text: str) -> int:
+    return parse_uint(text, 0, 100)
 
 
 def _uint32(text: str) -> int:
@@ -110,6 +119,13 @@ SCALARS: dict[str, tuple[str, Parse]] = {
     "init": ("task.container.init", bool),
     "stop-signal": ("task.container.stop_signal", str),
     "stop-grace-period": ("task.container.stop_grace_period_s", parse_duration_s),
+    "memory-swap": ("task.resources.limits.memory_swap_bytes", _swap),
+    "memory-swappiness": ("task.resources.limits.memory_swappiness", _percent),
+    "health-interval": ("task.container.health.interval_s", parse_duration_s),
+    "health-timeout": ("task.container.health.timeout_s", parse_duration_s),
+    "health-retries": ("task.container.health.retries", _uint32),
+    "health-start-period": ("task.container.health.start_period_s", parse_duration_s),
+    "health-start-interval": ("task.container.health.start_interval_s", parse_duration_s),
     "oom-score-adj": ("task.container.oom_score_adj", _score),
 }
 """Flag -> (field of ServiceSpec, parser): the same for create and update."""
@@ -143,6 +159,8 @@ def build_spec(
     for text in flags.get("publish", ()):
         spec.endpoint.ports.extend(parse_publish(text))
     container.mounts.extend(parse_mount(text) for text in flags.get("mount", ()))
+    container.mounts.extend(parse_volume_per_slot(text) for text in flags.get("volume-per-slot", ()))
+    container.devices.extend(parse_device(text) for text in flags.get("device", ()))
     spec.task.placement.constraints.extend(check_constraint(text) for text in flags.get("constraint", ()))
     spec.task.placement.spread.extend(parse_preference(text) for text in flags.get("placement-pref", ()))
     container.hosts.extend(parse_host(text) for text in flags.get("host", ()))
@@ -210,12 +228,29 @@ def flag_value(name: str, parse: Parse, text: Any) -> Any:
 def apply_scalars(spec: ServiceSpec, flags: Flags) -> None:
     """Set every single-valued field that was given. Raises Invalid, naming the flag."""
     container = spec.task.container
+    _set_health_test(container, flags)
     for name, (path, parse) in SCALARS.items():
         if name in flags:
             parent, _, field = path.rpartition(".")
             setattr(getattr_path(spec, parent), field, flag_value(name, parse, flags[name]))
     if "entrypoint" in flags:
         container.command[:] = flag_value("entrypoint", split_words, flags["entrypoint"])
+
+
+def _set_health_test(container: ContainerSpec, flags: Flags) -> None:
+    """As Docker: --no-healthcheck clears all, any other health flag ends it, an empty command is the image's."""
+    asked = sorted(name for name in flags if name.startswith("health-"))
+    if flags.get("no-healthcheck"):
+        if asked:
+            raise Invalid(f"--no-healthcheck conflicts with --{asked[0]}: give one of them")
+        container.ClearField("health")
+        container.health.test[:] = ["NONE"]
+    elif asked:
+        container.health.SetInParent()
+        if list(container.health.test) == ["NONE"]:
+            del container.health.test[:]
+        if "health-cmd" in flags:
+            container.health.test[:] = ["CMD-SHELL", flags["health-cmd"]] if flags["health-cmd"] else []
 
 
 def getattr_path(message: Message, path: str) -> Any:

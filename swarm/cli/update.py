@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from proto.objects_pb2 import ContainerSpec, ServiceSpec
-from swarm.cli.mounts import parse_mount
+from swarm.cli.mounts import parse_device, parse_mount, parse_volume_per_slot
 from swarm.cli.ports import add_ports, parse_publish, remove_ports
 from swarm.cli.spec import (
     MAPS,
@@ -80,13 +80,19 @@ def _update_container(container: ContainerSpec, flags: Flags, environ: Mapping[s
     container.env[:] = [f"{key}={value}" for key, value in env.items()]
 
     mounts = [parse_mount(text, "--mount-add") for text in flags.get("mount-add", ())]
-    _replace(container.mounts, mounts, lambda mount: mount.target, flags.get("mount-rm", ()))
+    mounts += [parse_volume_per_slot(text, "--volume-per-slot-add") for text in flags.get("volume-per-slot-add", ())]
+    removed = (*flags.get("mount-rm", ()), *flags.get("volume-per-slot-rm", ()))
+    _replace(container.mounts, mounts, lambda mount: mount.target, removed)
+    devices = [parse_device(text, "--device-add") for text in flags.get("device-add", ())]
+    _replace(
+        container.devices, devices, lambda device: device.container_path or device.host_path, flags.get("device-rm", ())
+    )
     ulimits = [parse_ulimit(text, "--ulimit-add") for text in flags.get("ulimit-add", ())]
     _replace(container.ulimits, ulimits, lambda ulimit: ulimit.name, flags.get("ulimit-rm", ()))
 
     hosts = [parse_host(text, "--host-add") for text in flags.get("host-add", ())]
-    removed = [parse_host(text, "--host-rm") for text in flags.get("host-rm", ())]
-    container.hosts[:] = _merge(container.hosts, removed, hosts)
+    gone = [parse_host(text, "--host-rm") for text in flags.get("host-rm", ())]
+    container.hosts[:] = _merge(container.hosts, gone, hosts)
     for name, field in (
         ("dns", container.dns_nameservers),
         ("dns-search", container.dns_search),
