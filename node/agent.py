@@ -97,6 +97,9 @@ class Agent:
             handler=_Handler(self),
             rng=rng or random.Random(),
         )
+        self._sessions_lost = 0
+        self._to_confirm = 0
+        self._confirm = asyncio.Event()
         self._stopping = asyncio.Event()
         self._stopped = asyncio.Event()
         self._stopped.set()
@@ -113,6 +116,7 @@ class Agent:
                 self._session.run(),
                 self._shell.networks.run(),
                 self._shell.names.run(),
+                self._confirm_assignments(),
                 _every(AUDIT_PERIOD_S, self._audit),
                 _every(ROTATE_PERIOD_S, self._rotate_logs),
             )
@@ -195,6 +199,18 @@ class Agent:
         self._shell.networks.poke()
         self._shell.names.poke()
 
+    async def _confirm_assignments(self) -> None:
+        """Tell the managers once this host is as they said. Latest wins: a later sequence includes the earlier."""
+        networks, names = self._shell.networks, self._shell.names
+        while True:
+            await self._confirm.wait()
+            self._confirm.clear()
+            sequence, session = self._to_confirm, self._sessions_lost
+            await networks.settled(networks.poke())
+            await names.settled(names.poke())
+            if session == self._sessions_lost:  # another session counts from the beginning
+                self._outbox.put_applied(sequence)
+
 
 class _Handler:
     """The session's words, turned into changes of the world. Apart from Agent so that its API stays small."""
@@ -213,6 +229,12 @@ class _Handler:
         agent._world.mirror = after
         agent._tasks.follow(after, touched_tasks(before, message), message.snapshot)
         agent._poke()
+        if message.confirm:
+            agent._to_confirm = message.result
+            agent._confirm.set()
+
+    def on_released(self, task_ids: list[str]) -> None:
+        self._agent._shell.releases.mark(task_ids)
 
     def on_managers(self, addrs: list[str]) -> None:
         self._agent._on_managers(list(addrs))
@@ -227,6 +249,7 @@ class _Handler:
 
     def on_lost(self) -> None:
         self._agent._logs.cancel_all()
+        self._agent._sessions_lost += 1
 
 
 async def _every(period_s: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from node.interface import CreateRequest, ResolvedImage, RuntimeFault
 from node.templates import expanded, task_name, values_for
 from overlay.interface import Attachment, Interface
-from proto.objects_pb2 import VIP, NodeDescription, Task
+from proto.objects_pb2 import TCP, VIP, NodeDescription, Task
 
 DEFAULT_STOP_GRACE_S = 10.0
 """Docker's default."""
@@ -43,6 +43,10 @@ def network_ids(task: Task) -> frozenset[str]:
 def stop_grace_s(task: Task) -> float:
     spec = task.spec.container
     return spec.stop_grace_period_s if spec.HasField("stop_grace_period_s") else DEFAULT_STOP_GRACE_S
+
+
+def published_tcp_ports(task: Task) -> frozenset[int]:
+    return frozenset(port.target_port for port in task.endpoint.ports if port.protocol == TCP)
 
 
 def drains(task: Task, ingress_ids: frozenset[str]) -> bool:

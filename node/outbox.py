@@ -19,12 +19,23 @@ class Outbox:
         self.statuses = StatusBook()
         self.wake = asyncio.Event()
         """Set when there may be something to send."""
+        self._applied = 0
         self._logs: deque[LogChunk] = deque()
         self._room = asyncio.Event()
         self._room.set()
 
     def poke(self) -> None:
         self.wake.set()
+
+    def put_applied(self, sequence: int) -> None:
+        """The kernel and the names are as the assignments up to this sequence say."""
+        self._applied = sequence
+        self.wake.set()
+
+    def next_applied(self) -> int:
+        """0 = nothing new."""
+        sequence, self._applied = self._applied, 0
+        return sequence
 
     async def put_log(self, chunk: LogChunk) -> None:
         """Queue a chunk; waits while LOG_CHUNKS_MAX are queued."""
@@ -44,5 +55,6 @@ class Outbox:
     def session_lost(self) -> None:
         """Statuses under way are sent again; streams of logs belonged to the session."""
         self.statuses.take_back()
+        self._applied = 0
         self._logs.clear()
         self._room.set()

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import structlog
 
 from dns.interface import DnsError, Sandbox
-from node import inputs, steps
+from node import drain, inputs, steps
 from node import shell as limits
 from node.health import HEALTHY, UNHEALTHY, Check, Health, check_of, complaint, merged
 from node.interface import ContainerStatus, ImageFault, Phase, RuntimeFault
@@ -290,6 +290,8 @@ class TaskRunner:
                 await self._fail_unhealthy(self._check, turned)
                 return
             health = turned.status
+        elif ports := inputs.published_tcp_ports(self.task):
+            await self._unless_ending(drain.listens(status.pid, ports))
         self._enter(Outcome(TASK_RUNNING), pid=status.pid, health=health)
 
     async def _turned(self, check: Check, health: Health) -> Health | None:
@@ -347,7 +349,7 @@ class TaskRunner:
         status = await _within(runtime.status(self.task.id), limits.STATUS_DEADLINE_S, "reading the container's status")
         if status is not None and status.phase is Phase.RUNNING:
             if drain and self.status.state == TASK_RUNNING:
-                await self._drain()
+                await self._drain(status.pid)
             grace_s = inputs.stop_grace_s(self.task)
             status = await _within(
                 runtime.stop(self.task.id, "", grace_s), grace_s + limits.STOP_MARGIN_S, "stopping the container"
@@ -359,27 +361,21 @@ class TaskRunner:
         self.phase = status.phase if status is not None else None
         return status
 
-    async def _drain(self) -> None:
-        """See DRAIN_S. Skipped when this host leaves the swarm: nobody would notice."""
+    async def _drain(self, pid: int) -> None:
+        """Out of every balancer, then until open connections have ended; see node/drain.py. Skipped when this host
+        leaves the swarm (nobody would notice), and its first half when the managers forgot the task."""
         shell = self._shell
         if shell.leaving or not inputs.drains(self.task, shell.world.ingress_ids()):
             return
         exited = asyncio.create_task(shell.runtime.wait(self.task.id))
-        notice = asyncio.create_task(self._out_of_balance())
         try:
-            watched: set[asyncio.Task[Any]] = {exited, notice}
-            await asyncio.wait(watched, timeout=limits.DRAIN_NOTICE_S, return_when=asyncio.FIRST_COMPLETED)
+            if self.assigned:
+                await _either(exited, shell.releases.wait(self.task.id), drain.RELEASE_MAX_S)
             if not exited.done():
-                await asyncio.wait({exited}, timeout=limits.DRAIN_S)
+                await _either(exited, drain.quiet(pid), drain.CONNECTIONS_MAX_S)
         finally:
             exited.cancel()
-            notice.cancel()
-            await asyncio.gather(exited, notice, return_exceptions=True)
-
-    async def _out_of_balance(self) -> None:
-        shell = self._shell
-        await shell.networks.wait_until(lambda: not shell.world.serving(self.task))
-        await shell.networks.settled(shell.networks.poke())
+            await asyncio.gather(exited, return_exceptions=True)
 
     async def _release(self) -> None:
         if self._adoption is not None:
@@ -417,6 +413,17 @@ async def _both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, U]) -
         one.cancel()
         two.cancel()
         await asyncio.gather(one, two, return_exceptions=True)
+
+
+async def _either(exited: asyncio.Task[Any], wanted: Coroutine[Any, Any, None], timeout_s: float) -> None:
+    """Until one of the two is done, or the time is over."""
+    waiting = asyncio.create_task(wanted)
+    try:
+        watched: set[asyncio.Task[Any]] = {exited, waiting}
+        await asyncio.wait(watched, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
 
 
 async def _within(awaitable: Awaitable[T], deadline_s: float, what: str) -> T:

@@ -23,6 +23,7 @@ from node.outbox import Outbox
 from proto.dispatch_pb2 import (
     AgentHello,
     AgentMessage,
+    Applied,
     Assignments,
     Heartbeat,
     LogRequest,
@@ -71,6 +72,8 @@ class Handler(Protocol):
     def on_managers(self, addrs: list[str]) -> None: ...
 
     def on_node(self, node: Node) -> None: ...
+
+    def on_released(self, task_ids: list[str]) -> None: ...
 
     def on_logs(self, request: LogRequest) -> None: ...
 
@@ -235,6 +238,8 @@ class Session:
                     self._handler.on_managers(self.managers)
             case "node":
                 self._handler.on_node(message.node)
+            case "released":
+                self._handler.on_released(list(message.released.task_ids))
             case "logs":
                 self._handler.on_logs(message.logs)
 
@@ -259,6 +264,8 @@ class Session:
             if (batch := self._outbox.statuses.next_batch()) is not None:
                 ack_ticks = 0
                 await _send(stream, AgentMessage(statuses=batch))
+            elif sequence_applied := self._outbox.next_applied():
+                await _send(stream, AgentMessage(applied=Applied(sequence=sequence_applied)))
             elif (chunk := self._outbox.next_log()) is not None:
                 await _send(stream, AgentMessage(logs=chunk))
             else:

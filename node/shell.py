@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dns.interface import NameServer, Picture
 from node import steps
 from node.appliers import Applier
+from node.drain import Releases
 from node.interface import Images, ResolvedImage, Runtime
 from node.statuses import StatusBook
 from node.taskfiles import TaskFiles
@@ -36,14 +37,6 @@ STOP_MARGIN_S = 20.0
 NETWORK_APPLY_DEADLINE_S = 30.0
 NAMES_APPLY_DEADLINE_S = 10.0
 
-DRAIN_NOTICE_S = 2.0
-"""How long a stop waits for the managers to say that the task no longer serves. Normally the same message says
-so that wants it stopped; without managers nobody will say it, and the stop goes on."""
-DRAIN_S = 1.0
-"""Between that and SIGTERM. The managers stop listing the task when its desired state changes, every node takes
-it out of VIPs and published ports within tens of milliseconds; after this second no new connection reaches
-it even from a slow node. Connections that are open go on during the grace period, as the process allows."""
-
 
 class Shell:
     def __init__(
@@ -71,6 +64,7 @@ class Shell:
         self.adopting: set[str] = set()
         """Tasks whose namespaces are being taken over from an earlier process: until that is done the name
         server keeps the picture that it has, else their names would be gone for a moment."""
+        self.releases = Releases()
         self.leaving = False
         self.networks: Applier[HostState] = Applier(
             "the host's networks", world.host_state, network.apply, NETWORK_APPLY_DEADLINE_S
@@ -99,6 +93,7 @@ class Shell:
 
     def forget(self, task_id: str) -> None:
         self.world.states.pop(task_id, None)
+        self.releases.forget(task_id)
         self.statuses.forget(task_id)
         self.networks.poke()
         self.names.poke()

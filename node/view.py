@@ -16,7 +16,7 @@ from node.mirror import Mirror
 from node.steps import State, ended
 from overlay.interface import L4, HostState, OverlayNetwork, Peer, PublishedPort, RemoteEndpoint, Vip
 from proto.dispatch_pb2 import NetworkEndpoint, NetworkService
-from proto.objects_pb2 import HOST, INGRESS, SCTP, TASK_RUNNING, TASK_SHUTDOWN, TCP, UDP, VIP, Network, PortConfig, Task
+from proto.objects_pb2 import HOST, INGRESS, SCTP, TASK_RUNNING, TASK_SHUTDOWN, TCP, UDP, VIP, Network, PortConfig
 
 DEFAULT_VXLAN_PORT = 4789
 MTU_OPTION = "com.docker.network.driver.mtu"
@@ -110,12 +110,6 @@ def picture(mirror: Mirror, local: Local, sandboxes: Iterable[Sandbox], upstream
         sandboxes=boxes,
         upstreams=upstreams,
     )
-
-
-def is_serving(mirror: Mirror, task: Task) -> bool:
-    """Whether balancers, as far as this node knows, still send new connections to the task."""
-    found = (mirror.endpoint(net.network_id, task.id) for net in task.networks)
-    return any(endpoint is not None and endpoint.serving for endpoint in found)
 
 
 def ingress_network_ids(mirror: Mirror) -> frozenset[str]:

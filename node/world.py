@@ -10,7 +10,7 @@ from node import view
 from node.mirror import Mirror
 from node.steps import State
 from overlay.interface import HostState
-from proto.objects_pb2 import Node, NodeDescription, Task
+from proto.objects_pb2 import Node, NodeDescription
 
 
 class World:
@@ -46,9 +46,6 @@ class World:
         if not self.mirror.known:
             return None
         return view.picture(self.mirror, self.local(), self.sandboxes.values(), self._upstreams())
-
-    def serving(self, task: Task) -> bool:
-        return view.is_serving(self.mirror, task)
 
     def ingress_ids(self) -> frozenset[str]:
         return view.ingress_network_ids(self.mirror)

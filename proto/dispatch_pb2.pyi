@@ -217,11 +217,14 @@ class Assignments(_message.Message):
     BASE_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
     CHANGES_FIELD_NUMBER: _builtins.int
+    CONFIRM_FIELD_NUMBER: _builtins.int
     snapshot: _builtins.bool
     """replaces everything known"""
     base: _builtins.int
     """deltas chain: base must equal the last `result`"""
     result: _builtins.int
+    confirm: _builtins.bool
+    """some of these take a task out of the balancers: answer with Applied"""
     @_builtins.property
     def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___AssignmentChange]: ...
     def __init__(
@@ -231,10 +234,11 @@ class Assignments(_message.Message):
         base: _builtins.int = ...,
         result: _builtins.int = ...,
         changes: _abc.Iterable[Global___AssignmentChange] | None = ...,
+        confirm: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "changes", b"changes", "result", b"result", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "changes", b"changes", "confirm", b"confirm", "result", b"result", "snapshot", b"snapshot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,6 +28,9 @@ from node.interface import (
 from overlay.interface import Attachment, HostState, NetworkError
 from proto.dispatch_pb2 import LogLine, LogOptions
 
+NO_PID = (1 << 22) + 1
+"""Beyond the kernel's PID_MAX_LIMIT: no process has it."""
+
 
 class Gate:
     """Points are "<call>:before" and "<call>:after", such as "create:after"."""
@@ -68,7 +71,7 @@ class FakeContainer:
     starts: int = 0
 
     def status(self) -> ContainerStatus:
-        pid = 4242 if self.phase is Phase.RUNNING else 0
+        pid = NO_PID if self.phase is Phase.RUNNING else 0
         return ContainerStatus(self.request.task_id, self.phase, pid, self.exit_code, self.oom_killed, self.error)
 
 

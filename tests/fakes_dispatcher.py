@@ -62,17 +62,18 @@ class Manager(DispatcherServicer):
         self.statuses: dict[str, list[TaskStatus]] = {}
         self.batches = 0
         self.logs: list[LogChunk] = []
+        self.applied: list[int] = []
         self.sequence = 0
         self._outgoing: asyncio.Queue[ManagerMessage | None] = asyncio.Queue()
         self.in_session = False
 
     # ---- what the test says
 
-    def put(self, *tasks: Task, items: dict[str, Item] | None = None) -> None:
+    def put(self, *tasks: Task, items: dict[str, Item] | None = None, confirm: bool = False) -> None:
         """Assign (or change) tasks, and any other items, in one delta."""
         changed = {f"task/{task.id}": Item(task=task) for task in tasks} | (items or {})
         self.items |= changed
-        self._delta([AssignmentChange(key=key, item=item) for key, item in changed.items()])
+        self._delta([AssignmentChange(key=key, item=item) for key, item in changed.items()], confirm)
 
     def want(self, task_id: str, desired: State) -> None:
         item = Item()
@@ -91,10 +92,10 @@ class Manager(DispatcherServicer):
     def end_session(self) -> None:
         self._outgoing.put_nowait(None)
 
-    def _delta(self, changes: list[AssignmentChange]) -> None:
+    def _delta(self, changes: list[AssignmentChange], confirm: bool = False) -> None:
         if self.in_session:
             self.sequence += 1
-            delta = Assignments(base=self.sequence - 1, result=self.sequence, changes=changes)
+            delta = Assignments(base=self.sequence - 1, result=self.sequence, changes=changes, confirm=confirm)
             self.send(ManagerMessage(assignments=delta))
 
     # ---- what the test sees
@@ -153,6 +154,8 @@ class Manager(DispatcherServicer):
                         self.statuses.setdefault(update.task_id, []).append(update.status)
                     if self.acknowledges:
                         self.send(ManagerMessage(ack=StatusAck(sequence=message.statuses.sequence)))
+                case "applied":
+                    self.applied.append(message.applied.sequence)
                 case "logs":
                     self.logs.append(message.logs)
 

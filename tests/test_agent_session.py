@@ -132,7 +132,7 @@ async def test_unacknowledged_statuses_are_repeated_within_the_session(host: Hos
     manager.put(task())
     host.run(manager.addr)
     await manager.reported("t1", TASK_RUNNING)
-    assert manager.batches >= 2
+    await until(lambda: manager.batches >= 2)
     assert manager.calls == 1
 
 

@@ -10,7 +10,7 @@ import pytest
 from node.interface import ImageFault, Phase, RuntimeFault
 from overlay.interface import NetworkError
 from proto.agent_pb2 import TaskRecord
-from proto.dispatch_pb2 import Item
+from proto.dispatch_pb2 import Item, ManagerMessage, Released
 from proto.objects_pb2 import (
     TASK_COMPLETE,
     TASK_FAILED,
@@ -24,6 +24,7 @@ from proto.objects_pb2 import (
     TASK_STARTING,
     VIP,
 )
+from tests.fakes import NO_PID
 from tests.fakes_dispatcher import Host, Manager, State, endpoint, host_on, serving, standing, task
 from tests.waiting import until
 
@@ -52,7 +53,7 @@ async def test_a_task_goes_from_assigned_to_running_and_its_name_server_is_there
     manager.put(task())
     status = await manager.reported("t1", TASK_RUNNING)
 
-    assert status.pid == 4242
+    assert status.pid == NO_PID
     assert status.container_id == "t1"
     assert served_at_start == [True]
     request = host.runtime.made["t1"].request
@@ -272,9 +273,10 @@ async def test_a_balanced_task_gets_its_signal_only_after_it_is_out_of_the_balan
     await manager.reported("t1", TASK_RUNNING)
 
     manager.want("t1", TASK_SHUTDOWN)
-    await until(lambda: host.files() and manager.heartbeats > 2)
-    assert host.runtime.made["t1"].signals == [], "the managers have not yet said that it does not serve"
-    manager.put(items=endpoint(made, serving_now=False))
+    manager.put(items=endpoint(made, serving_now=False), confirm=True)
+    await until(lambda: manager.applied == [manager.sequence], what="confirmed")
+    assert host.runtime.made["t1"].signals == [], "another node may still send connections to it"
+    manager.send(ManagerMessage(released=Released(task_ids=["t1"])))
     await manager.reported("t1", TASK_SHUTDOWN)
     assert host.runtime.made["t1"].signals == ["TERM"]
 

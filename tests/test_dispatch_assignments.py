@@ -347,3 +347,66 @@ def test_a_slow_node_gets_the_latest_state_once() -> None:
     assert message is not None
     assert [change.key for change in message.changes] == ["endpoint/front/t5"]
     assert message.changes[0].item.endpoint.serving
+
+
+def released_cluster() -> tuple[Cluster, Task]:
+    cluster = Cluster()
+    front = frozenset({"front"})
+    for node in NODES:
+        cluster.put(make_node(node))
+    cluster.put(make_network("front"))
+    cluster.put(make_service("web", front, published=False))
+    for number, node in enumerate(NODES[:2]):
+        cluster.put(make_task(f"t{number}", node, "web", pb.TASK_RUNNING, front))
+    for node in NODES:
+        cluster.connect(node)
+        cluster.flush(node)
+    task = cluster.store.tasks.get("t0")
+    assert task is not None
+    stopping = Task()
+    stopping.CopyFrom(task)
+    stopping.desired_state = pb.TASK_SHUTDOWN
+    return cluster, stopping
+
+
+def test_a_task_is_released_when_the_last_node_that_served_it_has_confirmed() -> None:
+    cluster, stopping = released_cluster()
+    cluster.put(stopping)
+    messages = {node: cluster.views[node].take() for node in ("n1", "n2")}
+    assert all(message is not None and message.confirm for message in messages.values())
+    assert cluster.views["n3"].take() is None, "not on the network: nothing to confirm"
+    assert cluster.index.releases.take() == {}
+    for node, released in (("n2", {}), ("n1", {"n1": ["t0"]})):
+        message = messages[node]
+        assert message is not None
+        view = cluster.views[node]
+        assert view.confirmed(message.result - 1) == []
+        cluster.index.releases.confirmed(node, view.confirmed(message.result))
+        assert cluster.index.releases.take() == released
+
+
+def test_a_node_whose_session_ends_is_not_waited_for() -> None:
+    cluster, stopping = released_cluster()
+    cluster.put(stopping)
+    message = cluster.views["n1"].take()
+    assert message is not None
+    cluster.index.releases.confirmed("n1", cluster.views["n1"].confirmed(message.result))
+    assert cluster.index.releases.take() == {}
+    cluster.index.detach(cluster.views["n2"])
+    assert cluster.index.releases.take() == {"n1": ["t0"]}
+
+
+def test_a_task_that_served_nobody_is_released_at_once_and_an_ended_one_needs_no_release() -> None:
+    cluster, stopping = released_cluster()
+    starting = make_task("t2", "n1", "web", pb.TASK_STARTING, frozenset({"front"}))
+    cluster.put(starting)
+    starting.desired_state = pb.TASK_SHUTDOWN
+    cluster.put(starting)
+    assert cluster.index.releases.take() == {"n1": ["t2"]}
+    cluster.put(stopping)
+    stopping.status.state = pb.TASK_SHUTDOWN
+    cluster.put(stopping)
+    for node in ("n1", "n2"):
+        cluster.views[node].take()
+        cluster.index.releases.confirmed(node, cluster.views[node].confirmed(1000))
+    assert cluster.index.releases.take() == {}

@@ -19,6 +19,7 @@ from swarm.dispatch.items import (
     Scoped,
     ingress_network_of,
     is_down,
+    is_live,
     network_item,
     network_scope,
     networks_of,
@@ -28,6 +29,8 @@ from swarm.dispatch.items import (
     service_item,
     task_items,
 )
+from swarm.dispatch.releases import Releases
+from swarm.store.states import is_runnable
 from swarm.store.store import Event, Store
 
 
@@ -42,15 +45,28 @@ class View:
         self._pending: dict[str, Item | None] = {}
         self._snapshot_due = True
         self._sequence = 0
+        self._leaving: list[str] = []
+        """Tasks that left since the last message: the next one asks for a confirmation."""
+        self._unconfirmed: dict[int, list[str]] = {}
+        """Sequence of a message -> tasks that left by it."""
 
     @property
     def is_dirty(self) -> bool:
-        return self._snapshot_due or bool(self._pending)
+        return self._snapshot_due or bool(self._pending or self._leaving)
 
     def note(self, key: str, item: Item | None) -> None:
         """The item is this from now on; None: not seen any more."""
         if key != self._own_peer:
             self._pending[key] = item
+
+    def leaves(self, task_id: str) -> None:
+        """The task leaves this node's balancers by the changes noted now."""
+        self._leaving.append(task_id)
+
+    def confirmed(self, sequence: int) -> list[str]:
+        """The node has applied everything up to this message: the tasks that it has let go by that."""
+        done = [each for each in self._unconfirmed if each <= sequence]
+        return [task_id for each in done for task_id in self._unconfirmed.pop(each)]
 
     def restart(self) -> None:
         """Forget what was sent: the next message is a whole snapshot."""
@@ -60,7 +76,12 @@ class View:
 
     def take(self) -> Assignments | None:
         """The snapshot, or the delta since the last message; None when nothing differs."""
-        message = Assignments(snapshot=self._snapshot_due, base=self._sequence, result=self._sequence + 1)
+        message = Assignments(
+            snapshot=self._snapshot_due,
+            base=self._sequence,
+            result=self._sequence + 1,
+            confirm=bool(self._leaving),
+        )
         for key, item in self._pending.items():
             known = self._sent.get(key)
             if item is None:
@@ -71,10 +92,12 @@ class View:
                 self._sent[key] = item
                 message.changes.append(AssignmentChange(key=key, item=item))
         self._pending.clear()
-        if not message.changes and not self._snapshot_due:
+        if not message.changes and not self._snapshot_due and not self._leaving:
             return None
         self._snapshot_due = False
         self._sequence += 1
+        if self._leaving:
+            self._unconfirmed[self._sequence], self._leaving = self._leaving, []
         return message
 
 
@@ -83,6 +106,7 @@ class AssignmentIndex:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.releases = Releases()
         self._views: dict[str, View] = {}
         self._nodes_by_scope: dict[str, set[str]] = {}
         self._clear()
@@ -127,6 +151,7 @@ class AssignmentIndex:
         if self._views.get(view.node_id) is not view:
             return
         del self._views[view.node_id]
+        self.releases.gone(view.node_id)
         for scope in list(view.scopes):
             self._leave(view, scope)
 
@@ -167,6 +192,8 @@ class AssignmentIndex:
     def _put_task(self, task_id: str, task: Task | None) -> None:
         down = task is not None and is_down(self._store.nodes.get(task.node_id))
         items = task_items(task, down, self._unreached(task)) if task is not None else {}
+        stops = self._begins_to_stop(task_id, task)
+        viewers = self._served_to(task_id) if stops else set()
         # In whichever order scopes and items change, a view settles per key on what is true at the end.
         self._use(task_id, task.node_id if task is not None else "", networks_of(task) if task else frozenset())
         for key in self._task_keys.pop(task_id, ()):
@@ -176,6 +203,27 @@ class AssignmentIndex:
             self._set(key, scoped)
         if items:
             self._task_keys[task_id] = tuple(items)
+        if task is None or not is_live(task):
+            self.releases.forget(task_id)
+        elif stops:
+            for node_id in viewers:
+                self._views[node_id].leaves(task_id)
+                self._dirty.add(node_id)
+            self.releases.begin(task_id, task.node_id, viewers)
+
+    def _begins_to_stop(self, task_id: str, task: Task | None) -> bool:
+        known = self._items.get(f"task/{task_id}")
+        return task is not None and not is_runnable(task) and known is not None and is_runnable(known.item.task)
+
+    def _served_to(self, task_id: str) -> set[str]:
+        """Connected nodes whose balancers or names hold the task now."""
+        return {
+            node_id
+            for key in self._task_keys.get(task_id, ())
+            if self._items[key].item.endpoint.serving
+            for scope in self._items[key].scopes
+            for node_id in self._nodes_by_scope.get(scope, ())
+        }
 
     def _unreached(self, task: Task) -> str:
         """The predefined network, for tasks of a service that receives no published traffic there. It serves no names

@@ -23,6 +23,7 @@ from proto.dispatch_pb2 import (
     HeartbeatReply,
     ManagerList,
     ManagerMessage,
+    Released,
     StatusAck,
     StatusBatch,
     Welcome,
@@ -135,6 +136,7 @@ class Dispatcher(DispatcherServicer):
         for node_id in term.index.apply(events):
             if node_id in term.sessions:
                 term.sessions[node_id].touch()
+        self._send_released(term)
         if not events:
             term.presence.expect_everybody()
         if not events or any(isinstance(event.record, Node) for event in events):
@@ -154,6 +156,12 @@ class Dispatcher(DispatcherServicer):
             term.presence.expect_new(node_id)
         elif session is not None and isinstance(event.after, Node):
             session.send(ManagerMessage(node=event.after))
+
+    @staticmethod
+    def _send_released(term: _Term) -> None:
+        for node_id, task_ids in term.index.releases.take().items():
+            if node_id in term.sessions:
+                term.sessions[node_id].send(ManagerMessage(released=Released(task_ids=task_ids)))
 
     async def _compare_managers(self, term: _Term) -> None:
         """Members come and go without an event of the store, so they are compared now and then."""
@@ -261,6 +269,7 @@ class Dispatcher(DispatcherServicer):
     def _drop(self, term: _Term, session: NodeSession) -> None:
         """The session is over. Whether the node is down is for the heartbeat's deadline to tell."""
         term.index.detach(session.view)
+        self._send_released(term)
         if term.sessions.get(session.node_id) is session:
             del term.sessions[session.node_id]
             self.logs.session_ended(session.node_id)
@@ -319,6 +328,9 @@ class Dispatcher(DispatcherServicer):
                     pass
                 case "statuses":
                     self._take_statuses(term, session, message.statuses)
+                case "applied":
+                    term.index.releases.confirmed(node_id, session.view.confirmed(message.applied.sequence))
+                    self._send_released(term)
                 case "logs":
                     await self.logs.deliver(node_id, message.logs, alive)
                 case "hello":

@@ -123,6 +123,9 @@ class Agent:
     def on_node(self, node: Node) -> None:
         pass
 
+    def on_released(self, task_ids: list[str]) -> None:
+        pass
+
     def on_logs(self, request: LogRequest) -> None:
         pass
 

@@ -127,6 +127,9 @@ class _Life:
 
     def on_node(self, node: Node) -> None: ...
 
+    def on_released(self, task_ids: list[str]) -> None:
+        pass
+
     def on_logs(self, request: LogRequest) -> None: ...
 
     def on_lost(self) -> None: ...
