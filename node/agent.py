@@ -17,6 +17,7 @@ import grpc
 import structlog
 
 from dns.interface import DnsError, NameServer
+from node.commands import Commands
 from node.interface import Images, Runtime, RuntimeFault
 from node.logrelay import LogRelay
 from node.mirror import applied, touched_tasks
@@ -27,7 +28,7 @@ from node.taskfiles import TaskFiles
 from node.tasks import TaskSet
 from node.world import World
 from overlay.interface import HostNetwork, NetworkError
-from proto.dispatch_pb2 import AgentHello, Assignments, LogRequest, Welcome
+from proto.dispatch_pb2 import AgentHello, Assignments, ExecInput, LogRequest, Welcome
 from proto.objects_pb2 import Node, NodeDescription, Task
 
 log = structlog.get_logger()
@@ -89,6 +90,7 @@ class Agent:
         )
         self._tasks = TaskSet(self._shell)
         self._logs = LogRelay(runtime, node_id, self._tasks.has, self._outbox.put_log)
+        self._commands = Commands(runtime, self._tasks.runs, self._outbox.put_exec)
         self._session = Session(
             open_channel=open_channel,
             managers=managers,
@@ -123,6 +125,7 @@ class Agent:
             await _until(self._stopping, parts)
         finally:
             await self._logs.close()
+            await self._commands.close()
             await self._tasks.stop()
             await self._shell.close()
             self._stopped.set()
@@ -244,11 +247,15 @@ class _Handler:
         self._agent._poke()
         self._agent._on_node(node)
 
+    def on_exec(self, message: ExecInput) -> None:
+        self._agent._commands.handle(message)
+
     def on_logs(self, request: LogRequest) -> None:
         self._agent._logs.handle(request)
 
     def on_lost(self) -> None:
         self._agent._logs.cancel_all()
+        self._agent._commands.cancel_all()
         self._agent._sessions_lost += 1
 
 

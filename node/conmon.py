@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from node.taskdir import (
     write_text,
 )
 from node.volumes import Volumes, wanted_mounts
-from proto.dispatch_pb2 import LogLine, LogOptions
+from proto.dispatch_pb2 import ExecStart, LogLine, LogOptions
 from proto.objects_pb2 import Mount
 
 STARTS_IN_FLIGHT_MAX = 8
@@ -163,7 +164,7 @@ class ConmonRuntime:
                 request.log_max_files,
             )
         )
-        self._check_stop_signal(record.stop_signal)
+        monitor.signal_of(record.stop_signal, "stop signal")
         await asyncio.to_thread(bundle.mount_rootfs, paths, request)
         mounts = await self._place_mounts(paths, request)
         seccomp_key, compiled = await asyncio.to_thread(self._configure, paths, request, mounts)
@@ -181,13 +182,6 @@ class ConmonRuntime:
         self._check_filter(record, seccomp_key, compiled)
         self._write(record)
         self._watch(request.task_id)
-
-    @staticmethod
-    def _check_stop_signal(name: str) -> None:
-        try:
-            monitor.signal_number(name)
-        except ValueError as error:
-            raise RuntimeFault(f"stop signal: {error}") from None
 
     async def _place_mounts(self, paths: TaskPaths, request: CreateRequest) -> tuple[tuple[Mount, Path], ...]:
         placed: list[tuple[Mount, Path]] = []
@@ -313,10 +307,7 @@ class ConmonRuntime:
 
     async def stop(self, task_id: str, signal: str, grace_s: float) -> ContainerStatus:
         record = self._known(task_id)
-        try:
-            number = monitor.signal_number(signal or record.stop_signal)
-        except ValueError as error:
-            raise RuntimeFault(f"stopping task {task_id}: {error}") from None
+        number = monitor.signal_of(signal or record.stop_signal, f"stopping task {task_id}")
         watch = self._watch(task_id)
         # One that was never started ignores everything but SIGKILL: it is the init of its PID namespace.
         if record.step is Step.STARTED and monitor.send(record.container, number):
@@ -440,6 +431,11 @@ class ConmonRuntime:
         token = str(next(self._exec_numbers))
         done = await execs.run_in(self._runtime_of(task_id), self._paths(task_id), token, argv, timeout_s)
         return done.code, done.output + done.errors
+
+    def exec_command(self, task_id: str, wanted: ExecStart) -> AbstractContextManager[list[str]]:
+        self._known(task_id)
+        token = str(next(self._exec_numbers))
+        return execs.command(self._runtime_of(task_id), self._paths(task_id), token, wanted)
 
 
 def _message(done: Finished) -> str:

@@ -7,15 +7,19 @@ container, and whatever of it outlives its caller is killed by that.
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from node import monitor
 from node.interface import RuntimeFault
 from node.process import CommandMissing, CommandTimeout, Finished, run
+from node.rootfs import Account, find_account, read_small_file
 from node.taskdir import TaskPaths, identify
+from proto.dispatch_pb2 import ExecStart
 
 
 @contextmanager
@@ -27,6 +31,48 @@ def pid_file(paths: TaskPaths, token: str) -> Iterator[Path]:
     finally:
         _kill(path, paths.task_id)
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def command(runtime: Sequence[str], paths: TaskPaths, token: str, wanted: ExecStart) -> Iterator[list[str]]:
+    """The argv that runs what a person asked for in the container; it has ended once the block has.
+    Raises RuntimeFault for a user that the image does not know."""
+    account = _account(paths, wanted.user) if wanted.user else None
+    # The runtimes' own options for this differ: crun's --env takes the place of the container's environment.
+    process = process_of(json.loads(paths.config.read_text())["process"], wanted, account)
+    file = paths.state / f"exec-{token}.json"
+    with pid_file(paths, token) as path:
+        try:
+            file.write_text(json.dumps(process))
+            yield [*runtime, "exec", "--pid-file", str(path), "--process", str(file), paths.task_id]
+        finally:
+            file.unlink(missing_ok=True)
+
+
+def process_of(own: Mapping[str, Any], wanted: ExecStart, account: Account | None) -> dict[str, Any]:
+    """The OCI process: as the container's own, but for what is wanted. Pure."""
+    env = dict(entry.partition("=")[::2] for entry in own["env"])
+    if wanted.tty:
+        env["TERM"] = "xterm"
+    if account is not None:
+        env["HOME"] = account.home
+    env |= dict(entry.partition("=")[::2] for entry in wanted.env)
+    process = {**own, "args": list(wanted.command), "terminal": wanted.tty, "env": [f"{k}={v}" for k, v in env.items()]}
+    if wanted.dir:
+        process["cwd"] = wanted.dir
+    if account is not None:
+        process["user"] = {"uid": account.uid, "gid": account.gid, "additionalGids": list(account.additional_gids)}
+        if account.uid != 0:  # as for the container's own process: other users hold none
+            process["capabilities"] = {"bounding": own["capabilities"]["bounding"]}
+    return process
+
+
+def _account(paths: TaskPaths, user: str) -> Account:
+    passwd, group = (read_small_file(paths.rootfs, f"/etc/{name}") for name in ("passwd", "group"))
+    try:
+        return find_account(user, (), passwd, group)
+    except ValueError as error:
+        raise RuntimeFault(str(error)) from None
 
 
 def _kill(path: Path, task_id: str) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from proto.dispatch_pb2 import LogLine, LogOptions
+from proto.dispatch_pb2 import ExecStart, LogLine, LogOptions
 from proto.objects_pb2 import ContainerSpec, HealthConfig, Resources
 
 
@@ -165,4 +166,9 @@ class Runtime(Protocol):
     async def exec(self, task_id: str, argv: Sequence[str], timeout_s: float) -> tuple[int, bytes]:
         """(exit code, output and errors) of a command in the container. Raises RuntimeFault when it did not end in
         time; it has been killed then."""
+        ...
+
+    def exec_command(self, task_id: str, wanted: ExecStart) -> AbstractContextManager[list[str]]:
+        """The argv that runs a command in the container, its terminal or pipes being those of the argv's own process.
+        At the end of the block nothing of it runs any more. Raises RuntimeFault."""
         ...

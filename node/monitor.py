@@ -174,6 +174,14 @@ def kill_remains(paths: TaskPaths) -> None:
         send(identify(pid), signal.SIGKILL)
 
 
+def signal_of(name: str, what: str) -> int:
+    """As `signal_number`, but raises RuntimeFault, which begins with `what`."""
+    try:
+        return signal_number(name)
+    except ValueError as error:
+        raise RuntimeFault(f"{what}: {error}") from None
+
+
 def signal_number(name: str) -> int:
     """ "SIGTERM", "TERM", "15" or "SIGRTMIN+3" -> the number. Raises ValueError."""
     text = name.upper().removeprefix("SIG")

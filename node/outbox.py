@@ -7,7 +7,7 @@ import asyncio
 from collections import deque
 
 from node.statuses import StatusBook
-from proto.dispatch_pb2 import LogChunk
+from proto.dispatch_pb2 import ExecOutput, LogChunk
 
 LOG_CHUNKS_MAX = 16
 """Of at most 64 KiB each: 1 MiB. Beyond it reading the logs waits, so `logs -f` of a chatty service costs this
@@ -21,6 +21,7 @@ class Outbox:
         """Set when there may be something to send."""
         self._applied = 0
         self._logs: deque[LogChunk] = deque()
+        self._execs: deque[ExecOutput] = deque()
         self._room = asyncio.Event()
         self._room.set()
 
@@ -52,9 +53,18 @@ class Outbox:
         self._room.set()
         return chunk
 
+    def put_exec(self, output: ExecOutput) -> None:
+        """Bounded by the windows of the commands that run (node/commands.py)."""
+        self._execs.append(output)
+        self.wake.set()
+
+    def next_exec(self) -> ExecOutput | None:
+        return self._execs.popleft() if self._execs else None
+
     def session_lost(self) -> None:
         """Statuses under way are sent again; streams of logs belonged to the session."""
         self.statuses.take_back()
         self._applied = 0
         self._logs.clear()
+        self._execs.clear()
         self._room.set()

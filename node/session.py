@@ -25,6 +25,7 @@ from proto.dispatch_pb2 import (
     AgentMessage,
     Applied,
     Assignments,
+    ExecInput,
     Heartbeat,
     LogRequest,
     ManagerMessage,
@@ -74,6 +75,8 @@ class Handler(Protocol):
     def on_node(self, node: Node) -> None: ...
 
     def on_released(self, task_ids: list[str]) -> None: ...
+
+    def on_exec(self, message: ExecInput) -> None: ...
 
     def on_logs(self, request: LogRequest) -> None: ...
 
@@ -240,6 +243,8 @@ class Session:
                 self._handler.on_node(message.node)
             case "released":
                 self._handler.on_released(list(message.released.task_ids))
+            case "exec":
+                self._handler.on_exec(message.exec)
             case "logs":
                 self._handler.on_logs(message.logs)
 
@@ -266,6 +271,8 @@ class Session:
                 await _send(stream, AgentMessage(statuses=batch))
             elif sequence_applied := self._outbox.next_applied():
                 await _send(stream, AgentMessage(applied=Applied(sequence=sequence_applied)))
+            elif (output := self._outbox.next_exec()) is not None:
+                await _send(stream, AgentMessage(exec=output))
             elif (chunk := self._outbox.next_log()) is not None:
                 await _send(stream, AgentMessage(logs=chunk))
             else:

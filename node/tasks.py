@@ -128,6 +128,10 @@ class TaskSet:
     def has(self, task_id: str) -> bool:
         return task_id in self._runners
 
+    def runs(self, task_id: str) -> bool:
+        """Its container runs, so that a command can run in it."""
+        return task_id in self._runners and self._runners[task_id].phase is Phase.RUNNING
+
     def running_count(self) -> int:
         return sum(runner.status.state == TASK_RUNNING for runner in self._runners.values())
 

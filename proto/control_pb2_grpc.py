@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from proto import control_pb2 as proto_dot_control__pb2
+from proto import dispatch_pb2 as proto_dot_dispatch__pb2
 from proto import objects_pb2 as proto_dot_objects__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -124,6 +125,11 @@ class ControlStub:
                 '/pyswarm.Control/Logs',
                 request_serializer=proto_dot_control__pb2.LogsRequest.SerializeToString,
                 response_deserializer=proto_dot_control__pb2.LogsReply.FromString,
+                _registered_method=True)
+        self.Exec = channel.stream_stream(
+                '/pyswarm.Control/Exec',
+                request_serializer=proto_dot_control__pb2.ExecCall.SerializeToString,
+                response_deserializer=proto_dot_dispatch__pb2.ExecOutput.FromString,
                 _registered_method=True)
         self.Explain = channel.unary_unary(
                 '/pyswarm.Control/Explain',
@@ -266,6 +272,12 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Exec(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Explain(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -388,6 +400,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Logs,
                     request_deserializer=proto_dot_control__pb2.LogsRequest.FromString,
                     response_serializer=proto_dot_control__pb2.LogsReply.SerializeToString,
+            ),
+            'Exec': grpc.stream_stream_rpc_method_handler(
+                    servicer.Exec,
+                    request_deserializer=proto_dot_control__pb2.ExecCall.FromString,
+                    response_serializer=proto_dot_dispatch__pb2.ExecOutput.SerializeToString,
             ),
             'Explain': grpc.unary_unary_rpc_method_handler(
                     servicer.Explain,
@@ -901,6 +918,33 @@ class Control:
             '/pyswarm.Control/Logs',
             proto_dot_control__pb2.LogsRequest.SerializeToString,
             proto_dot_control__pb2.LogsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Exec(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/pyswarm.Control/Exec',
+            proto_dot_control__pb2.ExecCall.SerializeToString,
+            proto_dot_dispatch__pb2.ExecOutput.FromString,
             options,
             channel_credentials,
             insecure,

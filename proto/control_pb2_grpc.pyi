@@ -9,6 +9,7 @@ the one line a person should read. Retried writes carry the metadata entry "requ
 from collections import abc as _abc
 from grpc import aio as _aio
 from proto import control_pb2 as _control_pb2
+from proto import dispatch_pb2 as _dispatch_pb2
 from proto import objects_pb2 as _objects_pb2
 import abc as _abc_1
 import grpc as _grpc
@@ -56,6 +57,7 @@ class ControlStub:
     ListTasks: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.TaskList]
     GetTask: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Task]
     Logs: _grpc.UnaryStreamMultiCallable[_control_pb2.LogsRequest, _control_pb2.LogsReply]
+    Exec: _grpc.StreamStreamMultiCallable[_control_pb2.ExecCall, _dispatch_pb2.ExecOutput]
     Explain: _grpc.UnaryUnaryMultiCallable[_control_pb2.ExplainRequest, _control_pb2.Explanation]
     CreateNetwork: _grpc.UnaryUnaryMultiCallable[_control_pb2.NetworkRequest, _objects_pb2.Network]
     GetNetwork: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Network]
@@ -86,6 +88,7 @@ class ControlAsyncStub(ControlStub):
     ListTasks: _aio.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.TaskList]  # type: ignore[assignment]
     GetTask: _aio.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Task]  # type: ignore[assignment]
     Logs: _aio.UnaryStreamMultiCallable[_control_pb2.LogsRequest, _control_pb2.LogsReply]  # type: ignore[assignment]
+    Exec: _aio.StreamStreamMultiCallable[_control_pb2.ExecCall, _dispatch_pb2.ExecOutput]  # type: ignore[assignment]
     Explain: _aio.UnaryUnaryMultiCallable[_control_pb2.ExplainRequest, _control_pb2.Explanation]  # type: ignore[assignment]
     CreateNetwork: _aio.UnaryUnaryMultiCallable[_control_pb2.NetworkRequest, _objects_pb2.Network]  # type: ignore[assignment]
     GetNetwork: _aio.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Network]  # type: ignore[assignment]
@@ -221,6 +224,13 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.LogsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_control_pb2.LogsReply], _abc.AsyncIterator[_control_pb2.LogsReply]]: ...
+
+    @_abc_1.abstractmethod
+    def Exec(
+        self,
+        request_iterator: _MaybeAsyncIterator[_control_pb2.ExecCall],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_dispatch_pb2.ExecOutput], _abc.AsyncIterator[_dispatch_pb2.ExecOutput]]: ...
 
     @_abc_1.abstractmethod
     def Explain(

@@ -469,7 +469,6 @@ class ExecStart(_message.Message):
     ENV_FIELD_NUMBER: _builtins.int
     USER_FIELD_NUMBER: _builtins.int
     DIR_FIELD_NUMBER: _builtins.int
-    PRIVILEGED_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     COLUMNS_FIELD_NUMBER: _builtins.int
     exec_id: _builtins.str
@@ -478,7 +477,6 @@ class ExecStart(_message.Message):
     stdin: _builtins.bool
     user: _builtins.str
     dir: _builtins.str
-    privileged: _builtins.bool
     rows: _builtins.int
     columns: _builtins.int
     @_builtins.property
@@ -496,13 +494,12 @@ class ExecStart(_message.Message):
         env: _abc.Iterable[_builtins.str] | None = ...,
         user: _builtins.str = ...,
         dir: _builtins.str = ...,
-        privileged: _builtins.bool = ...,
         rows: _builtins.int = ...,
         columns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "command", b"command", "dir", b"dir", "env", b"env", "exec_id", b"exec_id", "privileged", b"privileged", "rows", b"rows", "stdin", b"stdin", "task_id", b"task_id", "tty", b"tty", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "command", b"command", "dir", b"dir", "env", b"env", "exec_id", b"exec_id", "rows", b"rows", "stdin", b"stdin", "task_id", b"task_id", "tty", b"tty", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -549,7 +546,7 @@ class ExecInput(_message.Message):
     cancel: _builtins.bool
     """the caller is gone: end the command"""
     credit: _builtins.int
-    """bytes of output that the caller took: flow control"""
+    """messages of output that the caller took: flow control"""
     @_builtins.property
     def start(self) -> Global___ExecStart: ...
     @_builtins.property
@@ -597,7 +594,7 @@ class ExecOutput(_message.Message):
     error: _builtins.str
     """the last message: it did not run"""
     credit: _builtins.int
-    """bytes of input that the command took"""
+    """messages of input that the command took"""
     def __init__(
         self,
         *,

@@ -147,6 +147,7 @@ class Manager:
             self._consensus,
             self._credentials.open_channel,
             self._dispatcher.logs,
+            self._dispatcher.execs,
             time.time,
             random_id,
             demotion_refusal,

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from node.interface import (
     StoredImage,
 )
 from overlay.interface import Attachment, HostState, NetworkError
-from proto.dispatch_pb2 import LogLine, LogOptions
+from proto.dispatch_pb2 import ExecStart, LogLine, LogOptions
 
 NO_PID = (1 << 22) + 1
 """Beyond the kernel's PID_MAX_LIMIT: no process has it."""
@@ -177,6 +178,13 @@ class FakeRuntime:
         if self.phase_of(task_id) is not Phase.RUNNING:
             raise RuntimeFault(f"task {task_id} does not run", permanent=False)
         return self.answers.pop(0) if self.answers else (0, b"")
+
+    @contextmanager
+    def exec_command(self, task_id: str, wanted: ExecStart) -> Iterator[list[str]]:
+        """Runs on this machine, without a container."""
+        if self.phase_of(task_id) is not Phase.RUNNING:
+            raise RuntimeFault(f"task {task_id} does not run", permanent=False)
+        yield list(wanted.command)
 
     async def _enter(self, call: str) -> None:
         await self.gate.at(f"{call}:before")

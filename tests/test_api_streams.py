@@ -8,10 +8,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+import pytest
 
 from proto import control_pb2 as pb
 from proto import objects_pb2 as objects
-from proto.dispatch_pb2 import LogChunk, LogLine, LogOptions, ManagerMessage
+from proto.dispatch_pb2 import ExecInput, ExecOutput, ExecStart, LogChunk, LogLine, LogOptions, ManagerMessage
 from proto.objects_pb2 import Service, Task
 from swarm.api import watch
 from swarm.api.watch import Changes
@@ -190,3 +191,60 @@ async def test_logs_of_nothing_are_an_error() -> None:
 
 def _chunk(stream_id: str, *lines: LogLine, done: bool = False) -> LogChunk:
     return LogChunk(stream_id=stream_id, lines=lines, done=done)
+
+
+async def test_a_command_runs_through_a_follower_and_ends_with_its_status() -> None:
+    task = a_task("t1")
+    task.slot = 1
+    async with managing(a_cluster(), a_service(), task, names=("m1", "m2")) as made:
+        link = made["m1"].links["n1"] = FakeLink()
+        call = made.stubs["m2"].Exec()
+        await call.write(exec_call(start=ExecStart(task_id="web.1", command=["sh"])))
+        await until(lambda: link.asked)
+        asked = link.asked[0].exec
+        assert asked.start.task_id == "t1"
+        await call.write(exec_call(data=b"ls"))
+        await until(lambda: len(link.asked) == 2)
+        assert (link.asked[1].exec.exec_id, link.asked[1].exec.data) == (asked.exec_id, b"ls")
+        for output in (ExecOutput(stdout=b"bin"), ExecOutput(exit_code=7)):
+            output.exec_id = asked.exec_id
+            made["m1"].execs.deliver("n2", output)  # not the node that was asked: not believed
+            made["m1"].execs.deliver("n1", output)
+        assert [message.WhichOneof("what") async for message in call] == ["stdout", "exit_code"]
+        await until(lambda: link.asked[-1].exec.cancel)
+
+
+async def test_a_command_ends_when_its_caller_goes_and_when_its_node_is_lost() -> None:
+    async with managing(a_cluster(), a_service(), a_task("t1")) as made:
+        link = made["m1"].links["n1"] = FakeLink()
+        gone, lost = made.stubs["m1"].Exec(), made.stubs["m1"].Exec()
+        await gone.write(exec_call(start=ExecStart(task_id="web", command=["sh"])))
+        await until(lambda: len(link.asked) == 1)
+        gone.cancel()
+        await until(lambda: link.asked[-1].exec.cancel)
+        await lost.write(exec_call(start=ExecStart(task_id="t1", command=["sh"])))
+        await until(lambda: len(link.asked) == 3)
+        made["m1"].execs.session_ended("n1")
+        assert ["lost the connection" in message.error async for message in lost] == [True]
+
+
+@pytest.mark.parametrize(
+    ("ref", "code", "why"),
+    [
+        ("nope", grpc.StatusCode.NOT_FOUND, "no such task or service: nope"),
+        ("web.7", grpc.StatusCode.INVALID_ARGUMENT, "no task of web.7 runs"),
+        ("t2", grpc.StatusCode.INVALID_ARGUMENT, "task t2 does not run"),
+        ("t1", grpc.StatusCode.UNAVAILABLE, "node n1 is not connected"),
+    ],
+)
+async def test_a_command_that_cannot_run_says_why(ref: str, code: grpc.StatusCode, why: str) -> None:
+    async with managing(a_cluster(), a_service(), a_task("t1"), a_task("t2", objects.TASK_FAILED)) as made:
+        call = made.stubs["m1"].Exec()
+        await call.write(exec_call(start=ExecStart(task_id=ref, command=["sh"])))
+        refusal, message = await refused(_drain(call))
+        assert refusal is code
+        assert why in message
+
+
+def exec_call(**what: Any) -> pb.ExecCall:
+    return pb.ExecCall(input=ExecInput(**what))

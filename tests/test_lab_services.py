@@ -164,6 +164,16 @@ def test_a_global_service_runs_once_on_each_matching_node(cluster: Lab, web_imag
     remove(cluster, "everywhere")
 
 
+def test_commands_in_tasks_of_any_host(cluster: Lab, service: str) -> None:
+    rows = {row["Name"]: row for row in cluster.running(service)}
+    for name in ("web.2", "web.4"):
+        assert rows[name]["Node"] in cluster.pyswarm("m2", "service", "exec", name, "cat", "/dev/shm/www/index.html")
+    done = cluster.try_pyswarm("m3", "service", "exec", "-t", "-w", "/tmp", "web", "sh", "-c", "pwd; tty; exit 9")
+    assert (done.returncode, done.stdout.split()) == (9, ["/tmp", "/dev/pts/0"]), done.stderr
+    done = cluster.try_pyswarm("m1", "service", "exec", "web.9", "true")
+    assert done.stderr == "Error: no task of web.9 runs: see why with `pyswarm explain web.9`\n"
+
+
 def test_jobs_complete_as_often_as_asked(cluster: Lab, web_image: str) -> None:
     """TestReplicatedJob of the reference; a second iteration, and a global job."""
     command = ["--name", "sum", "--entrypoint", "sh -c 'sleep 0.3'", web_image]

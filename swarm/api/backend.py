@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from proto import store_pb2
 from proto.objects_pb2 import Node
 from swarm.consensus.interface import Consensus
+from swarm.dispatch.execs import ExecRelay
 from swarm.dispatch.logs import LogRelay
 from swarm.errors import Conflict
 from swarm.ids import ID_LENGTH, base36
@@ -49,6 +50,7 @@ class Backend:
     writer: Writer
     consensus: Consensus
     logs: LogRelay
+    execs: ExecRelay
     now: Callable[[], float]
     demotion_refusal: Demotion
     lost_leadership: LostLeadership = field(default_factory=LostLeadership)

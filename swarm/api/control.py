@@ -16,11 +16,13 @@ from google.protobuf.message_factory import GetMessageClass
 
 from proto import control_pb2 as pb
 from proto.control_pb2_grpc import ControlServicer
+from proto.dispatch_pb2 import ExecOutput
 from proto.objects_pb2 import Cluster, Network, Node, Service, Task
-from swarm.api import backup, encryption, explaining, find, logs, networks, nodes, services, views, watch
+from swarm.api import backup, encryption, execs, explaining, find, logs, networks, nodes, services, views, watch
 from swarm.api.backend import Backend, Demotion, LostLeadership
 from swarm.api.forward import Call, Router
 from swarm.consensus.interface import Consensus
+from swarm.dispatch.execs import ExecRelay
 from swarm.dispatch.logs import LogRelay
 from swarm.security.unlock_key import text_of
 from swarm.store.store import Store
@@ -86,6 +88,7 @@ class ControlService(ControlServicer):
         consensus: Consensus,
         open_channel: Callable[[str], grpc.aio.Channel],
         relay: LogRelay,
+        exec_relay: ExecRelay,
         now: Callable[[], float],
         new_id: Callable[[], str],
         demotion_refusal: Demotion,
@@ -93,7 +96,7 @@ class ControlService(ControlServicer):
         lost_leadership = LostLeadership()
         consensus.on_leadership(lost_leadership.changed)
         self._own_id = consensus.node_id
-        self._backend = Backend(store, writer, consensus, relay, now, demotion_refusal, lost_leadership)
+        self._backend = Backend(store, writer, consensus, relay, exec_relay, now, demotion_refusal, lost_leadership)
         self._store = store
         self.router = Router(consensus, open_channel, new_id)
 
@@ -206,6 +209,11 @@ class ControlService(ControlServicer):
     @_stream
     def Logs(self, request: pb.LogsRequest, call: Call) -> AsyncIterator[pb.LogsReply]:
         return logs.logs(self._backend, request)
+
+    async def Exec(self, calls: AsyncIterator[pb.ExecCall], context: Context) -> AsyncGenerator[ExecOutput, None]:
+        local = functools.partial(execs.run, self._backend)
+        async for output in self.router.exchange(_path("Exec"), calls, pb.ExecCall, ExecOutput, context, local):
+            yield output
 
     @_read
     async def Explain(self, request: pb.ExplainRequest, call: Call) -> pb.Explanation:

@@ -123,6 +123,34 @@ class Router:
             log.exception("stream failed", method=path)
             await _fail(context, path)
 
+    async def exchange(  # noqa: PLR0917  # as `stream`
+        self,
+        path: str,
+        requests: AsyncIterator[Req],
+        request: type[Req],
+        reply: type[Rep],
+        context: Context,
+        local: Callable[[AsyncIterator[Req]], AsyncIterator[Rep]],
+    ) -> AsyncGenerator[Rep, None]:
+        """A call that streams both ways; what was sent cannot be sent again, so it waits for a leader only at first."""
+        call = self._call_of(path, context)
+        give_up_at = _loop_time() + LEADER_WAIT_S
+        try:
+            while True:
+                try:
+                    leader = await self._elsewhere(call)
+                    break
+                except NoLeader as error:
+                    await self._pause_or_raise(error, call, give_up_at)
+            source = local(requests) if leader is None else self._exchange(leader, requests, request, reply, call)
+            async for message in source:
+                yield message
+        except (SwarmError, grpc.aio.AioRpcError) as error:
+            await _refuse(context, error)
+        except Exception:
+            log.exception("stream failed", method=path)
+            await _fail(context, path)
+
     def _call_of(self, path: str, context: Context) -> Call:
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         remaining_s = context.time_remaining()
@@ -214,6 +242,21 @@ class Router:
             call.path, request_serializer=type(request).SerializeToString, response_deserializer=reply.FromString
         )
         under_way = method(request, metadata=self._metadata(call))
+        try:
+            async for message in under_way:
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise self._told(leader, error) from None
+        finally:
+            under_way.cancel()
+
+    async def _exchange(
+        self, leader: Member, requests: AsyncIterator[Req], request: type[Req], reply: type[Rep], call: Call
+    ) -> AsyncGenerator[Rep, None]:
+        method = self._channel(leader.addr).stream_stream(
+            call.path, request_serializer=request.SerializeToString, response_deserializer=reply.FromString
+        )
+        under_way = method(requests, metadata=self._metadata(call))
         try:
             async for message in under_way:
                 yield message

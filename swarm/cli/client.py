@@ -163,11 +163,15 @@ class Client:
         finally:
             call.cancel()
 
-    def control_stream(self, method: grpc.UnaryStreamMultiCallable[Q, R], request: Q) -> Iterator[R]:
-        """As `stream`, for the manager's socket: says what is wrong when nobody listens there."""
+    def require_manager(self) -> None:
+        """Say what is wrong when nobody listens on the manager's socket. Raises Failure."""
         if why := refusal(self.manager_socket):
             self.diagnose()
             raise ApiFailure(f"this node's manager does not answer ({why} at {self.manager_socket})", "UNAVAILABLE")
+
+    def control_stream(self, method: grpc.UnaryStreamMultiCallable[Q, R], request: Q) -> Iterator[R]:
+        """As `stream`, for the manager's socket: says what is wrong when nobody listens there."""
+        self.require_manager()
         yield from self.stream(method, request, None)
 
 

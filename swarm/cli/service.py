@@ -18,6 +18,7 @@ from swarm.cli import retry, service_show
 from swarm.cli.client import RESOLVE_S, Client, connect
 from swarm.cli.command import GoCommand, command, finish, for_each, given
 from swarm.cli.completing import image_names, service_names
+from swarm.cli.exec import exec_
 from swarm.cli.failure import ApiFailure, Failure
 from swarm.cli.flags import Flag, Kind
 from swarm.cli.images import base_name, registry_of
@@ -302,5 +303,5 @@ def _warn(warnings: Any) -> None:
         click.echo(f"Warning: {warning}", err=True)
 
 
-for _command in (service_show.list_services, service_show.list_tasks, service_show.inspect, service_show.logs):
+for _command in (exec_, service_show.list_services, service_show.list_tasks, service_show.inspect, service_show.logs):
     service.add_command(_command)

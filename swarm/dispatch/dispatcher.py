@@ -32,6 +32,7 @@ from proto.dispatch_pb2_grpc import DispatcherServicer, add_DispatcherServicer_t
 from proto.objects_pb2 import MANAGER, Node
 from swarm.consensus.interface import Consensus
 from swarm.dispatch.assignments import AssignmentIndex
+from swarm.dispatch.execs import ExecRelay
 from swarm.dispatch.liveness import BEATS_PER_PERIOD
 from swarm.dispatch.logs import Link, LogRelay
 from swarm.dispatch.nodes import host_of_peer, registered
@@ -90,6 +91,7 @@ class Dispatcher(DispatcherServicer):
         self._monotonic = monotonic
         self._term: _Term | None = None
         self.logs = LogRelay(self._link)
+        self.execs = ExecRelay(self._link)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve `Dispatcher` on this server."""
@@ -273,6 +275,7 @@ class Dispatcher(DispatcherServicer):
         if term.sessions.get(session.node_id) is session:
             del term.sessions[session.node_id]
             self.logs.session_ended(session.node_id)
+            self.execs.session_ended(session.node_id)
 
     async def _serve(
         self, term: _Term, session: NodeSession, incoming: AsyncIterator[AgentMessage], context: Context
@@ -331,6 +334,8 @@ class Dispatcher(DispatcherServicer):
                 case "applied":
                     term.index.releases.confirmed(node_id, session.view.confirmed(message.applied.sequence))
                     self._send_released(term)
+                case "exec":
+                    self.execs.deliver(node_id, message.exec)
                 case "logs":
                     await self.logs.deliver(node_id, message.logs, alive)
                 case "hello":
