@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import pty
-import signal
-import struct
 import termios
 import tty
 from collections.abc import AsyncIterator, Callable
@@ -93,6 +90,7 @@ class _Command:
         self._credit = asyncio.Semaphore(WINDOW)
         self._pipes: _Pipes | None = None
         self._size = (start.rows, start.columns)
+        self._set_size: Callable[[int, int], None] = lambda rows, columns: None
         self._sent = 0
 
     def take(self, message: ExecInput) -> bool:
@@ -113,14 +111,14 @@ class _Command:
     def _resize(self) -> None:
         if self._pipes is None or self._pipes.terminal < 0 or not all(self._size):
             return
-        fcntl.ioctl(self._pipes.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", *self._size, 0, 0))
-        with contextlib.suppress(ProcessLookupError):
-            self._pipes.process.send_signal(signal.SIGWINCH)
+        termios.tcsetwinsize(self._pipes.terminal, self._size)
+        self._set_size(*self._size)
 
     async def run(self) -> None:
         try:
-            with self._runtime.exec_command(self._start.task_id, self._start) as argv:
-                code = await self._run(argv)
+            with self._runtime.exec_command(self._start.task_id, self._start) as command:
+                self._set_size = command.resize
+                code = await self._run(command.argv)
         except (RuntimeFault, OSError) as error:
             self._send(ExecOutput(exec_id=self._exec_id, error=str(error)))
         except Exception as error:
@@ -215,7 +213,7 @@ async def _on_terminal(argv: list[str], size: tuple[int, int]) -> AsyncIterator[
     try:
         tty.setraw(slave)
         if all(size):
-            fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+            termios.tcsetwinsize(slave, size)
         process = await asyncio.create_subprocess_exec(
             *argv, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
         )

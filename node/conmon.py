@@ -21,7 +21,7 @@ from pathlib import Path
 
 from node import bundle, cgroups, execs, logs, monitor
 from node.inotify import Inotify
-from node.interface import ContainerStatus, CreateRequest, RuntimeFault
+from node.interface import ContainerStatus, CreateRequest, ExecCommand, RuntimeFault
 from node.logrotate import LogRotation
 from node.process import CommandMissing, CommandTimeout, Finished, run
 from node.seccomp import SeccompFilters, filtered
@@ -432,7 +432,7 @@ class ConmonRuntime:
         done = await execs.run_in(self._runtime_of(task_id), self._paths(task_id), token, argv, timeout_s)
         return done.code, done.output + done.errors
 
-    def exec_command(self, task_id: str, wanted: ExecStart) -> AbstractContextManager[list[str]]:
+    def exec_command(self, task_id: str, wanted: ExecStart) -> AbstractContextManager[ExecCommand]:
         self._known(task_id)
         token = str(next(self._exec_numbers))
         return execs.command(self._runtime_of(task_id), self._paths(task_id), token, wanted)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
+import termios
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from node import monitor
-from node.interface import RuntimeFault
+from node.interface import ExecCommand, RuntimeFault
 from node.process import CommandMissing, CommandTimeout, Finished, run
 from node.rootfs import Account, find_account, read_small_file
 from node.taskdir import TaskPaths, identify
@@ -34,8 +36,8 @@ def pid_file(paths: TaskPaths, token: str) -> Iterator[Path]:
 
 
 @contextmanager
-def command(runtime: Sequence[str], paths: TaskPaths, token: str, wanted: ExecStart) -> Iterator[list[str]]:
-    """The argv that runs what a person asked for in the container; it has ended once the block has.
+def command(runtime: Sequence[str], paths: TaskPaths, token: str, wanted: ExecStart) -> Iterator[ExecCommand]:
+    """What a person asked for in the container; it has ended once the block has.
     Raises RuntimeFault for a user that the image does not know."""
     account = _account(paths, wanted.user) if wanted.user else None
     # The runtimes' own options for this differ: crun's --env takes the place of the container's environment.
@@ -44,7 +46,8 @@ def command(runtime: Sequence[str], paths: TaskPaths, token: str, wanted: ExecSt
     with pid_file(paths, token) as path:
         try:
             file.write_text(json.dumps(process))
-            yield [*runtime, "exec", "--pid-file", str(path), "--process", str(file), paths.task_id]
+            argv = [*runtime, "exec", "--pid-file", str(path), "--process", str(file), paths.task_id]
+            yield ExecCommand(argv, lambda rows, columns: _resize(path, rows, columns))
         finally:
             file.unlink(missing_ok=True)
 
@@ -73,6 +76,16 @@ def _account(paths: TaskPaths, user: str) -> Account:
         return find_account(user, (), passwd, group)
     except ValueError as error:
         raise RuntimeFault(str(error)) from None
+
+
+def _resize(path: Path, rows: int, columns: int) -> None:
+    """Of the terminal inside the container: crun tells the command that its window changed, but not to what."""
+    with contextlib.suppress(OSError, ValueError):
+        fd = os.open(f"/proc/{int(path.read_text())}/fd/0", os.O_RDWR | os.O_NOCTTY)
+        try:
+            termios.tcsetwinsize(fd, (rows, columns))
+        finally:
+            os.close(fd)
 
 
 def _kill(path: Path, task_id: str) -> None:

@@ -130,6 +130,13 @@ class CreateRequest:
     log_max_files: int = 3
 
 
+@dataclass(frozen=True, slots=True)
+class ExecCommand:
+    argv: list[str]
+    resize: Callable[[int, int], None]
+    """Set rows and columns of its terminal, once it runs."""
+
+
 class Runtime(Protocol):
     """Every call is idempotent and safe to repeat after kill -9 of the agent at any instant."""
 
@@ -168,7 +175,7 @@ class Runtime(Protocol):
         time; it has been killed then."""
         ...
 
-    def exec_command(self, task_id: str, wanted: ExecStart) -> AbstractContextManager[list[str]]:
-        """The argv that runs a command in the container, its terminal or pipes being those of the argv's own process.
+    def exec_command(self, task_id: str, wanted: ExecStart) -> AbstractContextManager[ExecCommand]:
+        """A command in the container, not yet started: its terminal or pipes are those of the argv's own process.
         At the end of the block nothing of it runs any more. Raises RuntimeFault."""
         ...

@@ -19,6 +19,7 @@ from dns.interface import Picture
 from node.interface import (
     ContainerStatus,
     CreateRequest,
+    ExecCommand,
     ImageConfig,
     ImageFault,
     Phase,
@@ -180,11 +181,11 @@ class FakeRuntime:
         return self.answers.pop(0) if self.answers else (0, b"")
 
     @contextmanager
-    def exec_command(self, task_id: str, wanted: ExecStart) -> Iterator[list[str]]:
+    def exec_command(self, task_id: str, wanted: ExecStart) -> Iterator[ExecCommand]:
         """Runs on this machine, without a container."""
         if self.phase_of(task_id) is not Phase.RUNNING:
             raise RuntimeFault(f"task {task_id} does not run", permanent=False)
-        yield list(wanted.command)
+        yield ExecCommand(list(wanted.command), lambda rows, columns: None)
 
     async def _enter(self, call: str) -> None:
         await self.gate.at(f"{call}:before")

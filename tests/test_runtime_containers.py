@@ -18,12 +18,13 @@ import pytest
 
 from node.bundle import find_init
 from node.cgroups import CgroupMode, read_layout
+from node.commands import Commands
 from node.images import ImageStore
 from node.interface import Phase, ResolvedImage, RuntimeFault
 from node.process import run
 from node.seccomp import filtered
 from node.taskdir import identify
-from proto.dispatch_pb2 import ExecStart, LogOptions
+from proto.dispatch_pb2 import ExecInput, ExecOutput, ExecResize, ExecStart, LogOptions
 from proto.objects_pb2 import Device, Mount, Resources, Ulimit
 from tests.containers import CGROUP_PARENT, Host, agent_namespace, host_in, load_tool_image, scratch_directory
 from tests.images import WEB_IMAGE, build_web_image
@@ -358,17 +359,31 @@ async def test_a_command_beside_the_process_has_its_user_environment_and_termina
     await host.started("t1", ["sleep", "100"], env=["A=1"])
     wanted = ExecStart(tty=True, env=["B=2"], dir="/etc", user="65534:65533")
     wanted.command[:] = ["sh", "-c", "id -u; id -g; pwd; echo $A$B; tty"]
-    with host.runtime.exec_command("t1", wanted) as argv:
-        done = await run(["script", "-qec", shlex.join(argv), "/dev/null"], timeout_s=20)
+    with host.runtime.exec_command("t1", wanted) as command:
+        done = await run(["script", "-qec", shlex.join(command.argv), "/dev/null"], timeout_s=20)
     assert done.output.split() == [b"65534", b"65533", b"/etc", b"12", b"/dev/pts/0"]
     with pytest.raises(RuntimeFault, match="ghost"), host.runtime.exec_command("t1", ExecStart(user="ghost")):
         pass
 
 
+async def test_a_terminal_in_a_container_follows_the_size_of_its_window(host: Host) -> None:
+    await host.started("t1", ["sleep", "100"])
+    said: list[ExecOutput] = []
+    commands = Commands(host.runtime, lambda _: True, said.append)
+    script = "trap 'stty size' WINCH; stty size; while :; do sleep 0.05; done"
+    start = ExecStart(task_id="t1", command=["sh", "-c", script], tty=True, stdin=True, rows=31, columns=91)
+    commands.handle(ExecInput(exec_id="e1", start=start))
+    await until(lambda: b"31 91" in b"".join(output.stdout for output in said))
+    commands.handle(ExecInput(exec_id="e1", resize=ExecResize(rows=41, columns=101)))
+    await until(lambda: b"41 101" in b"".join(output.stdout for output in said))
+    await commands.close()
+    assert b"stty" not in (await host.runtime.exec("t1", ["ps"], 20.0))[1]
+
+
 async def test_nothing_of_a_command_outlives_its_block(host: Host) -> None:
     await host.started("t1", ["sleep", "100"])
-    with host.runtime.exec_command("t1", ExecStart(command=["sleep", "66"])) as argv:
-        running = asyncio.create_task(run(argv, timeout_s=20))
+    with host.runtime.exec_command("t1", ExecStart(command=["sleep", "66"])) as command:
+        running = asyncio.create_task(run(command.argv, timeout_s=20))
         await until(lambda: list((host.state / "tasks" / "t1").glob("exec-*.pid")))
     assert (await running).code == 128 + signal.SIGKILL
     assert b"sleep 66" not in (await host.runtime.exec("t1", ["ps"], 20.0))[1]
