@@ -131,6 +131,11 @@ class ControlStub:
                 request_serializer=proto_dot_control__pb2.ExecCall.SerializeToString,
                 response_deserializer=proto_dot_dispatch__pb2.ExecOutput.FromString,
                 _registered_method=True)
+        self.Events = channel.unary_stream(
+                '/pyswarm.Control/Events',
+                request_serializer=proto_dot_control__pb2.EventsRequest.SerializeToString,
+                response_deserializer=proto_dot_control__pb2.Event.FromString,
+                _registered_method=True)
         self.Explain = channel.unary_unary(
                 '/pyswarm.Control/Explain',
                 request_serializer=proto_dot_control__pb2.ExplainRequest.SerializeToString,
@@ -278,6 +283,13 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Events(self, request, context):
+        """of the manager that is asked
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Explain(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -405,6 +417,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Exec,
                     request_deserializer=proto_dot_control__pb2.ExecCall.FromString,
                     response_serializer=proto_dot_dispatch__pb2.ExecOutput.SerializeToString,
+            ),
+            'Events': grpc.unary_stream_rpc_method_handler(
+                    servicer.Events,
+                    request_deserializer=proto_dot_control__pb2.EventsRequest.FromString,
+                    response_serializer=proto_dot_control__pb2.Event.SerializeToString,
             ),
             'Explain': grpc.unary_unary_rpc_method_handler(
                     servicer.Explain,
@@ -945,6 +962,33 @@ class Control:
             '/pyswarm.Control/Exec',
             proto_dot_control__pb2.ExecCall.SerializeToString,
             proto_dot_dispatch__pb2.ExecOutput.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Events(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pyswarm.Control/Events',
+            proto_dot_control__pb2.EventsRequest.SerializeToString,
+            proto_dot_control__pb2.Event.FromString,
             options,
             channel_credentials,
             insecure,

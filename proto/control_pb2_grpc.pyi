@@ -58,6 +58,8 @@ class ControlStub:
     GetTask: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Task]
     Logs: _grpc.UnaryStreamMultiCallable[_control_pb2.LogsRequest, _control_pb2.LogsReply]
     Exec: _grpc.StreamStreamMultiCallable[_control_pb2.ExecCall, _dispatch_pb2.ExecOutput]
+    Events: _grpc.UnaryStreamMultiCallable[_control_pb2.EventsRequest, _control_pb2.Event]
+    """of the manager that is asked"""
     Explain: _grpc.UnaryUnaryMultiCallable[_control_pb2.ExplainRequest, _control_pb2.Explanation]
     CreateNetwork: _grpc.UnaryUnaryMultiCallable[_control_pb2.NetworkRequest, _objects_pb2.Network]
     GetNetwork: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Network]
@@ -89,6 +91,8 @@ class ControlAsyncStub(ControlStub):
     GetTask: _aio.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Task]  # type: ignore[assignment]
     Logs: _aio.UnaryStreamMultiCallable[_control_pb2.LogsRequest, _control_pb2.LogsReply]  # type: ignore[assignment]
     Exec: _aio.StreamStreamMultiCallable[_control_pb2.ExecCall, _dispatch_pb2.ExecOutput]  # type: ignore[assignment]
+    Events: _aio.UnaryStreamMultiCallable[_control_pb2.EventsRequest, _control_pb2.Event]  # type: ignore[assignment]
+    """of the manager that is asked"""
     Explain: _aio.UnaryUnaryMultiCallable[_control_pb2.ExplainRequest, _control_pb2.Explanation]  # type: ignore[assignment]
     CreateNetwork: _aio.UnaryUnaryMultiCallable[_control_pb2.NetworkRequest, _objects_pb2.Network]  # type: ignore[assignment]
     GetNetwork: _aio.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Network]  # type: ignore[assignment]
@@ -231,6 +235,14 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_control_pb2.ExecCall],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_dispatch_pb2.ExecOutput], _abc.AsyncIterator[_dispatch_pb2.ExecOutput]]: ...
+
+    @_abc_1.abstractmethod
+    def Events(
+        self,
+        request: _control_pb2.EventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.Event], _abc.AsyncIterator[_control_pb2.Event]]:
+        """of the manager that is asked"""
 
     @_abc_1.abstractmethod
     def Explain(

@@ -157,6 +157,18 @@ def test_logs_come_from_every_host(cluster: Lab, service: str) -> None:
     assert all("serves on port 80" in line for line in lines)
 
 
+def test_events_tell_what_happened_and_end_when_asked(cluster: Lab, service: str) -> None:
+    cluster.pyswarm("m1", "service", "scale", "--detach", "web=6")
+    wait_for(lambda: len(cluster.running(service)) == 6, 30, "scaled")
+    asked = ["events", "--since", "5m", "--until", "0s", "--filter", f"service={service}"]
+    for manager in ("m1", "m3"):
+        lines = cluster.pyswarm(manager, *asked).splitlines()
+        assert any("service update" in line and "replicas.new=6, replicas.old=5" in line for line in lines)
+        assert sum(" task running " in line for line in lines) >= 6
+    event = json.loads(cluster.pyswarm("m1", *asked, "--format", "json").splitlines()[-1])
+    assert (event["Type"], event["Actor"]["Attributes"]["service"]) == ("task", "web")
+
+
 def test_a_global_service_runs_once_on_each_matching_node(cluster: Lab, web_image: str) -> None:
     command = ["--name", "everywhere", "--mode", "global", "--constraint", "node.role==worker", web_image]
     cluster.pyswarm("m1", "service", "create", *command)

@@ -18,7 +18,7 @@ from proto import control_pb2 as pb
 from proto.control_pb2_grpc import ControlServicer
 from proto.dispatch_pb2 import ExecOutput
 from proto.objects_pb2 import Cluster, Network, Node, Service, Task
-from swarm.api import backup, encryption, execs, explaining, find, logs, networks, nodes, services, views, watch
+from swarm.api import backup, encryption, events, execs, explaining, find, logs, networks, nodes, services, views, watch
 from swarm.api.backend import Backend, Demotion, LostLeadership
 from swarm.api.forward import Call, Router
 from swarm.consensus.interface import Consensus
@@ -98,6 +98,7 @@ class ControlService(ControlServicer):
         self._own_id = consensus.node_id
         self._backend = Backend(store, writer, consensus, relay, exec_relay, now, demotion_refusal, lost_leadership)
         self._store = store
+        self._events = events.EventLog(store, now)
         self.router = Router(consensus, open_channel, new_id)
 
     async def close(self) -> None:
@@ -214,6 +215,10 @@ class ControlService(ControlServicer):
         local = functools.partial(execs.run, self._backend)
         async for output in self.router.exchange(_path("Exec"), calls, pb.ExecCall, ExecOutput, context, local):
             yield output
+
+    async def Events(self, request: pb.EventsRequest, context: Context) -> AsyncGenerator[pb.Event, None]:
+        async for event in self.router.here(_path("Events"), context, lambda: self._events.read(request)):
+            yield event
 
     @_read
     async def Explain(self, request: pb.ExplainRequest, call: Call) -> pb.Explanation:

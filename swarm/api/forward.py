@@ -123,6 +123,19 @@ class Router:
             log.exception("stream failed", method=path)
             await _fail(context, path)
 
+    async def here(
+        self, path: str, context: Context, local: Callable[[], AsyncIterator[Rep]]
+    ) -> AsyncGenerator[Rep, None]:
+        """A stream that this manager answers from what it has, leader or not."""
+        try:
+            async for message in local():
+                yield message
+        except SwarmError as error:
+            await _refuse(context, error)
+        except Exception:
+            log.exception("stream failed", method=path)
+            await _fail(context, path)
+
     async def exchange(  # noqa: PLR0917  # as `stream`
         self,
         path: str,

@@ -18,6 +18,7 @@ SOCKET_NAME = "pyswarm.sock"
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "completion": ("swarm.cli.completion:completion", "Print a shell's completion script"),
     "daemon": ("swarm.cli.system:daemon", "Run this host's daemon"),
+    "events": ("swarm.cli.events:events", "Show what happens in the swarm, live"),
     "explain": ("swarm.cli.explain:explain", "Say why a service, task or node is as it is"),
     "image": ("swarm.cli.image:image", "Manage this host's images"),
     "info": ("swarm.cli.system:info", "Show this host's state in the swarm"),
