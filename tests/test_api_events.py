@@ -97,8 +97,19 @@ def test_conditions() -> None:
         {"refs": ["web"]},
         {"refs": ["box", "x"]},
     )
+        {},
+        {"types": ["task", "node"]},
+        {"actions": ["create"]},
+        {"refs": ["web"]},
+        {"refs": ["box", "x"]},
+    )
     assert all(matches(event, pb.EventsRequest(**each)) for each in good)
     bad: tuple[dict[str, Any], ...] = (
+        {"types": ["node"]},
+        {"actions": ["remove"]},
+        {"refs": ["x"]},
+        {"refs": ["web"], "types": ["service"]},
+    )
         {"types": ["node"]},
         {"actions": ["remove"]},
         {"refs": ["x"]},
@@ -116,13 +127,14 @@ async def test_any_manager_tells_of_the_past_and_of_what_comes() -> None:
         await commit(made, Create(a_service()))
         await until(lambda: made["m2"].service._events._seen)
         call = made.stubs["m2"].Events(pb.EventsRequest(since=1.0, types=["service"]))
-        assert (await call.read()).action == "create"
+        reading = aiter(call)
+        assert (await anext(reading)).action == "create"
         made.group.elect(None)  # no leader: nothing changes, and nobody is cut off
         made.group.elect("m1")
         service = made.store.services.get("s1")
         assert service is not None
         await commit(made, Remove(service))
-        assert (await call.read()).action == "remove"
+        assert (await anext(reading)).action == "remove"
         call.cancel()
         past = pb.EventsRequest(since=1.0, until=2.0)
         assert [event async for event in made.stubs["m1"].Events(past)] == []
