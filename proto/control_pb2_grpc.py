@@ -106,6 +106,11 @@ class ControlStub:
                 request_serializer=proto_dot_control__pb2.RemoveRequest.SerializeToString,
                 response_deserializer=proto_dot_control__pb2.RemoveReply.FromString,
                 _registered_method=True)
+        self.RebalanceService = channel.unary_unary(
+                '/pyswarm.Control/RebalanceService',
+                request_serializer=proto_dot_control__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=proto_dot_control__pb2.RebalanceReply.FromString,
+                _registered_method=True)
         self.WatchService = channel.unary_stream(
                 '/pyswarm.Control/WatchService',
                 request_serializer=proto_dot_control__pb2.WatchRequest.SerializeToString,
@@ -253,6 +258,12 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RebalanceService(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchService(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -392,6 +403,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.RemoveService,
                     request_deserializer=proto_dot_control__pb2.RemoveRequest.FromString,
                     response_serializer=proto_dot_control__pb2.RemoveReply.SerializeToString,
+            ),
+            'RebalanceService': grpc.unary_unary_rpc_method_handler(
+                    servicer.RebalanceService,
+                    request_deserializer=proto_dot_control__pb2.RebalanceRequest.FromString,
+                    response_serializer=proto_dot_control__pb2.RebalanceReply.SerializeToString,
             ),
             'WatchService': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchService,
@@ -827,6 +843,33 @@ class Control:
             '/pyswarm.Control/RemoveService',
             proto_dot_control__pb2.RemoveRequest.SerializeToString,
             proto_dot_control__pb2.RemoveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RebalanceService(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pyswarm.Control/RebalanceService',
+            proto_dot_control__pb2.RebalanceRequest.SerializeToString,
+            proto_dot_control__pb2.RebalanceReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,7 @@ class ControlStub:
     ListServices: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.ServiceList]
     UpdateService: _grpc.UnaryUnaryMultiCallable[_control_pb2.ServiceUpdateRequest, _control_pb2.ServiceReply]
     RemoveService: _grpc.UnaryUnaryMultiCallable[_control_pb2.RemoveRequest, _control_pb2.RemoveReply]
+    RebalanceService: _grpc.UnaryUnaryMultiCallable[_control_pb2.RebalanceRequest, _control_pb2.RebalanceReply]
     WatchService: _grpc.UnaryStreamMultiCallable[_control_pb2.WatchRequest, _control_pb2.WatchEvent]
     ListTasks: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.TaskList]
     GetTask: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Task]
@@ -86,6 +87,7 @@ class ControlAsyncStub(ControlStub):
     ListServices: _aio.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.ServiceList]  # type: ignore[assignment]
     UpdateService: _aio.UnaryUnaryMultiCallable[_control_pb2.ServiceUpdateRequest, _control_pb2.ServiceReply]  # type: ignore[assignment]
     RemoveService: _aio.UnaryUnaryMultiCallable[_control_pb2.RemoveRequest, _control_pb2.RemoveReply]  # type: ignore[assignment]
+    RebalanceService: _aio.UnaryUnaryMultiCallable[_control_pb2.RebalanceRequest, _control_pb2.RebalanceReply]  # type: ignore[assignment]
     WatchService: _aio.UnaryStreamMultiCallable[_control_pb2.WatchRequest, _control_pb2.WatchEvent]  # type: ignore[assignment]
     ListTasks: _aio.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.TaskList]  # type: ignore[assignment]
     GetTask: _aio.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Task]  # type: ignore[assignment]
@@ -200,6 +202,13 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.RemoveRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.RemoveReply, _abc.Awaitable[_control_pb2.RemoveReply]]: ...
+
+    @_abc_1.abstractmethod
+    def RebalanceService(
+        self,
+        request: _control_pb2.RebalanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.RebalanceReply, _abc.Awaitable[_control_pb2.RebalanceReply]]: ...
 
     @_abc_1.abstractmethod
     def WatchService(

@@ -972,6 +972,7 @@ class Task(_message.Message):
     ASSIGNED_GENERIC_FIELD_NUMBER: _builtins.int
     PLACEMENT_REASON_FIELD_NUMBER: _builtins.int
     FAILURES_BEFORE_FIELD_NUMBER: _builtins.int
+    REPLACES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     spec_version: _builtins.int
     """Service.spec_version it was made from"""
@@ -991,6 +992,8 @@ class Task(_message.Message):
     """why this node: one line for people, written by the scheduler"""
     failures_before: _builtins.int
     """predecessors in the slot that ended soon after their start, one after the other"""
+    replaces: _builtins.str
+    """the task of its slot that goes on until this one runs: one that moves to another node"""
     @_builtins.property
     def meta(self) -> Global___Meta: ...
     @_builtins.property
@@ -1032,10 +1035,11 @@ class Task(_message.Message):
         assigned_generic: _abc.Iterable[Global___GenericResource] | None = ...,
         placement_reason: _builtins.str = ...,
         failures_before: _builtins.int = ...,
+        replaces: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_job_iteration", b"_job_iteration", "endpoint", b"endpoint", "job_iteration", b"job_iteration", "meta", b"meta", "service_annotations", b"service_annotations", "spec", b"spec", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_job_iteration", b"_job_iteration", "assigned_generic", b"assigned_generic", "desired_state", b"desired_state", "endpoint", b"endpoint", "failures_before", b"failures_before", "id", b"id", "job_iteration", b"job_iteration", "meta", b"meta", "networks", b"networks", "node_id", b"node_id", "placement_reason", b"placement_reason", "reason", b"reason", "running_at", b"running_at", "service_annotations", b"service_annotations", "service_id", b"service_id", "slot", b"slot", "spec", b"spec", "spec_version", b"spec_version", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_job_iteration", b"_job_iteration", "assigned_generic", b"assigned_generic", "desired_state", b"desired_state", "endpoint", b"endpoint", "failures_before", b"failures_before", "id", b"id", "job_iteration", b"job_iteration", "meta", b"meta", "networks", b"networks", "node_id", b"node_id", "placement_reason", b"placement_reason", "reason", b"reason", "replaces", b"replaces", "running_at", b"running_at", "service_annotations", b"service_annotations", "service_id", b"service_id", "slot", b"slot", "spec", b"spec", "spec_version", b"spec_version", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__job_iteration: _TypeAlias = _typing.Literal["job_iteration"]  # noqa: Y015
     _WhichOneofArgType__job_iteration: _TypeAlias = _typing.Literal["_job_iteration", b"_job_iteration"]  # noqa: Y015
@@ -1281,7 +1285,7 @@ class ServiceSpec(_message.Message):
     ENDPOINT_FIELD_NUMBER: _builtins.int
     MAX_UNAVAILABLE_FIELD_NUMBER: _builtins.int
     max_unavailable: _builtins.int
-    """tasks that drains and rebalancing may take away at once; 0 = 1"""
+    """tasks that drains and rebalancing may move at once; 0 = a quarter of the replicas"""
     @_builtins.property
     def annotations(self) -> Global___Annotations: ...
     @_builtins.property
@@ -1419,6 +1423,7 @@ class Service(_message.Message):
     PENDING_DELETE_FIELD_NUMBER: _builtins.int
     ALLOCATION_ERROR_FIELD_NUMBER: _builtins.int
     JOB_STATUS_FIELD_NUMBER: _builtins.int
+    REBALANCE_MOVES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     spec_version: _builtins.int
     """moves only when the spec changes"""
@@ -1427,6 +1432,8 @@ class Service(_message.Message):
     """removed by the user; deleted after its last task"""
     allocation_error: _builtins.str
     """why addresses or ports could not be allocated"""
+    rebalance_moves: _builtins.int
+    """tasks that `service rebalance` has still to move"""
     @_builtins.property
     def meta(self) -> Global___Meta: ...
     @_builtins.property
@@ -1457,10 +1464,11 @@ class Service(_message.Message):
         pending_delete: _builtins.bool = ...,
         allocation_error: _builtins.str = ...,
         job_status: Global___JobStatus | None = ...,
+        rebalance_moves: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "job_status", b"job_status", "meta", b"meta", "previous_spec", b"previous_spec", "spec", b"spec", "update_status", b"update_status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation_error", b"allocation_error", "endpoint", b"endpoint", "id", b"id", "job_status", b"job_status", "meta", b"meta", "pending_delete", b"pending_delete", "previous_spec", b"previous_spec", "previous_spec_version", b"previous_spec_version", "spec", b"spec", "spec_version", b"spec_version", "update_status", b"update_status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation_error", b"allocation_error", "endpoint", b"endpoint", "id", b"id", "job_status", b"job_status", "meta", b"meta", "pending_delete", b"pending_delete", "previous_spec", b"previous_spec", "previous_spec_version", b"previous_spec_version", "rebalance_moves", b"rebalance_moves", "spec", b"spec", "spec_version", b"spec_version", "update_status", b"update_status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -170,7 +171,10 @@ async def agent(leader: Leader, node_id: str = "n1", hello: bool = True) -> Asyn
         played = FakeAgent(call)
         try:
             if hello:
-                await played.hello()
+                with contextlib.suppress(
+                    grpc.aio.AioRpcError, asyncio.InvalidStateError
+                ):  # refused already: `error` says why
+                    await played.hello()
                 await until(lambda: played.snapshots or played.error, what="a snapshot")
             yield played
         finally:

@@ -283,7 +283,7 @@ def check(store: Store) -> None:
 
 
 def _one_per_slot(store: Store) -> None:
-    """At most one task of a slot is wanted, or two while a start-first update replaces one by a newer one."""
+    """At most one task of a slot is wanted, or two while one replaces the other: start-first, or on another node."""
     wanted: dict[tuple[str, int, str], list[Task]] = {}
     for task in store.tasks:
         if states.is_runnable(task) and not states.has_stopped(task):
@@ -291,7 +291,9 @@ def _one_per_slot(store: Store) -> None:
             wanted.setdefault((task.service_id, task.slot, place), []).append(task)
     for key, tasks in wanted.items():
         versions = {task.spec_version for task in tasks}
-        assert len(tasks) == len(versions) <= 2, f"slot {key}: {[(t.id, t.reason) for t in tasks]}"
+        moves = {task.replaces for task in tasks} & {task.id for task in tasks}
+        assert len(tasks) <= 2, f"slot {key}: {[(t.id, t.reason) for t in tasks]}"
+        assert len(tasks) == 1 or len(versions) == 2 or moves, f"slot {key}: {[(t.id, t.reason) for t in tasks]}"
 
 
 def _unique(items: Iterable[object]) -> None:

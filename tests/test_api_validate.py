@@ -62,6 +62,12 @@ def mount(**fields: object) -> Change:
     return lambda spec: spec.task.container.mounts.append(Mount(**fields))  # type: ignore[arg-type]
 
 
+def global_with_a_budget(spec: ServiceSpec) -> None:
+    spec.max_unavailable = 1
+    spec.ClearField("update")
+    getattr(spec, "global").SetInParent()
+
+
 def health_test(*words: str) -> Change:
     return lambda spec: spec.task.container.health.test.__setitem__(slice(None), words)
 
@@ -131,7 +137,8 @@ BAD: list[tuple[Change, str]] = [
     (lambda s: setattr(s.task.resources.reservations, "memory_swap_bytes", -1), "needs a memory limit"),
     (lambda s: setattr(s.task.resources.limits, "memory_swappiness", 101), "memory swappiness value 101"),
     (lambda s: s.task.resources.reservations.generic.add(kind="gpu"), "generic resources: this version"),
-    (lambda s: setattr(s, "max_unavailable", 1), "limits of unavailable tasks: this version"),
+    (global_with_a_budget, "for replicated services only"),
+    (lambda s: setattr(s, "max_unavailable", 10**9), "max unavailable 1000000000"),
 ]
 
 

@@ -140,15 +140,14 @@ def test_update_start_first_replaces_every_task(cluster: Lab, service: str) -> N
 
 
 def test_drain_moves_tasks_and_active_takes_new_ones(cluster: Lab, service: str) -> None:
-    cluster.pyswarm("m1", "node", "update", "--availability", "drain", "w1")
-    wait_for(
-        lambda: len(cluster.running(service)) == 5 and "w1" not in {row["Node"] for row in cluster.running(service)},
-        30,
-        "w1 is empty",
-    )
+    cluster.pyswarm("m1", "node", "update", "--availability", "drain", "--wait", "w1")
+    rows = cluster.running(service)
+    assert "w1" not in {row["Node"] for row in rows}
+    assert len(rows) == 5
     cluster.pyswarm("m1", "node", "update", "--availability", "active", "w1")
-    cluster.pyswarm("m1", "service", "scale", f"{service}=8")
-    assert "w1" in {row["Node"] for row in cluster.running(service)}
+    assert cluster.pyswarm("m2", "service", "rebalance", service).splitlines()[-1] == "web: 1 tasks moved"
+    assert collections.Counter(row["Node"] for row in cluster.running(service))["w1"] == 1
+    assert cluster.pyswarm("m3", "service", "rebalance", service) == "web: even already\n"
 
 
 def test_logs_come_from_every_host(cluster: Lab, service: str) -> None:

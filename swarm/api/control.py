@@ -183,6 +183,10 @@ class ControlService(ControlServicer):
         return await services.update(self._backend, request, call.request_id)
 
     @_unary
+    async def RebalanceService(self, request: pb.RebalanceRequest, call: Call) -> pb.RebalanceReply:
+        return await services.rebalance(self._backend, request.ref, call.request_id)
+
+    @_unary
     async def RemoveService(self, request: pb.RemoveRequest, call: Call) -> pb.RemoveReply:
         return await services.remove(self._backend, request.ref, call.request_id)
 

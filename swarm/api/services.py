@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from proto.control_pb2 import RemoveReply, ServiceReply, ServiceUpdateRequest
+from proto.control_pb2 import RebalanceReply, RemoveReply, ServiceReply, ServiceUpdateRequest
 from proto.objects_pb2 import Service, ServiceSpec, UpdateStatus
 from swarm.allocate.ports import port_conflict
 from swarm.api import validate
@@ -17,6 +17,8 @@ from swarm.api.backend import Backend, object_id
 from swarm.api.find import find_network, find_service
 from swarm.api.views import shown_service
 from swarm.errors import AlreadyExists, Conflict, Invalid, NotFound
+from swarm.orchestrate.moves import planned
+from swarm.schedule import fits
 from swarm.store import states
 from swarm.store.changes import Create, Group, Update
 from swarm.store.store import Store
@@ -194,6 +196,24 @@ async def update(backend: Backend, request: ServiceUpdateRequest, request_id: st
     if not backend.is_done(write_id):
         await backend.commit(_deciding(lambda: updated(store, request, backend.now())), write_id)
     return _reply(store, service_id)
+
+
+async def rebalance(backend: Backend, ref: str, request_id: str) -> RebalanceReply:
+    """Have tasks moved until the nodes carry alike; how many, says the reply. Raises NotFound, Invalid."""
+    store = backend.store
+    service_id = find_service(store, ref).id
+
+    def decide() -> Service | None:
+        service = find_service(store, service_id)
+        if service.spec.WhichOneof("mode") != "replicated":
+            raise Invalid(f"service {service.spec.annotations.name} cannot be rebalanced: only replicated services can")
+        changed = _copy(service)
+        changed.rebalance_moves = planned(store, service, fits)
+        return changed if changed != service else None
+
+    if not backend.is_done(request_id):
+        await backend.commit(_deciding(decide), request_id)
+    return RebalanceReply(moves=find_service(store, service_id).rebalance_moves)
 
 
 async def remove(backend: Backend, ref: str, request_id: str) -> RemoveReply:

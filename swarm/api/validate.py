@@ -74,6 +74,10 @@ def service_spec(spec: ServiceSpec) -> None:
         if spec.rollback.failure_action == pb.ROLLBACK:
             raise Invalid("rollback failure action: a rollback cannot be rolled back: use pause or continue")
     endpoint_spec(spec.endpoint)
+    if spec.max_unavailable and spec.WhichOneof("mode") != "replicated":
+        raise Invalid("max unavailable has a meaning for replicated services only: leave it out")
+    if spec.max_unavailable > REPLICAS_MAX:
+        raise Invalid(f"max unavailable {spec.max_unavailable}: use a number up to {REPLICAS_MAX}")
     if states.is_global(spec) and any(mount.per_slot for mount in spec.task.container.mounts):
         raise Invalid(
             "volume per slot has no meaning for a global service, whose tasks have no slots: use a plain volume"
@@ -97,7 +101,6 @@ def _without_what_comes_later(spec: ServiceSpec) -> None:
     limits = spec.task.resources.limits
     asked = {
         "generic resources": bool(spec.task.resources.reservations.generic or limits.generic),
-        "limits of unavailable tasks": bool(spec.max_unavailable),
     }
     for what, is_asked in asked.items():
         if is_asked:

@@ -78,6 +78,7 @@ def service_spec_json(spec: pb.ServiceSpec) -> Json:
         "Mode": mode,
         "UpdateConfig": _update_config(spec.update),
         "RollbackConfig": _update_config(spec.rollback),
+        **_given("MaxUnavailable", spec.max_unavailable),
         "EndpointSpec": _endpoint_spec(spec.endpoint),
     }
 

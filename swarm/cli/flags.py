@@ -57,6 +57,7 @@ def _rollout(prefix: str, word: str, actions: str) -> tuple[Flag, ...]:
 COMMON: tuple[Flag, ...] = (
     _value("replicas", "N", "Number of tasks, or of a job's completions (default 1)"),
     _value("max-concurrent", "N", "Tasks of a replicated job at the same time (default: all)"),
+    _value("max-unavailable", "N", "Most tasks that a drain may move at a time (default: a quarter of the replicas)"),
     _value("replicas-max-per-node", "N", "Most tasks on one node; 0 = unlimited"),
     _value("endpoint-mode", "vip|dnsrr", "How the service's name resolves (default vip)"),
     _value("limit-cpu", "CPUS", "Most CPU a task may use, such as 0.5"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
 import click
 
@@ -22,7 +23,7 @@ from swarm.cli.completing import node_names
 from swarm.cli.docker_shape import node_json
 from swarm.cli.failure import ApiFailure, Failure
 from swarm.cli.pretty import pretty_node
-from swarm.cli.rows import NODE_COLUMNS, natural_key, node_row
+from swarm.cli.rows import NODE_COLUMNS, natural_key, node_row, task_name
 from swarm.cli.service_show import resolve_node, show_tasks
 from swarm.cli.spec import choice, flag_value, parse_pairs
 from swarm.errors import Invalid
@@ -31,6 +32,9 @@ ROLES = {"worker": pb.WORKER, "manager": pb.MANAGER}
 AVAILABILITIES = {"active": pb.ACTIVE, "pause": pb.PAUSED, "drain": pb.DRAINED}
 CONFLICTS_MAX = 10
 """Writes of others that one change outlives: nodes change rarely."""
+POLL_S = 0.5
+NAMES_SHOWN = 5
+"""Tasks that a drain waits for, told by name."""
 
 
 @click.group()
@@ -111,8 +115,15 @@ def list_tasks(
 @click.option("--role", metavar="worker|manager", help="Promote or demote the node.")
 @click.option("--label-add", multiple=True, metavar="KEY=VALUE", help="Add or change a label.")
 @click.option("--label-rm", multiple=True, metavar="KEY", help="Remove a label.")
+@click.option("--wait", "-w", is_flag=True, help="With --availability drain: until no task runs on the node any more.")
 def update(
-    ref: str, availability: str | None, role: str | None, label_add: tuple[str, ...], label_rm: tuple[str, ...]
+    *,
+    ref: str,
+    availability: str | None,
+    role: str | None,
+    label_add: tuple[str, ...],
+    label_rm: tuple[str, ...],
+    wait: bool,
 ) -> None:
     """Change a node: availability, role, labels.
 
@@ -120,6 +131,8 @@ def update(
     Example:
       pyswarm node update --availability drain --label-add zone=east w1
     """
+    if wait and availability != "drain":
+        raise Invalid("--wait can only be used with --availability drain: nothing else takes tasks away")
     added = parse_pairs(label_add, "label-add")
     new_availability = flag_value("availability", choice(**AVAILABILITIES), availability) if availability else None
     new_role = flag_value("role", choice(**ROLES), role) if role else None
@@ -135,8 +148,36 @@ def update(
             del found.spec.annotations.labels[key]
         found.spec.annotations.labels.update(added)
 
-    _rewrite(connect(), ref, change)
+    client = connect()
+    _rewrite(client, ref, change)
+    if wait:
+        _await_drained(client, ref)
     click.echo(ref)
+
+
+def _await_drained(client: Client, ref: str) -> None:
+    """Until no task runs on the node. Ctrl-C leaves with a hint, the drain goes on."""
+    condition = Filter(node_ids=[resolve_node(client, ref)])
+    said: list[str] = []
+    try:
+        while left := [task for task in _tasks(client, condition) if is_on_node(task)]:
+            names = sorted(task_name(task) for task in left)
+            if names != said:
+                shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+                click.echo(f"{ref}: {len(names)} tasks left ({shown})", err=True)
+            said = names
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        click.echo(f"The drain goes on in the background: see `pyswarm node ps {ref}`.", err=True)
+
+
+def _tasks(client: Client, condition: Filter) -> Iterable[pb.Task]:
+    return client.call(client.control.ListTasks, ListRequest(filter=condition)).tasks
+
+
+def is_on_node(task: pb.Task) -> bool:
+    """It holds something of the node: from its assignment until it has stopped."""
+    return pb.TASK_ASSIGNED <= task.status.state <= pb.TASK_RUNNING
 
 
 @command(node, "promote")

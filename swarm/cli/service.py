@@ -10,7 +10,14 @@ from typing import Any
 
 import click
 
-from proto.control_pb2 import GetRequest, RemoveRequest, ServiceRequest, ServiceUpdateRequest
+from proto.control_pb2 import (
+    GetRequest,
+    ListRequest,
+    RebalanceRequest,
+    RemoveRequest,
+    ServiceRequest,
+    ServiceUpdateRequest,
+)
 from proto.local_pb2 import PullRequest
 from proto.objects_pb2 import Service, ServiceSpec
 from swarm.cli import flags as known
@@ -31,6 +38,7 @@ from swarm.errors import Invalid
 from swarm.ids import random_id
 
 NAME_SUFFIX = 4
+POLL_S = 0.5
 """Characters that tell generated names apart."""
 
 
@@ -99,6 +107,48 @@ def create(image: str, command: tuple[str, ...], **params: Any) -> None:
     _warn(reply.warnings)
     click.echo(reply.service.id)
     _wait(client, reply.service, flags)
+
+
+@command(service, "rebalance")
+@click.argument("service_refs", metavar="[SERVICE]...", nargs=-1, shell_complete=service_names)
+@click.option("--detach", "-d", is_flag=True, help="Return at once instead of waiting until all tasks have moved.")
+@click.option("--quiet", "-q", is_flag=True, help="Print no progress.")
+def rebalance(service_refs: tuple[str, ...], detach: bool, quiet: bool) -> None:
+    """Move tasks so that the nodes carry alike, after one has returned or joined; without a name, of all services.
+
+    A few at a time (see --max-unavailable), each new task before the old one stops.
+
+    \b
+    Example:
+      pyswarm service rebalance web
+    """
+    client = connect()
+    names = list(service_refs)
+    if not names:
+        listing = client.call(client.control.ListServices, ListRequest()).services
+        names = [found.spec.annotations.name for found in listing if found.spec.WhichOneof("mode") == "replicated"]
+
+    def act(ref: str) -> str:
+        moves = client.call(client.control.RebalanceService, RebalanceRequest(ref=ref)).moves
+        if not moves:
+            return f"{ref}: even already"
+        if not detach:
+            _await_moves(client, ref, quiet)
+        return f"{ref}: {moves} tasks {'to move' if detach else 'moved'}"
+
+    for_each(names, act)
+
+
+def _await_moves(client: Client, ref: str, quiet: bool) -> None:
+    """Until nothing is left to move and the service has converged."""
+    said = -1
+    while (left := client.call(client.control.GetService, GetRequest(ref=ref)).rebalance_moves) > 0:
+        if left != said and not quiet:
+            click.echo(f"{ref}: {left} tasks left to move")
+        said = left
+        time.sleep(POLL_S)
+    found = client.call(client.control.GetService, GetRequest(ref=ref))
+    wait_converged(client, found.id, found.spec.annotations.name, quiet=True)
 
 
 @command(service, "update")

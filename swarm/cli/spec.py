@@ -96,6 +96,7 @@ def _rollout(prefix: str, **actions: int) -> dict[str, tuple[str, Parse]]:
 SCALARS: dict[str, tuple[str, Parse]] = {
     "name": ("annotations.name", str),
     "endpoint-mode": ("endpoint.mode", choice(vip=VIP, dnsrr=DNSRR)),
+    "max-unavailable": ("max_unavailable", parse_uint),
     "replicas-max-per-node": ("task.placement.max_replicas_per_node", _uint32),
     "limit-cpu": ("task.resources.limits.nano_cpus", parse_nano_cpus),
     "limit-memory": ("task.resources.limits.memory_bytes", parse_bytes),
@@ -255,7 +256,7 @@ def _set_health_test(container: ContainerSpec, flags: Flags) -> None:
 
 def getattr_path(message: Message, path: str) -> Any:
     found: Any = message
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         found = getattr(found, name)
     return found
 

@@ -94,13 +94,18 @@ def misplaced(view: View, task: Task, node: Node | None) -> str | None:
     name = node.description.hostname or node.id
     if node.status.state == pb.NodeStatus.DOWN:
         return f"node {name} is down"
-    if node.spec.availability == pb.DRAINED:
+    if node.spec.availability == pb.DRAINED and not _leaves_in_turn(view, task):
         return f"node {name} is drained"
     # Where the placement changed, the rollout moves replicas; else the node changed (its labels, its role). A global
     # service has nothing to move: what does not belong on a node any more just stops.
     if (view.is_global or task.spec.placement == view.spec.task.placement) and not view.fits_on(node):
         return f"node {name} no longer satisfies the placement constraints"
     return None
+
+
+def _leaves_in_turn(view: View, task: Task) -> bool:
+    """What serves leaves a drained node within the service's budget (moves.py); the rest at once."""
+    return not view.is_global and not view.is_job and task.status.state == pb.TASK_RUNNING
 
 
 def replace_ended(view: View) -> None:
@@ -168,7 +173,8 @@ def may_start_in(view: View, slot: Slot) -> bool:
 def _keep_one(view: View, slot: Slot) -> None:
     """Two up-to-date tasks in one slot (two leaders' work, say): the one that is further on stays."""
     current = [task for task in slot.runnable if not is_outdated(view, task)]
-    if len(current) < 2:
+    ids = {task.id for task in current}
+    if len(current) < 2 or any(task.replaces in ids for task in current):  # one that moves: see moves.py
         return
     best = max(current, key=lambda task: (task.status.state, task.desired_state, task.id))
     changes: list[Change] = [view.stop(task, f"{best.id} runs in this slot") for task in current if task is not best]

@@ -159,7 +159,12 @@ def _has_current(view: View, slot: Slot, item: Progress) -> bool:
 def is_start_first(view: View, config: UpdateConfig) -> bool:
     """Start-first needs room for two tasks of a slot; where a host-mode port or a limit of replicas per node can
     deny that, the new task would wait for ever: such services are updated stop-first."""
-    if config.order != pb.START_FIRST or view.spec.task.placement.max_replicas_per_node:
+    return config.order == pb.START_FIRST and has_room_for_two(view)
+
+
+def has_room_for_two(view: View) -> bool:
+    """Nothing that only one task of a slot, or of a node, can have."""
+    if view.spec.task.placement.max_replicas_per_node:
         return False
     return not any(port.mode == pb.HOST for port in view.spec.endpoint.ports)
 

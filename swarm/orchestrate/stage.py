@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from proto.objects_pb2 import Service
-from swarm.orchestrate import everywhere, jobs, reaper, replicated, restart, rollout
+from swarm.orchestrate import everywhere, jobs, moves, reaper, replicated, restart, rollout
 from swarm.orchestrate.view import Fits, View, slots_of
 from swarm.store import states
 from swarm.store.changes import Decision, Group, Remove
@@ -45,6 +45,7 @@ def look(store: Store, now: float, new_id: Callable[[], str], service: Service, 
         jobs.start(view)
     else:
         replicated.scale(view)
+    moves.advance(view)
     if not view.is_job:
         rollout.advance(view)
     restart.promote(view)

@@ -88,10 +88,18 @@ class View:
             slot.settled = True
         self.groups.append(changes)
 
-    def create(self, slot: Slot, desired: pb.TaskState.ValueType, reason: str, failures_before: int = 0) -> Create:
+    def create(
+        self,
+        slot: Slot,
+        desired: pb.TaskState.ValueType,
+        reason: str,
+        failures_before: int = 0,
+        *,
+        replaces: str = "",
+    ) -> Create:
         """`desired`: READY or RUNNING (for a job that means COMPLETE)."""
         task = Task(id=self.new_id(), service_id=self.service.id, desired_state=self._goal(desired), reason=reason)
-        task.failures_before = failures_before
+        task.failures_before, task.replaces = failures_before, replaces
         if self.is_job:
             task.job_iteration = self.service.job_status.iteration
         task.spec_version = self.service.spec_version

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import Cluster, Network, Node, Service, ServiceSpec
+from swarm import schedule
+from swarm.orchestrate.moves import planned
 from swarm.store import states
 from swarm.store.changes import Change, Create, Update, copy_of
 from swarm.store.store import Store
@@ -69,6 +71,7 @@ class Users:
             spec.global_job.SetInParent()
         else:
             spec.replicated.replicas = chance.randint(0, REPLICAS_MAX)
+            spec.max_unavailable = chance.randint(0, 3)
         for number in chance.sample(range(1, NETWORKS + 1), chance.randint(0, 2)):
             spec.task.networks.add(network_id=f"net{number}")
         if chance.random() < 0.4:
@@ -86,6 +89,9 @@ class Users:
         return f"create {service.id}", Create(service)
 
     def _change(self, store: Store, service: Service) -> tuple[str, Change]:
+        if service.spec.WhichOneof("mode") == "replicated" and self._chance.random() < 0.2:
+            service.rebalance_moves = planned(store, service, schedule.fits)
+            return f"rebalance {service.id}", Update(service)
         replicated = service.spec.WhichOneof("mode") in ("replicated", "replicated_job")
         if replicated and self._chance.random() < 0.5:
             replicas = self._chance.randint(0, REPLICAS_MAX)
