@@ -76,7 +76,7 @@ def explain_node(store: Store, node: Node) -> Explanation:
         details=[f"{name}: {count}" for name, count in sorted(counts.items())],
     )
     has, used_cpus, used_bytes = node.description.resources, 0, 0
-    for task in store.tasks.where("reserving", node.id):
+    for task in filter(states.reserves, here):
         used_cpus += task.spec.resources.reservations.nano_cpus
         used_bytes += task.spec.resources.reservations.memory_bytes
     made.findings.add(

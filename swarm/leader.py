@@ -100,6 +100,7 @@ class LeaderLoop:
                     backoff_s = min(BACKOFF_LAST_S, backoff_s * 2)
         finally:
             unsubscribe()
+            self._store.forget_views()
 
     def _note(self, events: Sequence[Event]) -> None:
         if events:
@@ -152,11 +153,21 @@ class LeaderLoop:
         self._outcome_unknown = False
 
     async def _run_stage(self, name: str, stage: Stage, dirty: Dirty) -> bool:
+        """Ask the stage, and again as long as it left something, unless a node changed: that concerns those before it
+        first, and makes each stage look at everything anew."""
+        while True:
+            fine, again = await self._ask(name, stage, dirty)
+            if not fine or not again or self._dirty.everything or self._dirty.nodes:
+                return fine
+            dirty = Dirty(services=set(again))
+
+    async def _ask(self, name: str, stage: Stage, dirty: Dirty) -> tuple[bool, frozenset[str]]:
+        """Have it decide once and store that; False when something went wrong, and what it left for the next time."""
         try:
             decision = stage(self._store, self._now(), self._new_id, dirty)
         except Exception:
             log.exception("leader.stage_failed", stage=name)
-            return False
+            return False, frozenset()
         self._wakes.update(decision.wakes)
         if decision.wake_at is not None:
             self._wakes[""] = decision.wake_at
@@ -169,7 +180,7 @@ class LeaderLoop:
                     fine &= self._refused(name, group, error)
             if not fine:
                 break
-        return fine
+        return fine, decision.again
 
     def _refused(self, stage: str, group: Group, error: SwarmError) -> bool:
         """Have the group's objects looked at again; True when the round may go on meanwhile."""

@@ -156,6 +156,7 @@ class Simulation:
                 dirty.merge(self._dirty)
                 decision = stage(self.store, self.now, self.new_id, dirty)
                 self.wakes.update(decision.wakes)
+                self._dirty.services |= decision.again
                 if decision.groups:
                     self.commit(*decision.groups)
                     check(self.store)

@@ -205,11 +205,11 @@ def test_environment_hostname_and_templates(cluster: Lab, web_image: str) -> Non
             assert Path(f"/proc/{pid}/cwd").readlink() == Path("/var")
 
 
-def test_an_unknown_template_is_rejected_by_name_and_not_over_and_over(cluster: Lab, web_image: str) -> None:
-    cluster.pyswarm("m1", "service", "create", "-d", "--name", "typo", "--env", "A={{.Node.Nam}}", web_image)
+def test_what_no_node_can_prepare_is_rejected_by_name_and_not_over_and_over(cluster: Lab, web_image: str) -> None:
+    cluster.pyswarm("m1", "service", "create", "-d", "--name", "typo", "--user", "ghost", web_image)
 
     def rejected() -> int:
-        return sum("{{.Node.Nam}}" in row["Error"] for row in history(cluster, "typo"))
+        return sum("ghost" in row["Error"] for row in history(cluster, "typo"))
 
     # The replacement is prepared, and rejected, while it waits its delay of five seconds: there it stops.
     wait_for(lambda: rejected() == 2, 20, "rejected by name")

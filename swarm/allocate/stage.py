@@ -196,7 +196,7 @@ def _why_unusable(network: Network | None, network_id: str) -> str | None:
 
 
 def _allocate_tasks(store: Store, now: float, hosts: HostsCache) -> Iterator[Group]:
-    waiting = store.tasks.where("waiting", "allocation")
+    waiting = store.tasks.where("allocation", "waiting")
     waiting.sort(key=lambda task: (task.service_id, task.slot, task.id))
     ready: dict[str, str | None] = {}
     for task in waiting:

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from proto import objects_pb2 as pb
 from proto.objects_pb2 import Node, Task, TaskSpec
 from swarm.errors import Invalid
 from swarm.schedule.constraints import machine, parse_constraint
+from swarm.schedule.ledger import Account, HostPort, host_ports_of
 from swarm.store import states
-from swarm.store.store import Store
-
-HostPort = tuple[int, int]
-"""Protocol and port of the host."""
 
 
-@dataclass(slots=True)
 class Load:
     """What a node carries, and what this pass has put on it."""
 
-    node: Node
-    tasks: int
-    """Tasks of all services that shall run there."""
-    nano_cpus_free: int = 0
-    memory_bytes_free: int = 0
-    host_ports: set[HostPort] = field(default_factory=set)
-    service_tasks: dict[str, int] = field(default_factory=dict)
+    __slots__ = (
+        "host_ports",
+        "memory_bytes_free",
+        "nano_cpus_free",
+        "node",
+        "node_id",
+        "service_tasks",
+        "tasks",
+    )
+
+    def __init__(self, node: Node, account: Account) -> None:
+        self.node = node
+        self.node_id = node.id
+        self.tasks = account.tasks
+        """Of all services, those that shall run there."""
+        has = node.description.resources
+        self.nano_cpus_free = has.nano_cpus - account.nano_cpus
+        self.memory_bytes_free = has.memory_bytes - account.memory_bytes
+        self.host_ports = set(account.host_ports)
+        self.service_tasks: dict[str, int] = {}
 
     def take(self, need: Need) -> None:
         self.tasks += 1
@@ -49,14 +57,25 @@ class Need:
 
     @classmethod
     def of(cls, task: Task) -> Need:
-        reserved = task.spec.resources.reservations
+        spec = task.spec
+        reserved = spec.resources.reservations
         return cls(
             task.service_id,
-            task.spec,
+            spec,
             reserved.nano_cpus,
             reserved.memory_bytes,
             host_ports_of(task),
-            task.spec.placement.max_replicas_per_node,
+            spec.placement.max_replicas_per_node,
+        )
+
+    @property
+    def shape(self) -> tuple[bytes, bytes, frozenset[HostPort]]:
+        """Equal for needs that the same nodes can meet, whatever the service."""
+        spec = self.spec
+        return (
+            spec.placement.SerializeToString(),
+            spec.resources.reservations.SerializeToString(),
+            self.host_ports,
         )
 
 
@@ -97,17 +116,24 @@ FILTERS: tuple[tuple[Filter, str], ...] = (
 )
 """In the order in which they are asked. The texts are Docker's."""
 
-COUNTED: tuple[Filter, ...] = (_has_resources, _has_ports_free, _is_below_max)
-"""Those whose answer changes with each task placed."""
-
 
 def refusing(need: Need, load: Load) -> str | None:
     """The text of the first filter that refuses the node, or None."""
     return next((text for accepts, text in FILTERS if not accepts(need, load)), None)
 
 
+def accepts_any(need: Need, load: Load) -> bool:
+    """The node would take such a task of a service that it has none of."""
+    return all(accepts(need, load) for accepts, _ in FILTERS if accepts is not _is_below_max)
+
+
+def has_room(need: Need, load: Load) -> bool:
+    """A node that passed every filter would take one more task, of a service that it has none of."""
+    return _has_resources(need, load) and _has_ports_free(need, load)
+
+
 def still_accepts(need: Need, load: Load) -> bool:
-    return all(accepts(need, load) for accepts in COUNTED)
+    return has_room(need, load) and _is_below_max(need, load)
 
 
 def explain(refusals: Iterable[str]) -> str:
@@ -152,22 +178,3 @@ def runs_platform(node: Node, spec: TaskSpec) -> bool:
         )
         for platform in wanted
     )
-
-
-def host_ports_of(task: Task) -> frozenset[HostPort]:
-    return frozenset((p.protocol, p.published_port) for p in task.endpoint.ports if p.mode == pb.HOST)
-
-
-def add_resources(store: Store, load: Load) -> None:
-    has = load.node.description.resources
-    load.nano_cpus_free, load.memory_bytes_free = has.nano_cpus, has.memory_bytes
-    for task in store.tasks.where("reserving", load.node.id):
-        reserved = task.spec.resources.reservations
-        load.nano_cpus_free -= reserved.nano_cpus
-        load.memory_bytes_free -= reserved.memory_bytes
-
-
-def add_host_ports(store: Store, load: Load) -> None:
-    for task in store.tasks.where("node", load.node.id):
-        if not states.has_stopped(task) and task.status.state >= pb.TASK_ASSIGNED:
-            load.host_ports |= host_ports_of(task)

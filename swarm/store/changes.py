@@ -48,11 +48,13 @@ Group = tuple[Change, ...]
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What a decider wants: groups to store, and when (Unix s) to be asked again even without a change:
-    about everything (`wake_at`), or about single services (`wakes`: service ID, time)."""
+    about everything (`wake_at`), or about single services (`wakes`: service ID, time). `again` are the services that
+    it had no time for: it is to be asked about them at once, when what it wants now is stored."""
 
     groups: tuple[Group, ...] = ()
     wake_at: float | None = None
     wakes: tuple[tuple[str, float], ...] = ()
+    again: frozenset[str] = frozenset()
 
 
 _KINDS: dict[type, tuple[str, pb.ObjectKind.ValueType]] = {
@@ -67,8 +69,12 @@ _KINDS: dict[type, tuple[str, pb.ObjectKind.ValueType]] = {
 def wrap(record: Record) -> pb.Object:
     """The record inside the union message."""
     wrapped = pb.Object()
-    getattr(wrapped, _KINDS[type(record)][0]).CopyFrom(record)
+    _set(wrapped, record)
     return wrapped
+
+
+def _set(wrapped: pb.Object, record: Record) -> None:
+    getattr(wrapped, _KINDS[type(record)][0]).CopyFrom(record)
 
 
 def unwrap(wrapped: pb.Object) -> Record:
@@ -84,10 +90,9 @@ def transaction(changes: Iterable[Change], at: float, request_id: str = "") -> p
     message = pb.Transaction(request_id=request_id, at=at)
     for change in changes:
         match change:
-            case Create(record):
-                message.changes.add(action=pb.Change.CREATE, object=wrap(record))
-            case Update(record):
-                message.changes.add(action=pb.Change.UPDATE, object=wrap(record))
+            case Create(record) | Update(record):
+                action = pb.Change.CREATE if isinstance(change, Create) else pb.Change.UPDATE
+                _set(message.changes.add(action=action).object, record)
             case Remove(record):
                 message.changes.add(
                     action=pb.Change.REMOVE, kind=_KINDS[type(record)][1], id=record.id, version=record.meta.version

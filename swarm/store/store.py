@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -50,12 +51,24 @@ class Event:
 Listener = Callable[[Sequence[Event]], None]
 
 
+class View(Protocol):
+    """Something counted from the tables when it is made, and kept up to date with the events of each entry."""
+
+    def __init__(self, store: Store) -> None: ...
+
+    def note(self, events: Sequence[Event]) -> None: ...
+
+
+V = TypeVar("V", bound=View)
+
+
 class Store:
     def __init__(self) -> None:
         self.version = 0
         """Sequence of the last transaction that changed something; every manager counts alike."""
         self._clear()
         self._listeners: list[Listener] = []
+        self._views: dict[type, View] = {}
 
     def _clear(self) -> None:
         self.clusters: Table[Cluster] = Table()
@@ -67,10 +80,15 @@ class Store:
             slot=states.slot_of,
             node=lambda t: t.node_id,
             network=lambda t: {leg.network_id for leg in t.networks},
-            waiting=states.waiting_for,  # "allocation" or "node"
-            loading=lambda t: t.node_id if states.is_runnable(t) and not states.has_stopped(t) else "",
-            reserving=lambda t: t.node_id if states.reserves(t) else "",
+            allocation=lambda t: "waiting" if states.waiting_for(t) == "allocation" else "",
         )
+        self._tables: dict[type, Table[Any]] = {
+            Cluster: self.clusters,
+            Node: self.nodes,
+            Service: self.services,
+            Task: self.tasks,
+            Network: self.networks,
+        }
         self._verdicts: OrderedDict[str, pb.Verdict] = OrderedDict()
         self._verdicts_digest = 0
 
@@ -96,6 +114,18 @@ class Store:
         which means: re-read everything."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
+
+    def view(self, kind: type[V]) -> V:
+        """The one view of this kind: made when it is first asked for, valid after every entry from then on, until the
+        store is loaded or `forget_views` is called (ask again, and keep none)."""
+        made = self._views.get(kind)
+        if not isinstance(made, kind):
+            made = self._views[kind] = kind(self)
+        return made
+
+    def forget_views(self) -> None:
+        """Nobody here decides any more: let them not cost time and memory."""
+        self._views.clear()
 
     # ---- the state machine
 
@@ -186,10 +216,11 @@ class Store:
         return table
 
     def _table(self, record: Record) -> Table[Record]:
-        table: Table[Record] = getattr(self, type(record).__name__.lower() + "s")
-        return table
+        return self._tables[type(record)]
 
     def _notify(self, events: Sequence[Event]) -> None:
+        for view in self._views.values():
+            view.note(events)
         for listener in list(self._listeners):
             listener(events)
 
@@ -211,6 +242,7 @@ class Store:
         source = iter(records)
         header = pb.DumpHeader.FromString(next(source))
         self._clear()
+        self._views.clear()
         self.version = header.version
         for remembered in header.verdicts:
             self._remember(remembered.request_id, remembered.verdict)

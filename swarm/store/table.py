@@ -29,7 +29,8 @@ class Table(Generic[T]):
         self.digest = 0
         """Sum of the objects' digests: equal wherever the objects are equal."""
         self._keys_of: Mapping[str, KeysOf[T]] = indexes
-        self._indexes: dict[str, dict[str, dict[str, T]]] = {name: {} for name in indexes}
+        self._indexes: dict[str, dict[str, dict[str, None]]] = {name: {} for name in indexes}
+        """IDs only: an object that stays under its key costs nothing when it changes."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -49,7 +50,8 @@ class Table(Generic[T]):
 
     def where(self, index: str, key: str) -> list[T]:
         """All objects whose indexed key equals `key`, in the order they were stored."""
-        return list(self._indexes[index].get(key, {}).values())
+        rows = self._rows
+        return [rows[object_id] for object_id in self._indexes[index].get(key, ())]
 
     def count(self, index: str, key: str) -> int:
         return len(self._indexes[index].get(key, ()))
@@ -74,10 +76,14 @@ class Table(Generic[T]):
         self._rows[object_id] = record
         self._name(before, record)
         for index, keys_of in self._keys_of.items():
-            keys = _several(keys_of(record))
-            self._unfile(index, before, keys)
-            for key in keys:
-                self._indexes[index].setdefault(key, {})[object_id] = record
+            keys = keys_of(record)
+            if before is not None:
+                earlier = keys_of(before)
+                if keys == earlier:
+                    continue
+                self._unfile(index, object_id, earlier, _several(keys))
+            for key in _several(keys):
+                self._indexes[index].setdefault(key, {})[object_id] = None
         self.digest = (
             self.digest + digest_of(record) - (digest_of(before) if before is not None else 0)
         ) % DIGEST_MODULUS
@@ -87,8 +93,8 @@ class Table(Generic[T]):
         if before is None:
             return
         self._name(before, None)
-        for index in self._keys_of:
-            self._unfile(index, before, ())
+        for index, keys_of in self._keys_of.items():
+            self._unfile(index, object_id, keys_of(before), ())
         self.digest = (self.digest - digest_of(before)) % DIGEST_MODULUS
 
     def _name(self, before: T | None, after: T | None) -> None:
@@ -99,14 +105,12 @@ class Table(Generic[T]):
         if after is not None and (name := self._name_of(after)):
             self._ids_by_name[name.lower()] = after.id
 
-    def _unfile(self, index: str, before: T | None, but: Container[str]) -> None:
-        """Drop what the index says about an object, except under the keys where it stays."""
-        if before is None:
-            return
+    def _unfile(self, index: str, object_id: str, keys: str | Iterable[str], but: Container[str]) -> None:
+        """Drop what the index says about an object under these keys, except those where it stays."""
         filed = self._indexes[index]
-        for key in _several(self._keys_of[index](before)):
+        for key in _several(keys):
             if key not in but:
-                del filed[key][before.id]
+                del filed[key][object_id]
                 if not filed[key]:
                     del filed[key]
 

@@ -1,0 +1,132 @@
+"""What each node carries and which tasks wait for one: kept up to date from the store's events, so that a pass costs
+what it decides and not what the cluster holds. The same as if it were counted anew, whenever it is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from proto import objects_pb2 as pb
+from proto.objects_pb2 import Task
+from swarm.store import states
+from swarm.store.store import Event, Store
+
+K = TypeVar("K")
+HostPort = tuple[int, int]
+"""Protocol and port of the host."""
+Alike = tuple[int, str, str]
+"""Tasks of one service that share this are decided together: specification version, the node of a global service's
+task, and the task's own ID if it has no service."""
+
+
+@dataclass(slots=True)
+class Account:
+    """What was given to one node and has not stopped."""
+
+    tasks: int = 0
+    """Those that shall run: a task that is being shut down still holds, but does not count."""
+    holding: int = 0
+    nano_cpus: int = 0
+    memory_bytes: int = 0
+    host_ports: dict[HostPort, int] = field(default_factory=dict)
+
+
+class Ledger:
+    """A view of the store (`Store.view`)."""
+
+    def __init__(self, store: Store) -> None:
+        self._accounts: dict[str, Account] = {}
+        self._tasks_on: dict[str, dict[str, int]] = {}
+        self._failed: dict[str, dict[str, Task]] = {}
+        self.waiting: dict[str, dict[Alike, dict[str, Task]]] = {}
+        """Tasks without a node by service, longest waiting first."""
+        for task in store.tasks:
+            self._file(task, 1)
+
+    def account(self, node_id: str) -> Account:
+        """Not to be changed."""
+        return self._accounts.get(node_id) or Account()
+
+    def tasks_on(self, service_id: str) -> dict[str, int]:
+        """Tasks of the service that shall run, by the node that has them. Not to be changed."""
+        return self._tasks_on.get(service_id, {})
+
+    def failed(self, service_id: str) -> list[Task]:
+        """The service's failed and rejected tasks that are still remembered."""
+        return list(self._failed.get(service_id, {}).values())
+
+    def note(self, events: Sequence[Event]) -> None:
+        for event in events:
+            before, after = event.before, event.after
+            if not isinstance(event.record, Task):
+                continue
+            if isinstance(before, Task) and isinstance(after, Task) and _hold_alike(before, after):
+                continue
+            if isinstance(before, Task):
+                self._file(before, -1)
+            if isinstance(after, Task):
+                self._file(after, 1)
+
+    def _file(self, task: Task, sign: int) -> None:
+        """Enter the task (1), or strike it out (-1)."""
+        state = task.status.state
+        if state in (pb.TASK_FAILED, pb.TASK_REJECTED):
+            _keep(self._failed, task.service_id, task, sign)
+        elif pb.TASK_ASSIGNED <= state <= pb.TASK_RUNNING:
+            self._charge(task, sign)
+        elif states.waiting_for(task) == "node":
+            alike = (task.spec_version, task.node_id, "" if task.service_id else task.id)
+            groups = self.waiting.setdefault(task.service_id, {})
+            _keep(groups, alike, task, sign)
+            if not groups:
+                del self.waiting[task.service_id]
+
+    def _charge(self, task: Task, sign: int) -> None:
+        node_id = task.node_id
+        account = self._accounts.get(node_id)
+        if account is None:
+            account = self._accounts[node_id] = Account()
+        account.holding += sign
+        if states.is_runnable(task):
+            account.tasks += sign
+            _count(self._tasks_on.setdefault(task.service_id, {}), node_id, sign)
+            if not self._tasks_on[task.service_id]:
+                del self._tasks_on[task.service_id]
+        reserved = task.spec.resources.reservations
+        account.nano_cpus += sign * reserved.nano_cpus
+        account.memory_bytes += sign * reserved.memory_bytes
+        for port in host_ports_of(task):
+            _count(account.host_ports, port, sign)
+        if not account.holding:
+            del self._accounts[node_id]
+
+
+def host_ports_of(task: Task) -> frozenset[HostPort]:
+    return frozenset((p.protocol, p.published_port) for p in task.endpoint.ports if p.mode == pb.HOST)
+
+
+def _hold_alike(before: Task, after: Task) -> bool:
+    """Progress on the node: what it holds stays."""
+    return (
+        pb.TASK_ASSIGNED <= before.status.state <= pb.TASK_RUNNING
+        and pb.TASK_ASSIGNED <= after.status.state <= pb.TASK_RUNNING
+        and before.desired_state == after.desired_state
+    )
+
+
+def _count(counts: dict[K, int], key: K, by: int) -> None:
+    left = counts.get(key, 0) + by
+    if left:
+        counts[key] = left
+    else:
+        counts.pop(key, None)
+
+
+def _keep(groups: dict[K, dict[str, Task]], key: K, task: Task, sign: int) -> None:
+    if sign > 0:
+        groups.setdefault(key, {})[task.id] = task
+    elif key in groups:
+        groups[key].pop(task.id, None)
+        if not groups[key]:
+            del groups[key]
