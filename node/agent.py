@@ -17,6 +17,7 @@ import grpc
 import structlog
 
 from dns.interface import DnsError, NameServer
+from node import inputs
 from node.commands import Commands
 from node.interface import Images, Runtime, RuntimeFault
 from node.logrelay import LogRelay
@@ -181,6 +182,11 @@ class Agent:
     def image_ids(self) -> frozenset[str]:
         """Images in use by containers of this host: `in_use` of Images.remove."""
         return self._tasks.image_ids()
+
+    def volume_names(self) -> frozenset[str]:
+        """Named volumes that tasks of this host want, whether they exist yet or not."""
+        world, labels = self._world, self._world.node.spec.annotations.labels
+        return frozenset().union(*(inputs.volume_names(task, world.description, labels) for task in self.tasks()))
 
     # ------------------------------------------------------------ parts
 

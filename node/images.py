@@ -255,6 +255,21 @@ class ImageStore:
                 loaded.append(parse_reference(target).familiar)
         return loaded
 
+    async def usage(self, in_use: frozenset[str]) -> tuple[int, int]:
+        """(bytes of this host's own images, those of them that only unused images need). Layers count once."""
+        snapshot = await self._snapshot()
+        sizes: dict[str, int] = {}
+        needed: set[str] = set()
+        for image in snapshot.images:
+            if image.read_only:
+                continue
+            layers = storage.layer_chain(snapshot, image)
+            own = {layer.layer_id: layer.size_bytes for layer in layers if layer.store == self._root}
+            sizes |= own
+            if image.image_id in in_use:
+                needed |= own.keys()
+        return sum(sizes.values()), sum(size for layer_id, size in sizes.items() if layer_id not in needed)
+
     async def remove(self, ref: str, force: bool, in_use: frozenset[str]) -> tuple[list[str], str]:
         """Remove a name, and with its last name the image. (names removed, ID deleted or ""). An image in use
         loses its names at most (with `force`), never its layers: a running task is mounted on them."""

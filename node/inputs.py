@@ -9,7 +9,7 @@ from pathlib import Path
 from node.interface import CreateRequest, ResolvedImage, RuntimeFault
 from node.templates import expanded, task_name, values_for
 from overlay.interface import Attachment, Interface
-from proto.objects_pb2 import TCP, VIP, NodeDescription, Task
+from proto.objects_pb2 import TCP, VIP, ContainerSpec, Mount, NodeDescription, Task
 
 DEFAULT_STOP_GRACE_S = 10.0
 """Docker's default."""
@@ -74,6 +74,23 @@ def log_limits(options: Mapping[str, str]) -> tuple[int, int]:
     return max_bytes, int(files)
 
 
+def container_spec(task: Task, node: NodeDescription, node_labels: Mapping[str, str]) -> ContainerSpec:
+    """The task's spec on this node: templates expanded, volumes per slot named. Raises RuntimeFault."""
+    spec = expanded(task.spec.container, values_for(task, node, node_labels))
+    for mount in spec.mounts:
+        if mount.per_slot:
+            mount.source = f"{mount.source}.{task.slot}"
+    return spec
+
+
+def volume_names(task: Task, node: NodeDescription, node_labels: Mapping[str, str]) -> frozenset[str]:
+    try:
+        mounts = container_spec(task, node, node_labels).mounts
+    except RuntimeFault:
+        return frozenset()  # such a task is rejected
+    return frozenset(mount.source for mount in mounts if mount.type == Mount.VOLUME and mount.source)
+
+
 def create_request(
     task: Task,
     image: ResolvedImage,
@@ -83,10 +100,7 @@ def create_request(
 ) -> CreateRequest:
     """Everything the runtime needs to make the task's container. Raises RuntimeFault (permanent) for a
     template or an option that cannot be understood."""
-    spec = expanded(task.spec.container, values_for(task, node, node_labels))
-    for mount in spec.mounts:
-        if mount.per_slot:
-            mount.source = f"{mount.source}.{task.slot}"
+    spec = container_spec(task, node, node_labels)
     max_bytes, max_files = log_limits(task.spec.log_options)
     name = task_name(task)
     labels = dict(spec.labels) | {

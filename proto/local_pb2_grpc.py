@@ -94,6 +94,16 @@ class LocalStub:
                 request_serializer=proto_dot_local__pb2.ImageRemoveRequest.SerializeToString,
                 response_deserializer=proto_dot_local__pb2.ImageRemoveReply.FromString,
                 _registered_method=True)
+        self.DiskUsage = channel.unary_unary(
+                '/pyswarm.Local/DiskUsage',
+                request_serializer=proto_dot_local__pb2.DiskUsageRequest.SerializeToString,
+                response_deserializer=proto_dot_local__pb2.DiskUsageReply.FromString,
+                _registered_method=True)
+        self.Prune = channel.unary_unary(
+                '/pyswarm.Local/Prune',
+                request_serializer=proto_dot_local__pb2.PruneRequest.SerializeToString,
+                response_deserializer=proto_dot_local__pb2.PruneReply.FromString,
+                _registered_method=True)
 
 
 class LocalServicer:
@@ -174,6 +184,18 @@ class LocalServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DiskUsage(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Prune(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LocalServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -236,6 +258,16 @@ def add_LocalServicer_to_server(servicer, server):
                     servicer.RemoveImage,
                     request_deserializer=proto_dot_local__pb2.ImageRemoveRequest.FromString,
                     response_serializer=proto_dot_local__pb2.ImageRemoveReply.SerializeToString,
+            ),
+            'DiskUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.DiskUsage,
+                    request_deserializer=proto_dot_local__pb2.DiskUsageRequest.FromString,
+                    response_serializer=proto_dot_local__pb2.DiskUsageReply.SerializeToString,
+            ),
+            'Prune': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prune,
+                    request_deserializer=proto_dot_local__pb2.PruneRequest.FromString,
+                    response_serializer=proto_dot_local__pb2.PruneReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -562,6 +594,60 @@ class Local:
             '/pyswarm.Local/RemoveImage',
             proto_dot_local__pb2.ImageRemoveRequest.SerializeToString,
             proto_dot_local__pb2.ImageRemoveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiskUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pyswarm.Local/DiskUsage',
+            proto_dot_local__pb2.DiskUsageRequest.SerializeToString,
+            proto_dot_local__pb2.DiskUsageReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prune(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pyswarm.Local/Prune',
+            proto_dot_local__pb2.PruneRequest.SerializeToString,
+            proto_dot_local__pb2.PruneReply.FromString,
             options,
             channel_credentials,
             insecure,

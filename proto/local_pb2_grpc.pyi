@@ -47,6 +47,8 @@ class LocalStub:
     PullImage: _grpc.UnaryStreamMultiCallable[_local_pb2.PullRequest, _local_pb2.ImageProgress]
     LoadImage: _grpc.StreamStreamMultiCallable[_local_pb2.LoadChunk, _local_pb2.ImageProgress]
     RemoveImage: _grpc.UnaryUnaryMultiCallable[_local_pb2.ImageRemoveRequest, _local_pb2.ImageRemoveReply]
+    DiskUsage: _grpc.UnaryUnaryMultiCallable[_local_pb2.DiskUsageRequest, _local_pb2.DiskUsageReply]
+    Prune: _grpc.UnaryUnaryMultiCallable[_local_pb2.PruneRequest, _local_pb2.PruneReply]
 
 @_typing.type_check_only
 class LocalAsyncStub(LocalStub):
@@ -67,6 +69,8 @@ class LocalAsyncStub(LocalStub):
     PullImage: _aio.UnaryStreamMultiCallable[_local_pb2.PullRequest, _local_pb2.ImageProgress]  # type: ignore[assignment]
     LoadImage: _aio.StreamStreamMultiCallable[_local_pb2.LoadChunk, _local_pb2.ImageProgress]  # type: ignore[assignment]
     RemoveImage: _aio.UnaryUnaryMultiCallable[_local_pb2.ImageRemoveRequest, _local_pb2.ImageRemoveReply]  # type: ignore[assignment]
+    DiskUsage: _aio.UnaryUnaryMultiCallable[_local_pb2.DiskUsageRequest, _local_pb2.DiskUsageReply]  # type: ignore[assignment]
+    Prune: _aio.UnaryUnaryMultiCallable[_local_pb2.PruneRequest, _local_pb2.PruneReply]  # type: ignore[assignment]
 
 class LocalServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -156,5 +160,19 @@ class LocalServicer(metaclass=_abc_1.ABCMeta):
         request: _local_pb2.ImageRemoveRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_local_pb2.ImageRemoveReply, _abc.Awaitable[_local_pb2.ImageRemoveReply]]: ...
+
+    @_abc_1.abstractmethod
+    def DiskUsage(
+        self,
+        request: _local_pb2.DiskUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_local_pb2.DiskUsageReply, _abc.Awaitable[_local_pb2.DiskUsageReply]]: ...
+
+    @_abc_1.abstractmethod
+    def Prune(
+        self,
+        request: _local_pb2.PruneRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_local_pb2.PruneReply, _abc.Awaitable[_local_pb2.PruneReply]]: ...
 
 def add_LocalServicer_to_server(servicer: LocalServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

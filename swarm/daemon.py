@@ -22,6 +22,7 @@ from dns.interface import LISTEN_PORT
 from node.agent import Agent
 from node.conmon import ConmonRuntime
 from node.description import describe
+from node.disk_api import DiskApi
 from node.image_api import ImageApi
 from node.images import ImageStore
 from node.interface import Phase
@@ -67,18 +68,21 @@ Context = grpc.aio.ServicerContext[Any, Any]
 log = structlog.get_logger()
 
 
-class LocalService(ImageApi, LocalServicer):
+class LocalService(ImageApi, DiskApi, LocalServicer):
     """The API on the daemon's unix socket: membership and images of this host."""
 
     def __init__(
         self,
+        *,
         images: ImageStore,
         runtime: ConmonRuntime,
         names: NameServerProcess,
         host: HostMembership,
+        wanted_volumes: Callable[[], frozenset[str]],
         spool_dir: Path,
     ) -> None:
         ImageApi.__init__(self, images, runtime.images_in_use, spool_dir)
+        DiskApi.__init__(self, images, runtime, runtime.images_in_use, wanted_volumes, spool_dir)
         self._containers = runtime
         self._names = names
         self._host = host
@@ -133,6 +137,7 @@ class Daemon:
         )
         self._runtime = ConmonRuntime(paths.state, paths.run, config.cgroup_parent, runtime=config.runtime)
         self._names = NameServerProcess(paths.run, paths.dns_log)
+        self._agent: Agent | None = None
         self._host = HostMembership(config, paths, self._make_agent)
 
     async def run(self) -> None:
@@ -142,7 +147,15 @@ class Daemon:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         server = grpc.aio.server()
         add_LocalServicer_to_server(
-            LocalService(self._images, self._runtime, self._names, self._host, self._paths.state), server
+            LocalService(
+                images=self._images,
+                runtime=self._runtime,
+                names=self._names,
+                host=self._host,
+                wanted_volumes=self._wanted_volumes,
+                spool_dir=self._paths.state,
+            ),
+            server,
         )
         self._paths.daemon_socket.unlink(missing_ok=True)
         old_mask = os.umask(0o117)
@@ -157,7 +170,7 @@ class Daemon:
         await self._host.stop()
 
     def _make_agent(self, membership: Membership, credentials: NodeCredentials, host: HostMembership) -> Agent:
-        return Agent(
+        self._agent = Agent(
             node_id=membership.node_id,
             state_dir=self._paths.state,
             runtime=self._runtime,
@@ -174,6 +187,10 @@ class Daemon:
             upstreams=host_resolvers,
             now=time.time,
         )
+        return self._agent
+
+    def _wanted_volumes(self) -> frozenset[str]:
+        return self._agent.volume_names() if self._agent is not None else frozenset()
 
     def _describe(self) -> NodeDescription:
         hostname = self._config.hostname or socket.gethostname()

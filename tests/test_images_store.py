@@ -268,6 +268,12 @@ class Servicer(ImageApi, local_pb2_grpc.LocalServicer):
     async def KeepUnlockKey(self, request: Any, context: Any) -> pb.KeepUnlockKeyReply:
         return pb.KeepUnlockKeyReply()
 
+    async def DiskUsage(self, request: Any, context: Any) -> pb.DiskUsageReply:
+        return pb.DiskUsageReply()
+
+    async def Prune(self, request: Any, context: Any) -> pb.PruneReply:
+        return pb.PruneReply()
+
 
 @pytest.fixture
 async def local(scratch: Path, store: ImageStore) -> AsyncIterator[Any]:

@@ -185,6 +185,14 @@ def test_commands_in_tasks_of_any_host(cluster: Lab, service: str) -> None:
     assert done.stderr == "Error: no task of web.9 runs: see why with `pyswarm explain web.9`\n"
 
 
+def test_the_disk_of_a_host(cluster: Lab, service: str) -> None:
+    rows = {row["Type"]: row for row in cluster.rows("m1", "system", "df")}
+    assert rows["Containers"]["Active"] == "1"
+    cluster.pyswarm("m1", "system", "prune", "--all", "--volumes", "--force")
+    assert len(cluster.running(service)) == 5
+    assert cluster.pyswarm("m1", "service", "exec", service, "echo", "alive") == "alive\n"
+
+
 def test_jobs_complete_as_often_as_asked(cluster: Lab, web_image: str) -> None:
     """TestReplicatedJob of the reference; a second iteration, and a global job."""
     command = ["--name", "sum", "--entrypoint", "sh -c 'sleep 0.3'", web_image]

@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "network": ("swarm.cli.network:network", "Manage networks"),
     "node": ("swarm.cli.node:node", "Manage swarm nodes"),
     "service": ("swarm.cli.service:service", "Manage services"),
+    "system": ("swarm.cli.disk:system", "Look after this host's disk"),
     "swarm": ("swarm.cli.membership:swarm", "Form, join, unlock and leave a swarm"),
     "version": ("swarm.cli.system:version", "Show versions"),
 }

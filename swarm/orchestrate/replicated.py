@@ -10,6 +10,10 @@ from swarm.orchestrate.restart import is_given_up
 from swarm.orchestrate.view import Slot, View
 from swarm.store import states
 
+CREATED_MAX = 2_000
+"""Tasks created in one look: what a leader decides at once keeps its event loop for some tenths of a second. The
+creations themselves cause the next look, which goes on."""
+
 
 def scale(view: View) -> None:
     """Create what is missing, remove what is too much."""
@@ -22,7 +26,7 @@ def scale(view: View) -> None:
 
 
 def _up(view: View, wanted: int, taken: set[int | str]) -> None:
-    number, missing = 1, wanted - len(taken)
+    number, missing = 1, min(CREATED_MAX, wanted - len(taken))
     while missing:
         if number not in taken:
             slot = view.slots.setdefault(number, Slot(number))
