@@ -135,6 +135,7 @@ class FakeLink:
 
 
 async def test_logs_come_from_the_nodes_that_have_them_and_missing_ones_are_warnings() -> None:
+    """The reference's NoFollowMissingNode, NoFollowNotYetRunningTask."""
     tasks = [
         a_task("t1"),
         a_task("t2", objects.TASK_FAILED),

@@ -78,6 +78,7 @@ async def test_lines_of_all_nodes_and_an_end_when_all_are_done() -> None:
 
 
 async def test_a_node_without_a_session_and_a_lost_session_are_warnings() -> None:
+    """The reference's NoFollowDisconnect."""
     rig = Rig()
     async with rig.relay.open(LogOptions(stdout=True, follow=True)) as stream:
         stream.add("gone", ["t7"])

@@ -62,6 +62,7 @@ def under_way(sim: Simulation) -> list[Task]:
 
 
 def test_a_replicated_job_completes_as_often_as_asked_and_then_rests() -> None:
+    """The reference's ReplicatedJob."""
     sim = started(job(5, 2))
     assert [task.slot for task in under_way(sim)] == [1, 2]
     assert {task.desired_state for task in under_way(sim)} == {pb.TASK_COMPLETE}

@@ -45,6 +45,7 @@ def end(sim: Simulation, state: pb.TaskState.ValueType = pb.TASK_FAILED) -> Task
     ],
 )
 def test_conditions(condition: pb.RestartCondition.ValueType, state: pb.TaskState.ValueType, replaced: bool) -> None:
+    """The reference's RestartOnAny, RestartOnFailure, RestartOnNone."""
     sim = started(condition)
     old = end(sim, state)
     assert old.desired_state == pb.TASK_SHUTDOWN
@@ -54,6 +55,7 @@ def test_conditions(condition: pb.RestartCondition.ValueType, state: pb.TaskStat
 
 
 def test_the_replacement_stands_ready_until_the_delay_is_over() -> None:
+    """The reference's RestartDelay."""
     sim = started(delay_s=7.0)
     old = end(sim)
     failed_at = sim.now
@@ -104,6 +106,7 @@ def fail_until_given_up(sim: Simulation, most: int = 20) -> int:
 
 
 def test_attempts_are_limited_and_the_slot_is_then_given_up() -> None:
+    """The reference's RestartMaxAttempts, InitializationRestartHistory: the store alone is counted."""
     sim = started(max_attempts=3)
     assert fail_until_given_up(sim) == 4  # the first task and three restarts
     assert sim.tasks("web")[-1].reason == "failed with exit code 3; restarted 3 times: no attempts left"
@@ -115,6 +118,7 @@ def test_attempts_are_limited_and_the_slot_is_then_given_up() -> None:
 
 
 def test_attempts_older_than_the_window_are_forgiven() -> None:
+    """The reference's RestartWindow."""
     patient = started(max_attempts=2, window_s=60)
     for _ in range(6):
         end(patient)

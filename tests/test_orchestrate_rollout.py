@@ -51,6 +51,7 @@ def is_new(task: Task) -> bool:
 
 @pytest.mark.parametrize(("parallelism", "fewest"), [(1, 3), (2, 2), (0, 0)])
 def test_stop_first_takes_down_so_many_at_a_time(parallelism: int, fewest: int) -> None:
+    """The reference's Updater."""
     sim = started(4, parallelism=parallelism)
     sim.set_image("web", "web:2")
     running = work(sim, 20)
@@ -70,6 +71,7 @@ def test_start_first_never_has_fewer_running(replicas: int | None) -> None:
 
 
 def test_a_start_first_task_runs_before_its_predecessor_is_told_to_stop() -> None:
+    """The reference's UpdaterOrder."""
     sim = started(1, order=pb.START_FIRST)
     old = sim.running("web")[0]
     sim.set_image("web", "web:2")
@@ -163,6 +165,7 @@ def slow_down(spec: ServiceSpec) -> None:
     ],
 )
 def test_only_what_a_container_shows_replaces_it(change: Callable[[ServiceSpec], None], replaced: int) -> None:
+    """The reference's UpdaterPlacement, OutdatedTaskPlacementConstraints."""
     sim = started(2)
     before = {task.id for task in sim.running("web")}
     sim.update_spec("web", change)
@@ -183,6 +186,7 @@ def test_scaling_is_no_update() -> None:
 
 
 def test_a_failure_pauses_and_a_new_spec_resumes() -> None:
+    """The reference's UpdaterFailureAction."""
     sim = started(4)
     sim.set_image("web", "web:2")
     work(sim, 30, fate=is_new)
@@ -196,6 +200,7 @@ def test_a_failure_pauses_and_a_new_spec_resumes() -> None:
 
 
 def test_a_failure_rolls_back() -> None:
+    """The reference's UpdaterRollback."""
     sim = started(4, failure_action=pb.ROLLBACK)
     version = sim.service("web").spec_version
     sim.set_image("web", "web:2")
@@ -344,6 +349,7 @@ def hopeless(sim: Simulation) -> None:
 
 
 def test_an_update_that_gets_nowhere_fails_at_its_deadline() -> None:
+    """The reference's UpdaterTaskTimeout."""
     sim = started(4, progress_deadline_s=30.0)
     hopeless(sim)
     sim.run()

@@ -36,6 +36,7 @@ def test_slots_are_the_lowest_free_numbers() -> None:
     ],
 )
 def test_scaling_down_takes_from_the_fullest_node(running: dict[int, str], to: int, left: set[int]) -> None:
+    """The reference's ScaleDown."""
     sim = Simulation(node("n0"), node("n1"))
     web = service("web", len(running))
     sim.create(web)
@@ -54,6 +55,7 @@ def test_scaling_down_takes_from_the_fullest_node(running: dict[int, str], to: i
 
 
 def test_scaling_down_takes_what_has_no_node_first_and_then_what_does_not_run() -> None:
+    """The reference's TaskStateRemoveOnScaledown."""
     web = service("web", 3)
     web.spec.task.resources.reservations.nano_cpus = 2 * 10**9
     sim = Simulation(node("n0", cpus=4), web)
@@ -107,6 +109,7 @@ def test_a_removed_nodes_tasks_count_as_dead() -> None:
 
 
 def test_a_drain_moves_tasks_without_delay_but_one_after_the_other() -> None:
+    """The reference's Drain."""
     sim = cluster(2, service("web", 2))
     old = next(task for task in sim.running("web") if task.node_id == "n1")
     sim.set_node("n1", availability=pb.DRAINED)
@@ -131,6 +134,7 @@ def test_a_paused_node_keeps_what_it_has() -> None:
 
 
 def test_tasks_leave_a_node_that_no_longer_satisfies_their_constraints() -> None:
+    """The reference's ConstraintEnforcer."""
     web = service("web", 2)
     web.spec.task.placement.constraints.append("node.labels.zone!=z9")
     sim = cluster(2, web)
@@ -146,6 +150,7 @@ def test_tasks_leave_a_node_that_no_longer_satisfies_their_constraints() -> None
 
 
 def test_a_global_service_follows_the_nodes() -> None:
+    """The reference's PreassignedTasks: a global service's tasks come to the scheduler with their node."""
     agent = service("agent", None)
     agent.spec.task.placement.constraints.append("node.labels.zone!=z2")
     sim = cluster(3, agent)
@@ -176,6 +181,7 @@ def test_a_global_task_that_failed_on_a_paused_node_waits_for_the_node() -> None
 
 
 def test_a_removed_service_goes_with_its_last_task_and_its_network_after_it() -> None:
+    """The reference's TaskStateRemoveOnServiceRemoval."""
     sim = cluster(1, network("front"), service("web", 2, ["front"]))
     sim.remove_service("web")
     sim.remove_network("front")
@@ -196,11 +202,24 @@ def test_a_removed_service_goes_with_its_last_task_and_its_network_after_it() ->
 
 
 def test_a_dead_node_does_not_keep_a_removed_service_alive() -> None:
+    """The reference's ServiceRemoveDeadTasks."""
     sim = cluster(2, service("web", 2))
     sim.set_node("n1", NodeStatus.DOWN)
     sim.remove_service("web")
     sim.run()
     assert sim.store.services.get("web") is None
+
+
+def test_a_removed_service_whose_tasks_never_had_a_node_is_gone_at_once() -> None:
+    """The reference's ServiceRemoveUnassignedTasks."""
+    web = service("web", 3)
+    web.spec.task.placement.constraints.append("node.hostname==nowhere")
+    sim = cluster(2, web)
+    assert len(sim.runnable("web")) == 3
+    sim.remove_service("web")
+    sim.settle()
+    assert sim.store.services.get("web") is None
+    assert not sim.tasks("web")
 
 
 def test_tasks_of_a_vanished_service_are_removed() -> None:
@@ -212,6 +231,7 @@ def test_tasks_of_a_vanished_service_are_removed() -> None:
 
 @pytest.mark.parametrize(("limit", "max_attempts", "kept"), [(0, 0, 5), (2, 0, 2), (2, 6, 7)])
 def test_history_is_kept_per_slot(limit: int, max_attempts: int, kept: int) -> None:
+    """The reference's TaskHistory."""
     web = service("web", 2)
     web.spec.task.restart.max_attempts = max_attempts
     web.spec.task.restart.window_s = 1.0

@@ -78,5 +78,6 @@ def test_an_unreadable_constraint_in_the_store_fits_nowhere() -> None:
     ],
 )
 def test_platforms(os: str, architecture: str, fitting: bool) -> None:
+    """The reference's Platform."""
     spec = pb.TaskSpec(placement=pb.Placement(platforms=[pb.Platform(os=os, architecture=architecture)]))
     assert fits(node("n1"), spec) is fitting

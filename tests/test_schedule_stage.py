@@ -24,6 +24,7 @@ def waiting(sim: Simulation, name: str) -> set[str]:
 
 
 def test_tasks_go_where_the_service_has_fewest_then_where_all_have_fewest() -> None:
+    """The reference's HA."""
     sim = Simulation(*(node(f"n{i}") for i in range(3)), service("a", 4))
     sim.settle()
     assert sorted(spread_of(sim, "a").values()) == [1, 1, 2]
@@ -35,6 +36,7 @@ def test_tasks_go_where_the_service_has_fewest_then_where_all_have_fewest() -> N
 
 @pytest.mark.parametrize(("tasks", "zones"), [(12, {"a": 6, "b": 6}), (3, {"a": 2, "b": 1})])
 def test_spread_preferences_level_branches_not_nodes(tasks: int, zones: dict[str, int]) -> None:
+    """The reference's Preferences."""
     nodes = [node("a1", labels={"zone": "a"}), *(node(f"b{i}", labels={"zone": "b"}) for i in range(4))]
     web = service("web", tasks)
     web.spec.task.placement.spread.append("node.labels.zone")
@@ -44,6 +46,7 @@ def test_spread_preferences_level_branches_not_nodes(tasks: int, zones: dict[str
 
 
 def test_a_full_branch_leaves_its_share_to_the_others() -> None:
+    """A branch without room."""
     web = service("web", 8)
     web.spec.task.placement.spread.append("node.labels.zone")
     web.spec.task.resources.reservations.nano_cpus = 10**9
@@ -52,7 +55,23 @@ def test_a_full_branch_leaves_its_share_to_the_others() -> None:
     assert spread_of(sim, "web") == {"a": 1, "b": 7}
 
 
+def test_preferences_are_a_tree_and_stay_level_when_scaled_up() -> None:
+    """The reference's MultiplePreferences, MultiplePreferencesScaleUp: zones first, racks within each zone."""
+    places = {"a1": ("a", "r1"), "a2": ("a", "r2"), "b1": ("b", "r1"), "b2": ("b", "r1"), "b3": ("b", "r2")}
+    web = service("web", 4)
+    web.spec.task.placement.spread.extend(["node.labels.zone", "node.labels.rack"])
+    sim = Simulation(*(node(name, labels={"zone": z, "rack": r}) for name, (z, r) in places.items()), web)
+    for replicas in (4, 8, 16):
+        sim.scale("web", replicas)
+        sim.settle()
+        racks: Counter[tuple[str, str]] = Counter()
+        for name, count in spread_of(sim, "web").items():
+            racks[places[name]] += count
+        assert set(racks.values()) == {replicas // 4}, racks
+
+
 def test_reservations_are_never_exceeded_and_a_freed_one_is_used() -> None:
+    """The reference's ResourceConstraint, ResourceConstraintHA, ResourceConstraintDeadTask."""
     web = service("web", 5)
     web.spec.task.resources.reservations.memory_bytes = 3 * GIB
     sim = Simulation(node("n1"), node("n2"), web)  # 8 GiB each
@@ -75,6 +94,7 @@ def with_everything(web: Service) -> Service:
 
 
 def test_the_reason_counts_nodes_by_the_first_filter_that_refuses_them() -> None:
+    """The reference's MaxReplicas, UnscheduleableTask."""
     drained, small = node("n1"), node("n5", cpus=1, labels={"zone": "a"})
     drained.spec.availability = pb.DRAINED
     good = node("n4", labels={"zone": "a"})
@@ -109,6 +129,7 @@ def test_a_cluster_without_nodes_says_so() -> None:
 
 
 def test_host_ports_allow_one_task_per_node() -> None:
+    """The reference's HostPort."""
     web = service("web", 3)
     web.spec.endpoint.ports.add(target_port=80, published_port=8080, mode=pb.HOST)
     sim = Simulation(node("n1"), node("n2"), web)
@@ -127,6 +148,7 @@ def test_nodes_that_are_not_ready_get_nothing(state: NodeStatus.State.ValueType)
 
 
 def test_a_node_where_the_service_keeps_failing_is_the_last_resort() -> None:
+    """The reference's FaultyNode."""
     web = service("web")
     web.spec.task.restart.delay_s = 0
     web.spec.task.restart.max_attempts = 10  # keeps the history that failures are counted from
