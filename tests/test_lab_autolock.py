@@ -34,7 +34,9 @@ def cluster(web_image: str, request: pytest.FixtureRequest) -> Iterator[Lab]:
         for name in ("w1", "w2", "m1"):
             made.pyswarm(name, "swarm", "leave", "--force")
         first = made.host("m1").address
-        assert "SWMKEY-1-" in made.pyswarm("m1", "swarm", "init", "--autolock", "--advertise-addr", first)
+        # On a busy machine an agent needs longer to start again than a node at defaults may be silent.
+        patient = ("--dispatcher-heartbeat", "4s")
+        assert "SWMKEY-1-" in made.pyswarm("m1", "swarm", "init", "--autolock", "--advertise-addr", first, *patient)
         token = made.pyswarm("m1", "swarm", "join-token", "-q", "manager").strip()
         for name in ("w1", "w2"):
             made.pyswarm(name, "swarm", "join", "--token", token, f"{first}:2377")
