@@ -47,8 +47,8 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 proto: install
-	$(PYTHON) -m grpc_tools.protoc -I. --python_out=. --mypy_out=. proto/*.proto
-	$(PYTHON) -m grpc_tools.protoc -I. --grpc_python_out=. --mypy_grpc_out=. $(addprefix proto/,control.proto dispatch.proto join.proto local.proto raft.proto)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PYTHON) -m grpc_tools.protoc -I. --python_out=. --mypy_out=. proto/*.proto
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PYTHON) -m grpc_tools.protoc -I. --grpc_python_out=. --mypy_grpc_out=. $(addprefix proto/,control.proto dispatch.proto join.proto local.proto raft.proto)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -19,7 +19,10 @@ class ServiceNames:
     vip: str | None
     """None: the names answer with the task addresses (dnsrr)."""
     task_addresses: tuple[str, ...]
-    """Running tasks only."""
+    """Running tasks only; of both families: A questions get the IPv4 ones, AAAA the others."""
+    vip6: str | None = None
+    ports: tuple[tuple[str, str, int], ...] = ()
+    """(name or "", protocol, target port) of the published ports: SRV `_<name or port>._<protocol>.<service>`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,7 @@ class TaskNames:
     names: tuple[str, ...]
     """The first is the PTR answer: wpinst.3.abc..."""
     address: str
+    address6: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,8 @@ class Sandbox:
     network_ids: tuple[str, ...]
     upstreams: tuple[str, ...] = ()
     """--dns: overrides the host's resolvers."""
+    search: tuple[str, ...] = ()
+    """--dns-search, also written to the task's resolv.conf."""
 
 
 @dataclass(frozen=True, slots=True)

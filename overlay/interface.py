@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 L4 = Literal["tcp", "udp", "sctp"]
+Balance = Literal["rr", "lc", "sh"]
+"""Round robin, least connections (IPVS only; else round robin), by the source's address."""
+WEIGHT_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,11 @@ class OverlayNetwork:
     internal: bool = False
     mtu_bytes: int | None = None
     """None = the underlay's MTU less the VXLAN overhead."""
+    subnet6: str = ""
+    """ "fd00:1::/64"; "" = no IPv6. """
+    gateway6: str = ""
+    encrypted: bool = False
+    """Between hosts its packets travel in ESP; clear ones are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,34 +41,54 @@ class Peer:
     node_id: str
     vtep: str
     index: int
+    masquerade: bool = False
+    """Its tasks cannot answer through another host: clients' addresses must be hidden from them."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteEndpoint:
-    """A task's address on another node (its MAC follows from the address)."""
+    """A task's addresses on another node (its MAC follows from the IPv4 one)."""
 
     network_id: str
     address: str
     node_id: str
+    address6: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Vip:
-    """A service's virtual IP: every port of it is balanced over `backends` (addresses), round robin."""
+    """A service's virtual IP, of either family: every port of it is balanced over `backends` (addresses of the same
+    family)."""
 
     network_id: str
     address: str
     backends: tuple[str, ...]
+    weights: tuple[int, ...] = ()
+    """One per backend, 1 to WEIGHT_MAX; empty = all the same."""
+    balance: Balance = "rr"
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedPort:
-    """A port of this host (any local address) balanced over backends (address, port).
+    """A port of this host balanced over backends (address, port), of either family each.
     Ingress: the tasks of the whole cluster. Host mode: the one local task."""
 
     protocol: L4
     port: int
     backends: tuple[tuple[str, int], ...]
+    weights: tuple[int, ...] = ()
+    balance: Balance = "rr"
+    host_ip: str = ""
+    """The local address that takes connections; "" = every one."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncryptionKey:
+    """Of encrypted networks. The ring is ordered newest first: send with the second, accept all."""
+
+    serial: int
+    key: bytes = field(repr=False)
+    """AES-128 key (16 bytes) and salt (4 bytes) of rfc4106(gcm(aes))."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +102,7 @@ class HostState:
     endpoints: tuple[RemoteEndpoint, ...] = ()
     vips: tuple[Vip, ...] = ()
     published: tuple[PublishedPort, ...] = ()
+    keys: tuple[EncryptionKey, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +112,8 @@ class Interface:
     network_id: str
     address: str
     """ "10.0.1.5/24" """
+    address6: str = ""
+    """ "fd00:1::5/64"; "" = none """
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,8 @@ class NetworkEndpoint(_message.Message):
     SLOT_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     SERVING_FIELD_NUMBER: _builtins.int
+    ADDRESS6_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     network_id: _builtins.str
     address: _builtins.str
@@ -45,6 +47,10 @@ class NetworkEndpoint(_message.Message):
     slot: _builtins.int
     serving: _builtins.bool
     """running and wanted: in DNS and behind the VIP"""
+    address6: _builtins.str
+    """"" = none"""
+    weight: _builtins.int
+    """0 = 1"""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -59,10 +65,12 @@ class NetworkEndpoint(_message.Message):
         slot: _builtins.int = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         serving: _builtins.bool = ...,
+        address6: _builtins.str = ...,
+        weight: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "aliases", b"aliases", "network_id", b"network_id", "node_id", b"node_id", "service_id", b"service_id", "serving", b"serving", "slot", b"slot", "task_id", b"task_id", "task_name", b"task_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "address6", b"address6", "aliases", b"aliases", "network_id", b"network_id", "node_id", b"node_id", "service_id", b"service_id", "serving", b"serving", "slot", b"slot", "task_id", b"task_id", "task_name", b"task_name", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -81,11 +89,13 @@ class NetworkService(_message.Message):
     PORTS_FIELD_NUMBER: _builtins.int
     INGRESS_NETWORK_ID_FIELD_NUMBER: _builtins.int
     NETWORKS_FIELD_NUMBER: _builtins.int
+    BALANCE_FIELD_NUMBER: _builtins.int
     service_id: _builtins.str
     name: _builtins.str
     mode: _objects_pb2.EndpointMode.ValueType
     ingress_network_id: _builtins.str
     """network whose endpoints receive published traffic"""
+    balance: _objects_pb2.Balance.ValueType
     @_builtins.property
     def virtual_ips(self) -> _containers.RepeatedCompositeFieldContainer[_objects_pb2.VirtualIP]: ...
     @_builtins.property
@@ -106,10 +116,11 @@ class NetworkService(_message.Message):
         ports: _abc.Iterable[_objects_pb2.PortConfig] | None = ...,
         ingress_network_id: _builtins.str = ...,
         networks: _abc.Iterable[_objects_pb2.NetworkAttachmentConfig] | None = ...,
+        balance: _objects_pb2.Balance.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ingress_network_id", b"ingress_network_id", "mode", b"mode", "name", b"name", "networks", b"networks", "ports", b"ports", "service_id", b"service_id", "virtual_ips", b"virtual_ips"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "ingress_network_id", b"ingress_network_id", "mode", b"mode", "name", b"name", "networks", b"networks", "ports", b"ports", "service_id", b"service_id", "virtual_ips", b"virtual_ips"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -123,11 +134,14 @@ class NetworkPeer(_message.Message):
     VTEP_ADDR_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
     DOWN_FIELD_NUMBER: _builtins.int
+    MASQUERADE_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     vtep_addr: _builtins.str
     index: _builtins.int
     down: _builtins.bool
     """managers do not hear from it; its containers may well run and talk"""
+    masquerade: _builtins.bool
+    """its tasks cannot answer through another host: hide clients from them"""
     def __init__(
         self,
         *,
@@ -135,10 +149,11 @@ class NetworkPeer(_message.Message):
         vtep_addr: _builtins.str = ...,
         index: _builtins.int = ...,
         down: _builtins.bool = ...,
+        masquerade: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["down", b"down", "index", b"index", "node_id", b"node_id", "vtep_addr", b"vtep_addr"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["down", b"down", "index", b"index", "masquerade", b"masquerade", "node_id", b"node_id", "vtep_addr", b"vtep_addr"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -660,6 +675,28 @@ class Released(_message.Message):
 Global___Released: _TypeAlias = Released  # noqa: Y015
 
 @_typing.final
+class NetworkKeys(_message.Message):
+    """Keys of encrypted networks, the whole ring, newest first. Empty: this node has no use for them any more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[_objects_pb2.NetworkKey]: ...
+    def __init__(
+        self,
+        *,
+        keys: _abc.Iterable[_objects_pb2.NetworkKey] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkKeys: _TypeAlias = NetworkKeys  # noqa: Y015
+
+@_typing.final
 class AgentMessage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -802,6 +839,7 @@ class ManagerMessage(_message.Message):
     LOGS_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
     EXEC_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -824,6 +862,8 @@ class ManagerMessage(_message.Message):
     def released(self) -> Global___Released: ...
     @_builtins.property
     def exec(self) -> Global___ExecInput: ...
+    @_builtins.property
+    def keys(self) -> Global___NetworkKeys: ...
     def __init__(
         self,
         *,
@@ -836,12 +876,13 @@ class ManagerMessage(_message.Message):
         logs: Global___LogRequest | None = ...,
         released: Global___Released | None = ...,
         exec: Global___ExecInput | None = ...,
+        keys: Global___NetworkKeys | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assignments", b"assignments", "exec", b"exec", "heartbeat", b"heartbeat", "logs", b"logs", "managers", b"managers", "message", b"message", "node", b"node", "released", b"released", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assignments", b"assignments", "exec", b"exec", "heartbeat", b"heartbeat", "keys", b"keys", "logs", b"logs", "managers", b"managers", "message", b"message", "node", b"node", "released", b"released", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assignments", b"assignments", "exec", b"exec", "heartbeat", b"heartbeat", "logs", b"logs", "managers", b"managers", "message", b"message", "node", b"node", "released", b"released", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assignments", b"assignments", "exec", b"exec", "heartbeat", b"heartbeat", "keys", b"keys", "logs", b"logs", "managers", b"managers", "message", b"message", "node", b"node", "released", b"released", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignments", "ack", "managers", "node", "logs", "released", "exec"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignments", "ack", "managers", "node", "logs", "released", "exec", "keys"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 

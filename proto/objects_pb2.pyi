@@ -138,6 +138,24 @@ VIP: EndpointMode.ValueType  # 0
 DNSRR: EndpointMode.ValueType  # 1
 Global___EndpointMode: _TypeAlias = EndpointMode  # noqa: Y015
 
+class _Balance:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BalanceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Balance.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROUND_ROBIN: _Balance.ValueType  # 0
+    LEAST_CONNECTIONS: _Balance.ValueType  # 1
+    SOURCE_HASH: _Balance.ValueType  # 2
+
+class Balance(_Balance, metaclass=_BalanceEnumTypeWrapper):
+    """How connections to a VIP or a published port are shared out. LEAST_CONNECTIONS needs IPVS: nodes without it take turns."""
+
+ROUND_ROBIN: Balance.ValueType  # 0
+LEAST_CONNECTIONS: Balance.ValueType  # 1
+SOURCE_HASH: Balance.ValueType  # 2
+Global___Balance: _TypeAlias = Balance  # noqa: Y015
+
 class _UpdateOrder:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -930,9 +948,12 @@ class NetworkAttachment(_message.Message):
     NETWORK_ID_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
+    ADDRESS6_FIELD_NUMBER: _builtins.int
     network_id: _builtins.str
     address: _builtins.str
     """"10.0.1.5/24" """
+    address6: _builtins.str
+    """"fd00:1::5/64"; "" = the network has no IPv6"""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -941,10 +962,11 @@ class NetworkAttachment(_message.Message):
         network_id: _builtins.str = ...,
         address: _builtins.str = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
+        address6: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "aliases", b"aliases", "network_id", b"network_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "address6", b"address6", "aliases", b"aliases", "network_id", b"network_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1056,12 +1078,15 @@ class PortConfig(_message.Message):
     TARGET_PORT_FIELD_NUMBER: _builtins.int
     PUBLISHED_PORT_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
+    HOST_IP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     protocol: Global___Protocol.ValueType
     target_port: _builtins.int
     published_port: _builtins.int
     """0 = choose one in 30000..32767"""
     mode: Global___PublishMode.ValueType
+    host_ip: _builtins.str
+    """the address of the hosts that takes connections; "" = every one of theirs"""
     def __init__(
         self,
         *,
@@ -1070,10 +1095,11 @@ class PortConfig(_message.Message):
         target_port: _builtins.int = ...,
         published_port: _builtins.int = ...,
         mode: Global___PublishMode.ValueType = ...,
+        host_ip: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "name", b"name", "protocol", b"protocol", "published_port", b"published_port", "target_port", b"target_port"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_ip", b"host_ip", "mode", b"mode", "name", b"name", "protocol", b"protocol", "published_port", b"published_port", "target_port", b"target_port"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1085,7 +1111,12 @@ class EndpointSpec(_message.Message):
 
     MODE_FIELD_NUMBER: _builtins.int
     PORTS_FIELD_NUMBER: _builtins.int
+    BALANCE_FIELD_NUMBER: _builtins.int
+    WEIGHT_LABEL_FIELD_NUMBER: _builtins.int
     mode: Global___EndpointMode.ValueType
+    balance: Global___Balance.ValueType
+    weight_label: _builtins.str
+    """"node.labels.capacity": a task's weight is its node's value, 1..100; "" = all 1"""
     @_builtins.property
     def ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___PortConfig]: ...
     def __init__(
@@ -1093,10 +1124,12 @@ class EndpointSpec(_message.Message):
         *,
         mode: Global___EndpointMode.ValueType = ...,
         ports: _abc.Iterable[Global___PortConfig] | None = ...,
+        balance: Global___Balance.ValueType = ...,
+        weight_label: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "ports", b"ports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balance", b"balance", "mode", b"mode", "ports", b"ports", "weight_label", b"weight_label"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1108,18 +1141,22 @@ class VirtualIP(_message.Message):
 
     NETWORK_ID_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    ADDRESS6_FIELD_NUMBER: _builtins.int
     network_id: _builtins.str
     address: _builtins.str
     """"10.0.1.2/24" """
+    address6: _builtins.str
+    """"" = the network has no IPv6"""
     def __init__(
         self,
         *,
         network_id: _builtins.str = ...,
         address: _builtins.str = ...,
+        address6: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "network_id", b"network_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "address6", b"address6", "network_id", b"network_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1480,24 +1517,50 @@ class IpamConfig(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class AuxAddressesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     SUBNET_FIELD_NUMBER: _builtins.int
     GATEWAY_FIELD_NUMBER: _builtins.int
     IP_RANGE_FIELD_NUMBER: _builtins.int
+    AUX_ADDRESSES_FIELD_NUMBER: _builtins.int
     subnet: _builtins.str
     """"10.0.1.0/24" """
     gateway: _builtins.str
     """"10.0.1.1" """
     ip_range: _builtins.str
+    @_builtins.property
+    def aux_addresses(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """name -> address that something outside the swarm uses: never given away"""
+
     def __init__(
         self,
         *,
         subnet: _builtins.str = ...,
         gateway: _builtins.str = ...,
         ip_range: _builtins.str = ...,
+        aux_addresses: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway", "ip_range", b"ip_range", "subnet", b"subnet"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aux_addresses", b"aux_addresses", "gateway", b"gateway", "ip_range", b"ip_range", "subnet", b"subnet"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1534,17 +1597,24 @@ class NetworkSpec(_message.Message):
     INGRESS_FIELD_NUMBER: _builtins.int
     IPAM_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    IPV6_FIELD_NUMBER: _builtins.int
+    IPAM6_FIELD_NUMBER: _builtins.int
     driver: _builtins.str
-    """"overlay" """
+    """"overlay" | "macvlan"; predefined, one of each: "host" | "none" | "bridge" """
     internal: _builtins.bool
     attachable: _builtins.bool
     ingress: _builtins.bool
+    ipv6: _builtins.bool
     @_builtins.property
     def annotations(self) -> Global___Annotations: ...
     @_builtins.property
     def ipam(self) -> Global___IpamConfig: ...
     @_builtins.property
     def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def ipam6(self) -> Global___IpamConfig:
+        """with ipv6; empty = chosen"""
+
     def __init__(
         self,
         *,
@@ -1555,10 +1625,12 @@ class NetworkSpec(_message.Message):
         ingress: _builtins.bool = ...,
         ipam: Global___IpamConfig | None = ...,
         options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        ipv6: _builtins.bool = ...,
+        ipam6: Global___IpamConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "ipam", b"ipam"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "ipam", b"ipam", "ipam6", b"ipam6"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "attachable", b"attachable", "driver", b"driver", "ingress", b"ingress", "internal", b"internal", "ipam", b"ipam", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "attachable", b"attachable", "driver", b"driver", "ingress", b"ingress", "internal", b"internal", "ipam", b"ipam", "ipam6", b"ipam6", "ipv6", b"ipv6", "options", b"options"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1575,6 +1647,7 @@ class Network(_message.Message):
     VNI_FIELD_NUMBER: _builtins.int
     PENDING_DELETE_FIELD_NUMBER: _builtins.int
     ALLOCATION_ERROR_FIELD_NUMBER: _builtins.int
+    IPAM6_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     vni: _builtins.int
     """allocated; 0 = not yet"""
@@ -1588,6 +1661,10 @@ class Network(_message.Message):
     def ipam(self) -> Global___IpamConfig:
         """allocated"""
 
+    @_builtins.property
+    def ipam6(self) -> Global___IpamConfig:
+        """allocated; empty = no IPv6"""
+
     def __init__(
         self,
         *,
@@ -1598,10 +1675,11 @@ class Network(_message.Message):
         vni: _builtins.int = ...,
         pending_delete: _builtins.bool = ...,
         allocation_error: _builtins.str = ...,
+        ipam6: Global___IpamConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ipam", b"ipam", "meta", b"meta", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ipam", b"ipam", "ipam6", b"ipam6", "meta", b"meta", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation_error", b"allocation_error", "id", b"id", "ipam", b"ipam", "meta", b"meta", "pending_delete", b"pending_delete", "spec", b"spec", "vni", b"vni"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation_error", b"allocation_error", "id", b"id", "ipam", b"ipam", "ipam6", b"ipam6", "meta", b"meta", "pending_delete", b"pending_delete", "spec", b"spec", "vni", b"vni"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1666,8 +1744,19 @@ class NodeDescription(_message.Message):
     ENGINE_LABELS_FIELD_NUMBER: _builtins.int
     GENERIC_FIELD_NUMBER: _builtins.int
     UNDERLAY_SUBNETS_FIELD_NUMBER: _builtins.int
+    BALANCER_FIELD_NUMBER: _builtins.int
+    ANSWERS_THROUGH_INGRESS_FIELD_NUMBER: _builtins.int
+    ENCRYPTS_FIELD_NUMBER: _builtins.int
     hostname: _builtins.str
     engine_version: _builtins.str
+    balancer: _builtins.str
+    """"nftables" | "ipvs" """
+    answers_through_ingress: _builtins.bool
+    """its tasks answer by the host that a published connection came through, so"""
+    encrypts: _builtins.bool
+    """that host need not hide the client's address
+    its kernel has ESP with AES-GCM: it can carry encrypted networks
+    """
     @_builtins.property
     def platform(self) -> Global___Platform: ...
     @_builtins.property
@@ -1694,10 +1783,13 @@ class NodeDescription(_message.Message):
         engine_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         generic: _abc.Iterable[Global___GenericResource] | None = ...,
         underlay_subnets: _abc.Iterable[_builtins.str] | None = ...,
+        balancer: _builtins.str = ...,
+        answers_through_ingress: _builtins.bool = ...,
+        encrypts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["platform", b"platform", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_labels", b"engine_labels", "engine_version", b"engine_version", "generic", b"generic", "hostname", b"hostname", "platform", b"platform", "resources", b"resources", "underlay_subnets", b"underlay_subnets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers_through_ingress", b"answers_through_ingress", "balancer", b"balancer", "encrypts", b"encrypts", "engine_labels", b"engine_labels", "engine_version", b"engine_version", "generic", b"generic", "hostname", b"hostname", "platform", b"platform", "resources", b"resources", "underlay_subnets", b"underlay_subnets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1916,6 +2008,37 @@ class EncryptionConfig(_message.Message):
 Global___EncryptionConfig: _TypeAlias = EncryptionConfig  # noqa: Y015
 
 @_typing.final
+class NetworkKey(_message.Message):
+    """A key of encrypted overlays. Three are kept: agents send with the second newest, which every node has by then, and
+    accept all.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    SERIAL_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    """20 bytes: AES-128 key and salt of rfc4106(gcm(aes))"""
+    serial: _builtins.int
+    """grows with each key"""
+    created_at: _builtins.float
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+        serial: _builtins.int = ...,
+        created_at: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "key", b"key", "serial", b"serial"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkKey: _TypeAlias = NetworkKey  # noqa: Y015
+
+@_typing.final
 class Cluster(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1951,6 +2074,7 @@ class Cluster(_message.Message):
     BLOCKED_CERTIFICATES_FIELD_NUMBER: _builtins.int
     UNLOCK_KEY_FIELD_NUMBER: _builtins.int
     UNLOCK_REVISION_FIELD_NUMBER: _builtins.int
+    NETWORK_KEYS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     root_ca_cert_pem: _builtins.bytes
     root_ca_key_pem: _builtins.bytes
@@ -1977,6 +2101,10 @@ class Cluster(_message.Message):
     def blocked_certificates(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """node ID -> forget after (Unix s)"""
 
+    @_builtins.property
+    def network_keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkKey]:
+        """only nodes with a task on an encrypted network are told"""
+
     def __init__(
         self,
         *,
@@ -1992,10 +2120,11 @@ class Cluster(_message.Message):
         blocked_certificates: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         unlock_key: _builtins.bytes = ...,
         unlock_revision: _builtins.int = ...,
+        network_keys: _abc.Iterable[Global___NetworkKey] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["join_tokens", b"join_tokens", "meta", b"meta", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocked_certificates", b"blocked_certificates", "data_path_port", b"data_path_port", "default_addr_pool", b"default_addr_pool", "id", b"id", "join_tokens", b"join_tokens", "meta", b"meta", "root_ca_cert_pem", b"root_ca_cert_pem", "root_ca_key_pem", b"root_ca_key_pem", "spec", b"spec", "subnet_size", b"subnet_size", "unlock_key", b"unlock_key", "unlock_revision", b"unlock_revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocked_certificates", b"blocked_certificates", "data_path_port", b"data_path_port", "default_addr_pool", b"default_addr_pool", "id", b"id", "join_tokens", b"join_tokens", "meta", b"meta", "network_keys", b"network_keys", "root_ca_cert_pem", b"root_ca_cert_pem", "root_ca_key_pem", b"root_ca_key_pem", "spec", b"spec", "subnet_size", b"subnet_size", "unlock_key", b"unlock_key", "unlock_revision", b"unlock_revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
