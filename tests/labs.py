@@ -154,7 +154,9 @@ def load_web_image(directory: Path) -> None:
 
 @contextmanager
 def lab_up(name: str, managers: int, workers: int, insecure_registries: Sequence[str] = ()) -> Iterator[Lab]:
-    """A lab for the time of the block; one that an aborted run left behind is removed first."""
+    """A lab for the time of the block; one that an aborted run left behind is removed first. The environment variable
+    PYSWARM_TEST_LAB_PREFIX keeps the labs of two checkouts that are tested at once apart."""
+    name = os.environ.get("PYSWARM_TEST_LAB_PREFIX", "") + name
     if name in lab.names():
         lab.down(name)
     lab.up(name, managers, workers, lambda line: None, insecure_registries)
