@@ -22,14 +22,12 @@ class Slot:
     key: int | str
     tasks: list[Task] = field(default_factory=list)
     """Oldest first, without those that are to be removed."""
+    runnable: list[Task] = field(default_factory=list)
+    """Those of them that shall run."""
     leaving: list[Task] = field(default_factory=list)
     """Desired REMOVE: the user does not want them any more; they wait for their end only."""
     settled: bool = False
     """Something was decided for it in this look: leave the rest to the next one."""
-
-    @property
-    def runnable(self) -> list[Task]:
-        return [task for task in self.tasks if states.is_runnable(task)]
 
 
 @dataclass(slots=True)
@@ -149,6 +147,7 @@ def slots_of(store: Store, service: Service) -> dict[int | str, Slot]:
     for slot in slots.values():
         if len(slot.tasks) > 1:
             slot.tasks.sort(key=lambda task: (task.meta.created_at, task.id))
+        slot.runnable = [task for task in slot.tasks if states.is_runnable(task)]
     return slots
 
 
