@@ -22,7 +22,7 @@ from tests.sim.checks import Checks
 from tests.sim.disk import PowerFailure
 from tests.sim.manager import SimManager
 from tests.sim.net import STEP_S, Net
-from tests.sim.users import Users, founding
+from tests.sim.users import Users, founding, networks_for
 from tests.sim.virtual import VirtualLoop
 from tests.simulated import check
 
@@ -137,7 +137,7 @@ class Swarm:
 
     async def _story(self) -> None:
         names = [f"host{number:04}" for number in range(self._size.hosts)]
-        await self._insist(lambda _: founding(names))
+        await self._insist(lambda _: founding(names, networks_for(self._size.services)))
         for name in names:
             host = Host(name, self.net.generator("host", name), self._dial, self._addrs(), self._container_fails)
             self.hosts[name] = host

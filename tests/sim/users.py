@@ -13,15 +13,21 @@ from swarm.store import states
 from swarm.store.changes import Change, Create, Update, copy_of
 from swarm.store.store import Store
 
-NETWORKS = 4
+NETWORKS_MIN, SERVICES_PER_NETWORK = 4, 10
 REPLICAS_MAX = 12
 
 
-def founding(hosts: list[str]) -> tuple[Change, ...]:
+def networks_for(services: int) -> int:
+    """How many networks so many services share: a node is told of all that is on its networks, so a thousand services
+    on four of them would be a thousand nodes that know everything."""
+    return max(NETWORKS_MIN, services // SERVICES_PER_NETWORK)
+
+
+def founding(hosts: list[str], networks: int) -> tuple[Change, ...]:
     """The objects of a new cluster."""
     cluster = Cluster(id="cluster", default_addr_pool=["10.0.0.0/8"], subnet_size=22)
     made: list[Change] = [Create(cluster)]
-    for number in range(NETWORKS + 1):
+    for number in range(networks + 1):
         network = Network(id=f"net{number}")
         network.spec.annotations.name = network.id if number else "ingress"
         network.spec.ingress = not number
@@ -38,6 +44,7 @@ class Users:
     def __init__(self, chance: random.Random, services_max: int) -> None:
         self._chance = chance
         self._services_max = services_max
+        self._networks = networks_for(services_max)
         self._made = 0
 
     def wish(self, store: Store) -> tuple[str, Change] | None:
@@ -72,7 +79,7 @@ class Users:
         else:
             spec.replicated.replicas = chance.randint(0, REPLICAS_MAX)
             spec.max_unavailable = chance.randint(0, 3)
-        for number in chance.sample(range(1, NETWORKS + 1), chance.randint(0, 2)):
+        for number in chance.sample(range(1, self._networks + 1), chance.randint(0, 2)):
             spec.task.networks.add(network_id=f"net{number}")
         if chance.random() < 0.4:
             spec.task.resources.reservations.nano_cpus = chance.choice((10**7, 10**8))
