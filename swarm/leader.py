@@ -49,7 +49,7 @@ class Commits(Protocol):
 
 STAGES: tuple[tuple[str, Stage], ...] = (
     ("allocate", allocate.decide),  # VNIs, subnets, VIPs, published ports
-    ("orchestrate", partial(orchestrate.decide, fits=schedule.fits)),  # tasks, NEW
+    ("orchestrate", partial(orchestrate.decide, fits=schedule.fits, surplus=schedule.surplus)),  # tasks, NEW
     ("allocate", allocate.decide),  # the new tasks' addresses: PENDING
     ("schedule", schedule.decide),  # ASSIGNED
 )

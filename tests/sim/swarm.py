@@ -16,7 +16,7 @@ from swarm.leader import STAGES, Stage
 from swarm.store import states
 from swarm.store.changes import Change, Update, copy_of
 from swarm.store.store import Store
-from tests.sim.agents import Host
+from tests.sim.agents import CARDS, Host
 from tests.sim.calls import Call
 from tests.sim.checks import Checks
 from tests.sim.disk import PowerFailure
@@ -134,6 +134,9 @@ class Swarm:
         if manager is not None and manager.store.version != self._checked_version:
             self._checked_version = manager.store.version
             check(manager.store)
+        for name, host in self.hosts.items():
+            cards = host.cards_in_use()
+            assert len(cards) == len(set(cards)), f"containers of {name} share a card: {cards}"
 
     async def _story(self) -> None:
         names = [f"host{number:04}" for number in range(self._size.hosts)]
@@ -185,6 +188,11 @@ class Swarm:
                 self._start_manager(name)
         for name in list(self._off):
             self._host_back(name)
+        for host in self.hosts.values():
+            if host.cards != CARDS:
+                host.kill_agent()
+                host.cards = CARDS
+                host.start()
         for name in self.hosts:
             await self._insist(lambda store, name=name: _activate(store, name))  # type: ignore[misc]
         end_s = self.net.now_s + RECOVERY_S
@@ -337,8 +345,10 @@ class Swarm:
     def _host_back(self, name: str) -> None:
         del self._off[name]
         self._heal_host(name)
-        self._tell(f"{name} is back")
-        self.hosts[name].start()
+        host = self.hosts[name]
+        host.cards = self._chance.choice((CARDS, CARDS, CARDS[:1])) if self._stormy else CARDS
+        self._tell(f"{name} is back, with {len(host.cards)} cards")
+        host.start()
 
     def _died(self, name: str, error: BaseException) -> None:
         assert isinstance(error, PowerFailure), f"{name} died without a reason: {error}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import Cluster, Network, Node, Service, ServiceSpec
@@ -51,7 +51,7 @@ class Users:
         """What is wanted, in words and as a change; None: nothing at the moment."""
         services = sorted((s for s in store.services if not s.pending_delete), key=lambda service: service.id)
         if len(services) < self._services_max and (not services or self._chance.random() < 0.5):
-            return self._create()
+            return self._create(store.services)
         draw = self._chance.random()
         if draw < 0.15:
             return self._node(store)
@@ -61,7 +61,7 @@ class Users:
             return f"remove {service.id}", Update(service)
         return self._change(store, service)
 
-    def _create(self) -> tuple[str, Change]:
+    def _create(self, services: Iterable[Service]) -> tuple[str, Change]:
         chance = self._chance
         self._made += 1
         service = Service(id=f"s{self._made:04}", spec_version=1)
@@ -83,6 +83,8 @@ class Users:
             spec.task.networks.add(network_id=f"net{number}")
         if chance.random() < 0.4:
             spec.task.resources.reservations.nano_cpus = chance.choice((10**7, 10**8))
+        if chance.random() < 0.5 and not any(each.spec.task.resources.reservations.generic for each in services):
+            spec.task.resources.reservations.generic.add(kind="gpu", count=1)  # one service at a time: all find room
         if chance.random() < 0.3:
             spec.endpoint.ports.add(target_port=80, published_port=8000 + self._made)
         if states.is_job(spec):
