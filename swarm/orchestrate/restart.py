@@ -96,6 +96,8 @@ def misplaced(view: View, task: Task, node: Node | None) -> str | None:
         return f"node {name} is down"
     if node.spec.availability == pb.DRAINED and not _leaves_in_turn(view, task):
         return f"node {name} is drained"
+    if node.spec.availability == pb.PAUSED:
+        return None  # it is left as it is until somebody makes it active again
     # Where the placement changed, the rollout moves replicas; else the node changed (its labels, its role). A global
     # service has nothing to move: what does not belong on a node any more just stops.
     if (view.is_global or task.spec.placement == view.spec.task.placement) and not view.fits_on(node):
