@@ -40,6 +40,12 @@ def backoff_s(policy: RestartPolicy, failures: int) -> float:
     return min(BACKOFF_MAX_S, max(delay_s, 1.0) * 2.0 ** min(doublings, 20))
 
 
+def is_limit_out_of_reach(policy: RestartPolicy) -> bool:
+    """The window in which attempts are counted is too short for as many as are allowed, with the delay between."""
+    delay_s = policy.delay_s if policy.HasField("delay_s") else DELAY_S
+    return 0 < policy.window_s <= policy.max_attempts * delay_s
+
+
 def failures_up_to(policy: RestartPolicy, task: Task) -> int:
     """How many tasks in a row, this one the last, ended by themselves soon after their start."""
     if task.status.state not in states.STOPPED_BY_ITSELF:
