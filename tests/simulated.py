@@ -62,6 +62,8 @@ class Simulation:
         self.store.subscribe(self._note)
         cluster = Cluster(id="cluster", default_addr_pool=["10.0.0.0/8"], subnet_size=24)
         self.create(cluster, *records)
+        if not any(isinstance(record, Network) and record.spec.ingress for record in records):
+            self.create(network("ingress", ingress=True))
 
     def new_id(self) -> str:
         self._ids += 1
