@@ -254,7 +254,12 @@ def _refused_attachment(name: str) -> None:
     @command(network, name, hidden=True, context_settings={"ignore_unknown_options": True})
     @click.argument("arguments", nargs=-1)
     def refuse(arguments: tuple[str, ...]) -> None:
-        """Not supported."""
+        """Not supported: only services attach to networks.
+
+        \b
+        Example:
+          pyswarm service update --network-add wpnet web
+        """
         flag = "add" if name == "connect" else "rm"
         raise Failure(
             f"network {name} is not supported: {UNATTACHABLE}; use `pyswarm service update --network-{flag} NETWORK"
