@@ -36,7 +36,14 @@ from proto.local_pb2 import (
     UnlockRequest,
 )
 from proto.objects_pb2 import MANAGER, Cluster, Node, NodeRole, NodeStatus
-from swarm.addresses import check_listen, check_pools, choose_advertise_host, host_addresses, split_host_port
+from swarm.addresses import (
+    check_listen,
+    check_pools,
+    choose_advertise_host,
+    data_path_address,
+    host_addresses,
+    split_host_port,
+)
 from swarm.config import DaemonConfig
 from swarm.errors import Invalid, Locked, NoLeader, SwarmError
 from swarm.hostfiles import HostPaths, Membership
@@ -211,6 +218,7 @@ class HostMembership:
             self._refuse_if_member()
             listen_addr = check_listen(request.listen_addr)
             host = choose_advertise_host(request.advertise_addr, host_addresses())
+            data_path = data_path_address(request.data_path_addr, host_addresses())
             cluster = Cluster(
                 default_addr_pool=request.default_addr_pool or [DEFAULT_POOL],
                 subnet_size=request.subnet_size or DEFAULT_SUBNET_BITS,
@@ -226,7 +234,7 @@ class HostMembership:
                 self._lock.keep(cluster.unlock_key)
             bootstrap = create_cluster(cluster, random_id, time.time())
             bootstrap.node.spec.availability = request.availability
-            membership = _first_membership(bootstrap, host, listen_addr, request.data_path_addr)
+            membership = _first_membership(bootstrap, host, listen_addr, data_path)
             self._credentials = bootstrap.save(self._paths.certificates, self._lock.seal)
             await self._become(membership, bootstrap.message().SerializeToString())
             return InitReply(
@@ -252,7 +260,8 @@ class HostMembership:
             )
         if request.advertise_addr:
             host = choose_advertise_host(request.advertise_addr, host_addresses())
-            membership = replace(membership, advertise_host=host, data_path_addr=request.data_path_addr or host)
+            data_path = data_path_address(request.data_path_addr, host_addresses()) or host
+            membership = replace(membership, advertise_host=host, data_path_addr=data_path)
         membership = membership.knowing((membership.manager_addr,))
         node = Node(id=membership.node_id, advertise_host=membership.advertise_host)
         node.data_path_addr = membership.data_path_addr
@@ -271,11 +280,12 @@ class HostMembership:
             self._refuse_if_member()
             listen_addr = check_listen(request.listen_addr)
             host = choose_advertise_host(request.advertise_addr, host_addresses())
+            data_path = data_path_address(request.data_path_addr, host_addresses())
             cluster = await asyncio.to_thread(cluster_of_backup, Path(request.path))
             if cluster.unlock_key:
                 self._lock.keep(cluster.unlock_key)
             bootstrap = restored_manager(cluster, random_id, time.time())
-            membership = _first_membership(bootstrap, host, listen_addr, request.data_path_addr)
+            membership = _first_membership(bootstrap, host, listen_addr, data_path)
             self._credentials = bootstrap.save(self._paths.certificates, self._lock.seal)
             await self._become(membership, Bootstrap(backup=request.path, node=bootstrap.node).SerializeToString())
             return InitReply(node_id=membership.node_id, tokens=cluster.join_tokens, join_addr=membership.join_addr)
@@ -288,6 +298,7 @@ class HostMembership:
             advertise = ""
             if request.advertise_addr:
                 advertise = choose_advertise_host(request.advertise_addr, host_addresses())
+            data_path = data_path_address(request.data_path_addr, host_addresses())
             remote_host, remote_port = split_host_port(request.remote_addr)
             if not remote_host:
                 raise Invalid("give the address of a manager: pyswarm swarm join --token TOKEN HOST:2377")
@@ -296,7 +307,7 @@ class HostMembership:
                 request.token,
                 advertise_host=advertise,
                 availability=request.availability,
-                data_path_addr=request.data_path_addr,
+                data_path_addr=data_path,
                 hostname=self._config.hostname,
                 timeout_s=JOIN_TIMEOUT_S,
             )
@@ -306,7 +317,7 @@ class HostMembership:
                 cluster_id=self._credentials.identity.cluster_id,
                 advertise_host=joined.advertise_host,
                 listen_addr=listen_addr,
-                data_path_addr=request.data_path_addr or joined.advertise_host,
+                data_path_addr=data_path or joined.advertise_host,
                 manager_addrs=tuple(joined.manager_addrs),
             )
             await self._become(membership, b"")

@@ -275,7 +275,7 @@ def check(store: Store) -> None:
         if port.mode == pb.INGRESS
     )
     _unique(
-        (task.node_id, port.protocol, port.published_port)
+        (task.node_id, port.protocol, port.published_port, port.host_ip)
         for task in store.tasks
         if pb.TASK_ASSIGNED <= task.status.state <= pb.TASK_RUNNING
         for port in task.endpoint.ports

@@ -23,6 +23,7 @@ VNI_FIRST = 4096
 VNI_LAST = (1 << 24) - 1
 INGRESS = Net4("10.255.0.0/16")
 LEGS = Net4("198.18.0.0/15")
+LEGS6 = Net6("2001:2::/48")
 """Nodes' own addresses on overlays (ARCHITECTURE.md)."""
 FIRST = Net4("10.0.0.0/24")
 """Docker gives it to its ingress; users expect their first network at 10.0.1.0/24."""
@@ -71,7 +72,7 @@ def ula_prefix(cluster_id: str) -> Net6:
 def in_use(store: Store, spec: NetworkSpec, fresh: Iterable[Network] = ()) -> list[Taken]:
     """Every subnet that a new network of this spec must keep clear of; `fresh`: networks that are not stored yet.
     A macvlan network is a LAN that nodes are on; all others keep clear of the nodes' own networks."""
-    taken = [Taken(LEGS, "the nodes' addresses on overlays")]
+    taken = [Taken(legs, "the nodes' addresses on overlays") for legs in (LEGS, LEGS6)]
     ingress_is_placed = spec.ingress
     for network in (*store.networks, *fresh):
         ingress_is_placed |= network.spec.ingress and bool(network.ipam.subnet)
