@@ -83,7 +83,7 @@ def check_listen(text: str) -> str:
     return f"{host or '0.0.0.0'}:{port}"
 
 
-def data_path_address(wanted: str, addresses: Mapping[str, Sequence[str]]) -> str:
+def vtep_of(wanted: str, addresses: Mapping[str, Sequence[str]]) -> str:
     """`wanted`, an IPv4 address or an interface that has one; "" stays (the advertised one is used). Raises Invalid."""
     text = choose_advertise_host(wanted, addresses) if wanted in addresses else wanted
     try:

@@ -36,14 +36,7 @@ from proto.local_pb2 import (
     UnlockRequest,
 )
 from proto.objects_pb2 import MANAGER, Cluster, Node, NodeRole, NodeStatus
-from swarm.addresses import (
-    check_listen,
-    check_pools,
-    choose_advertise_host,
-    data_path_address,
-    host_addresses,
-    split_host_port,
-)
+from swarm.addresses import check_listen, check_pools, choose_advertise_host, host_addresses, split_host_port, vtep_of
 from swarm.config import DaemonConfig
 from swarm.errors import Invalid, Locked, NoLeader, SwarmError
 from swarm.hostfiles import HostPaths, Membership
@@ -218,7 +211,6 @@ class HostMembership:
             self._refuse_if_member()
             listen_addr = check_listen(request.listen_addr)
             host = choose_advertise_host(request.advertise_addr, host_addresses())
-            data_path = data_path_address(request.data_path_addr, host_addresses())
             cluster = Cluster(
                 default_addr_pool=request.default_addr_pool or [DEFAULT_POOL],
                 subnet_size=request.subnet_size or DEFAULT_SUBNET_BITS,
@@ -234,7 +226,7 @@ class HostMembership:
                 self._lock.keep(cluster.unlock_key)
             bootstrap = create_cluster(cluster, random_id, time.time())
             bootstrap.node.spec.availability = request.availability
-            membership = _first_membership(bootstrap, host, listen_addr, data_path)
+            membership = _first_membership(bootstrap, host, listen_addr, request.data_path_addr)
             self._credentials = bootstrap.save(self._paths.certificates, self._lock.seal)
             await self._become(membership, bootstrap.message().SerializeToString())
             return InitReply(
@@ -260,8 +252,8 @@ class HostMembership:
             )
         if request.advertise_addr:
             host = choose_advertise_host(request.advertise_addr, host_addresses())
-            data_path = data_path_address(request.data_path_addr, host_addresses()) or host
-            membership = replace(membership, advertise_host=host, data_path_addr=data_path)
+            data_path = vtep_of(request.data_path_addr, host_addresses())
+            membership = replace(membership, advertise_host=host, data_path_addr=data_path or host)
         membership = membership.knowing((membership.manager_addr,))
         node = Node(id=membership.node_id, advertise_host=membership.advertise_host)
         node.data_path_addr = membership.data_path_addr
@@ -280,12 +272,11 @@ class HostMembership:
             self._refuse_if_member()
             listen_addr = check_listen(request.listen_addr)
             host = choose_advertise_host(request.advertise_addr, host_addresses())
-            data_path = data_path_address(request.data_path_addr, host_addresses())
             cluster = await asyncio.to_thread(cluster_of_backup, Path(request.path))
             if cluster.unlock_key:
                 self._lock.keep(cluster.unlock_key)
             bootstrap = restored_manager(cluster, random_id, time.time())
-            membership = _first_membership(bootstrap, host, listen_addr, data_path)
+            membership = _first_membership(bootstrap, host, listen_addr, request.data_path_addr)
             self._credentials = bootstrap.save(self._paths.certificates, self._lock.seal)
             await self._become(membership, Bootstrap(backup=request.path, node=bootstrap.node).SerializeToString())
             return InitReply(node_id=membership.node_id, tokens=cluster.join_tokens, join_addr=membership.join_addr)
@@ -298,7 +289,7 @@ class HostMembership:
             advertise = ""
             if request.advertise_addr:
                 advertise = choose_advertise_host(request.advertise_addr, host_addresses())
-            data_path = data_path_address(request.data_path_addr, host_addresses())
+            data_path = vtep_of(request.data_path_addr, host_addresses())
             remote_host, remote_port = split_host_port(request.remote_addr)
             if not remote_host:
                 raise Invalid("give the address of a manager: pyswarm swarm join --token TOKEN HOST:2377")
@@ -442,7 +433,7 @@ def _first_membership(bootstrap: NewCluster, host: str, listen_addr: str, data_p
     """Of the first manager, whose node object gets its addresses."""
     node = bootstrap.node
     node.advertise_host = host
-    node.data_path_addr = data_path_addr or host
+    node.data_path_addr = vtep_of(data_path_addr, host_addresses()) or host
     membership = Membership(
         node_id=node.id,
         cluster_id=bootstrap.cluster.id,

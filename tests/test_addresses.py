@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarm.addresses import check_pools, data_path_address
+from swarm.addresses import check_pools, vtep_of
 from swarm.errors import Invalid
 
 ADDRESSES = {"eth0": ["192.0.2.7/24"], "eth1": ["198.51.100.7/24", "198.51.100.8/24"]}
@@ -34,15 +34,15 @@ def test_bad_pools_name_the_flag(pools: list[str], bits: int, why: str) -> None:
 
 @pytest.mark.parametrize(("wanted", "address"), [("", ""), ("192.0.2.9", "192.0.2.9"), ("eth0", "192.0.2.7")])
 def test_the_data_path_is_an_address_or_an_interfaces(wanted: str, address: str) -> None:
-    assert data_path_address(wanted, ADDRESSES) == address
+    assert vtep_of(wanted, ADDRESSES) == address
 
 
 @pytest.mark.parametrize("wanted", ["0.0.0.0", "eth9", "192.0.2.9:4789", "2001:db8::1"])
 def test_bad_data_paths_name_the_flag(wanted: str) -> None:
     with pytest.raises(Invalid, match="--data-path-addr"):
-        data_path_address(wanted, ADDRESSES)
+        vtep_of(wanted, ADDRESSES)
 
 
 def test_an_interface_of_two_addresses_is_no_choice() -> None:
     with pytest.raises(Invalid, match="eth1 has 2 addresses"):
-        data_path_address("eth1", ADDRESSES)
+        vtep_of("eth1", ADDRESSES)

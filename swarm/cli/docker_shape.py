@@ -207,7 +207,10 @@ def node_json(node: pb.Node) -> Json:
         "Description": {
             "Hostname": description.hostname,
             "Platform": {"Architecture": description.platform.architecture, "OS": description.platform.os},
-            "Resources": _resources(description.resources),
+            "Resources": {
+                **_resources(description.resources),
+                **given("GenericResources", [_generic(resource) for resource in description.generic]),
+            },
             "Engine": {
                 "EngineVersion": description.engine_version,
                 **given("Labels", dict(description.engine_labels)),
@@ -257,7 +260,14 @@ def _resources(resources: pb.Resources) -> Json:
         **given("NanoCPUs", resources.nano_cpus),
         **given("MemoryBytes", resources.memory_bytes),
         **given("Pids", resources.pids),
+        **given("GenericResources", [_generic(resource) for resource in resources.generic]),
     }
+
+
+def _generic(resource: pb.GenericResource) -> Json:
+    if resource.id:
+        return {"NamedResourceSpec": {"Kind": resource.kind, "Value": resource.id}}
+    return {"DiscreteResourceSpec": {"Kind": resource.kind, "Value": resource.count}}
 
 
 def _update_config(config: pb.UpdateConfig) -> Json:
