@@ -51,7 +51,7 @@ def host_state(mirror: Mirror, local: Local) -> HostState:
         networks=tuple(_overlay_network(n) for n in networks.values()),
         peers=_peers(mirror, local),
         endpoints=tuple(
-            RemoteEndpoint(e.network_id, e.address, e.node_id)
+            RemoteEndpoint(e.network_id, e.address, e.node_id, e.address6)
             for e in mirror.endpoints()
             if e.node_id != local.node_id and e.network_id in networks
         ),
@@ -147,6 +147,8 @@ def _overlay_network(network: Network) -> OverlayNetwork:
         gateway=network.ipam.gateway,
         internal=network.spec.internal,
         mtu_bytes=int(mtu) if mtu.isdigit() else None,
+        subnet6=network.ipam6.subnet,
+        gateway6=network.ipam6.gateway,
     )
 
 

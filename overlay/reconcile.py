@@ -13,10 +13,8 @@ from pathlib import Path
 import structlog
 
 from overlay import firewall, namespaces, nfnl
-from overlay.act import NamespaceKernel, read_host, set_optional
+from overlay.act import NamespaceKernel, read_host
 from overlay.addressing import (
-    NODE_RANGE,
-    NODE_RANGE_PREFIX,
     host_table,
     is_leg,
     node_address,
@@ -48,6 +46,7 @@ from overlay.plan import (
 from overlay.rtnl import delete_link
 from overlay.ruleset import Layout, chains_of, host_layout, task_layout
 from overlay.sandboxes import FAILURES, Sandboxes
+from overlay.sysctls import set_host_sysctls
 from overlay.tables import UNKNOWN, task_table
 from overlay.tables import host_table as make_host_table
 
@@ -55,8 +54,6 @@ log = structlog.get_logger("overlay")
 
 AUDIT_PERIOD_S = 5.0
 """How stale a repair may be. An audit reads everything: about 1 ms per task and network."""
-NEIGHBOUR_LIMITS = {"net.ipv4.neigh.default.gc_thresh2": 16384, "net.ipv4.neigh.default.gc_thresh3": 32768}
-"""The machine's ARP table is shared by all namespaces; the default of 1,024 entries is 10 tasks of 100 peers."""
 ChainSets = dict[tuple[str, ...], frozenset[str]]
 """Networks of a task -> balancing chains that their services use; shared by the tasks within one audit."""
 
@@ -120,6 +117,8 @@ class Reconciler:
         old = self._state
         if old is None or (old.vtep, old.index, old.vxlan_port) != (state.vtep, state.index, state.vxlan_port):
             self._prepare_host(state)
+        elif old.networks != state.networks:
+            self._host_sysctls(state)
         if old is None:
             self._adopt()
         self._state = state
@@ -154,21 +153,15 @@ class Reconciler:
                 " again with --data-path-addr set to an address that this host has"
             )
         self._mtu_bytes = mtu
-        self._host_sysctls()
+        self._host_sysctls(state)
         layout = host_layout(host_table(self._tag), self._tag, node_address(state.index), state.vxlan_port)
         if self._host is None or self._host.table.layout != layout:
             self._load_host_table(layout, state)
         self._open_firewall()
 
     @staticmethod
-    def _host_sysctls() -> None:
-        if namespaces.read_sysctl("net.ipv4.ip_forward") != "1":
-            namespaces.sysctl("net.ipv4.ip_forward", "1")
-            log.info("ip_forward_enabled")
-        for name, limit in NEIGHBOUR_LIMITS.items():
-            value = namespaces.read_sysctl(name)
-            if value is not None and int(value) < limit:
-                set_optional(name, str(limit))
+    def _host_sysctls(state: HostState) -> None:
+        set_host_sysctls(ipv6=any(network.subnet6 for network in state.networks))
 
     def _load_host_table(self, layout: Layout, state: HostState) -> None:
         netlink = self._host.netlink if self._host else Netlink(NETLINK_NETFILTER)
@@ -257,7 +250,7 @@ class Reconciler:
 
     def _repair_links(self, task: Task) -> bool:
         found = self._kernel.read_task(task.task_id)
-        operations = task_operations(task, found, NODE_RANGE, NODE_RANGE_PREFIX)
+        operations = task_operations(task, found)
         if operations:
             self._kernel.do_task(task, operations)
         return bool(operations)
@@ -285,7 +278,7 @@ class Reconciler:
             kernel.make_task_namespace(task_id, sysctls)
             attached = Attached(interfaces, task, self._new_balance(task_id))
             self._tasks[task_id] = attached
-            kernel.do_task(task, task_operations(task, TaskKernel(), NODE_RANGE, NODE_RANGE_PREFIX))
+            kernel.do_task(task, task_operations(task, TaskKernel()))
             with kernel.thread.inside(kernel.task_path(task_id)):
                 attached.balance.table.load(attached.balance.netlink, {}, fresh=True)
             self._give(task_id, attached, self._current_loads())
@@ -347,7 +340,7 @@ class Reconciler:
         self._audited_at_s = self._clock()
         host = read_host()
         self._mtu_bytes = host.mtu_of(state.vtep) or self._mtu_bytes
-        self._guarded("host", self._audit_host)
+        self._guarded("host", self._audit_host, state)
         for network_id in self._sandboxes.standing() & self._sandboxes.networks.keys():
             self._guarded(f"network {network_id}", self._sandboxes.audit, network_id, host)
         self._sandboxes.apply(state, self._mtu_bytes)
@@ -356,10 +349,10 @@ class Reconciler:
             self._guarded(f"task {task_id}", self._audit_task, task_id, attached, chains)
         self._remove_unused()
 
-    def _audit_host(self) -> None:
+    def _audit_host(self, state: HostState) -> None:
         balance = self._host
         assert balance is not None
-        self._host_sysctls()
+        self._host_sysctls(state)
         if balance.table.audit(balance.netlink, lambda: balance.elements):
             log.warning("overlay_repaired", object="host table")
             self._open_firewall()

@@ -23,6 +23,7 @@ from overlay.diff import (
     SetEntries,
     SetLeg,
     SetPort,
+    SetVxlan,
     TaskKernel,
     empty_sandbox,
     sandbox_operations,
@@ -99,15 +100,44 @@ def test_the_default_route_is_the_first_that_is_not_internal() -> None:
     other = OverlayNetwork("n2", 2, "10.0.2.0/24", "10.0.2.1")
     interfaces = (Interface("n0", "10.0.0.5/24"), Interface("n1", "10.0.1.5/24"), Interface("n2", "10.0.2.5/24"))
     task = plan_task("t1", interfaces, {"n0": inside, "n1": NET, "n2": other}, 1, 1500)
-    assert [(link.name, link.default, link.gateway) for link in task.links] == [
-        ("eth0", False, None),
-        ("eth1", True, "10.0.1.1"),
-        ("eth2", False, "10.0.2.1"),
+    assert [(link.name, link.gateways, link.routes) for link in task.links] == [
+        ("eth0", (), ()),
+        ("eth1", ("10.0.1.1",), (("0.0.0.0", 0, "10.0.1.1"), ("198.18.0.0", 16, ""))),
+        ("eth2", ("10.0.2.1",), ()),
     ]
-    assert [read_port_alias(port_alias("t1", link)) for link in task.links] == [
-        ("t1", link.name, interface.address) for link, interface in zip(task.links, interfaces, strict=True)
+
+
+DUAL = replace(NET, network_id="n6", vni=6, subnet6="fd00:1::/64", gateway6="fd00:1:0::1")
+
+
+def test_each_family_leaves_by_the_first_network_that_has_it() -> None:
+    interfaces = (Interface("n1", "10.0.1.5/24"), Interface("n6", "10.0.1.5/24", "fd00:1:0::5/64"))
+    first, second = plan_task("t1", interfaces, {"n1": NET, "n6": DUAL}, 1, 1500).links
+    assert [destination for destination, _, _ in first.routes] == ["0.0.0.0", "198.18.0.0"]
+    assert second.routes == (("::", 0, "fd00:1::1"), ("2001:2::", 48, ""))
+    assert second.addresses == (("10.0.1.5", 24), ("fd00:1::5", 64))
+    assert [read_port_alias(port_alias("t1", link), link.network_id) for link in (first, second)] == [
+        ("t1", "eth0", interfaces[0]),
+        ("t1", "eth1", Interface("n6", "10.0.1.5/24", "fd00:1::5/64")),
     ]
-    assert read_port_alias("a remark of somebody else") is None
+    assert read_port_alias("a remark of somebody else", "n1") is None
+
+
+def test_a_network_with_ipv6_has_its_addresses_beside_those_of_ipv4() -> None:
+    endpoint = RemoteEndpoint("n6", "10.0.1.9", "b", "fd00:1::0009")
+    wanted = plan_sandbox(DUAL, STATE, (endpoint,), "t", 1500)
+    assert wanted.vxlan is not None
+    assert wanted.vxlan.ipv6
+    assert wanted.leg is not None
+    assert wanted.leg.addresses == {
+        ("10.0.1.1", 24),
+        ("198.18.0.1", 32),
+        ("fd00:1::1", 64),
+        ("2001:2::1", 128),
+    }
+    assert wanted.neighbours >= {("fd00:1::9", "02:42:0a:00:01:09"), ("2001:2::12c", leg_mac(300))}
+    with pytest.raises(NetworkError, match="network n6: an MTU of 1279 bytes"):
+        plan_sandbox(replace(DUAL, mtu_bytes=1279), STATE, (), "t", 1500)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +146,7 @@ def test_the_default_route_is_the_first_that_is_not_internal() -> None:
         ((Interface("n9", "10.0.1.5/24"),), "network n9 is not among those"),
         ((Interface("n1", "10.0.1.5/24"), Interface("n1", "10.0.1.6/24")), "two interfaces in network n1"),
         ((Interface("n1", "10.0.2.5/24"),), "does not lie in subnet 10.0.1.0/24"),
+        ((Interface("n1", "10.0.1.5/24", "fd00::5/64"),), "fd00::5/64 does not lie in subnet .none of that family"),
     ],
 )
 def test_a_task_that_cannot_be_wired_is_refused(interfaces: tuple[Interface, ...], message: str) -> None:
@@ -155,7 +186,12 @@ def functional(items: frozenset[tuple[str, str]]) -> frozenset[tuple[str, str]]:
 
 tables = pairs.map(functional)
 vxlans = st.builds(
-    Vxlan, st.integers(1, 2), st.just(4789), st.sampled_from(["192.0.2.1", "192.0.2.2"]), st.integers(1400, 1401)
+    Vxlan,
+    st.integers(1, 2),
+    st.just(4789),
+    st.sampled_from(["192.0.2.1", "192.0.2.2"]),
+    st.integers(1400, 1401),
+    st.booleans(),
 )
 legs = st.builds(
     Leg,
@@ -186,6 +222,9 @@ def run(box: Sandbox, operation: SandboxOperation) -> Sandbox:
             assert (box.vxlan is not None) == replaces
             empty = frozenset[tuple[str, str]]()
             return replace(box, vxlan=vxlan, forwarding=empty, neighbours=empty, ports=box.ports | {VXLAN_NAME})
+        case SetVxlan(vxlan):
+            assert box.bridge
+            return replace(box, vxlan=vxlan, ports=box.ports | {VXLAN_NAME})
         case MakeLeg(leg):
             assert box.leg is None
             return replace(box, leg=leg, ports=box.ports | {LEG_PORT_NAME})
@@ -196,10 +235,8 @@ def run(box: Sandbox, operation: SandboxOperation) -> Sandbox:
             assert box.leg is not None
             assert box.leg.name == name
             return replace(box, leg=None, ports=box.ports - {LEG_PORT_NAME})
-        case SetPort(name, mtu_bytes):
+        case SetPort(name, _):
             assert box.bridge
-            if name == VXLAN_NAME and box.vxlan is not None:
-                box = replace(box, vxlan=replace(box.vxlan, mtu_bytes=mtu_bytes))
             return replace(box, ports=box.ports | {name})
         case SetEntries(forward, unforward, know, forget):
             assert box.vxlan is not None
@@ -236,9 +273,9 @@ def test_a_containers_own_default_route_is_left_alone() -> None:
         neighbours=frozenset({("eth0", "10.0.1.1", leg_mac(1))}),
         present=frozenset({("eth0", link.mac)}),
     )
-    assert task_operations(task, kernel, "198.18.0.0", 16) == ()
+    assert task_operations(task, kernel) == ()
     gone = replace(kernel, routes=frozenset({("eth0", "198.18.0.0", 16, "")}))
-    assert [type(operation).__name__ for operation in task_operations(task, gone, "198.18.0.0", 16)] == ["SetLink"]
+    assert [type(operation).__name__ for operation in task_operations(task, gone)] == ["SetLink"]
 
 
 # --- services -------------------------------------------------------------------------------------------
