@@ -26,14 +26,15 @@ def attachment(task: Task) -> Attachment:
     """eth0, eth1, ... in the order of the service's networks."""
     return Attachment(
         task_id=task.id,
-        interfaces=tuple(Interface(net.network_id, net.address) for net in task.networks),
+        interfaces=tuple(Interface(net.network_id, net.address, net.address6) for net in task.networks),
         sysctls={k: v for k, v in task.spec.container.sysctls.items() if k.startswith("net.")},
     )
 
 
 def addresses(task: Task) -> tuple[str, ...]:
     """Without prefix lengths."""
-    return tuple(net.address.partition("/")[0] for net in task.networks)
+    given = (address for net in task.networks for address in (net.address, net.address6) if address)
+    return tuple(address.partition("/")[0] for address in given)
 
 
 def network_ids(task: Task) -> frozenset[str]:

@@ -26,7 +26,21 @@ from overlay.interface import (
     Vip,
 )
 from proto.dispatch_pb2 import NetworkEndpoint, NetworkService
-from proto.objects_pb2 import HOST, INGRESS, LEAST_CONNECTIONS, ROUND_ROBIN, SCTP, SOURCE_HASH, TASK_RUNNING, TASK_SHUTDOWN, TCP, UDP, VIP, Network, PortConfig
+from proto.objects_pb2 import (
+    HOST,
+    INGRESS,
+    LEAST_CONNECTIONS,
+    ROUND_ROBIN,
+    SCTP,
+    SOURCE_HASH,
+    TASK_RUNNING,
+    TASK_SHUTDOWN,
+    TCP,
+    UDP,
+    VIP,
+    Network,
+    PortConfig,
+)
 
 DEFAULT_VXLAN_PORT = 4789
 MTU_OPTION = "com.docker.network.driver.mtu"
@@ -77,9 +91,7 @@ def _vips(mirror: Mirror, serving: _Serving, networks: Mapping[str, Network]) ->
             if vip.network_id not in networks:
                 continue
             ends, balance = serving[service.service_id, vip.network_id], _BALANCE[service.balance]
-            yield Vip(
-                vip.network_id, _bare(vip.address), tuple(end.address for end in ends), _weights(ends), balance
-            )
+            yield Vip(vip.network_id, _bare(vip.address), tuple(end.address for end in ends), _weights(ends), balance)
             if vip.address6:
                 ends = tuple(end for end in ends if end.address6)
                 backends = tuple(end.address6 for end in ends)
@@ -180,6 +192,8 @@ def _overlay_network(network: Network) -> OverlayNetwork:
         gateway=network.ipam.gateway,
         internal=network.spec.internal,
         mtu_bytes=int(mtu) if mtu.isdigit() else None,
+        subnet6=network.ipam6.subnet,
+        gateway6=network.ipam6.gateway,
     )
 
 
@@ -235,7 +249,9 @@ def _service_names(service: NetworkService, network_id: str, ends: tuple[Network
         return None
     aliases = tuple(config.aliases) if config is not None else ()
     names = tuple(dict.fromkeys((service.name, *aliases)))
-    return ServiceNames(names=names, vip=vip if service.mode == VIP else None, task_addresses=tuple(end.address for end in ends))
+    return ServiceNames(
+        names=names, vip=vip if service.mode == VIP else None, task_addresses=tuple(end.address for end in ends)
+    )
 
 
 def _task_names(endpoint: NetworkEndpoint, local: Local) -> TaskNames:

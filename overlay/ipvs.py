@@ -11,13 +11,14 @@ import errno
 import hashlib
 import socket
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from overlay import namespaces
 from overlay.elements import FAMILIES, PROTOCOLS, packed
 from overlay.expressions import NODE_PREFIX
 from overlay.interface import Balance, PublishedPort, Vip
-from overlay.netlink import Message, Netlink, attribute, attributes, nested, text
+from overlay.netlink import NETLINK_GENERIC, Message, Netlink, acknowledged, attribute, attributes, nested, text
 
 SCHEDULERS: dict[Balance, str] = {"rr": "wrr", "lc": "wlc", "sh": "sh"}
 SYSCTLS = {
@@ -245,3 +246,41 @@ def _read_destinations(netlink: Netlink, family: int, key: Key, standing: Standi
         item = (found[1][:length], struct.unpack(">H", found[2])[0])
         counts = [int(struct.unpack("=I", found[kind])[0]) for kind in (4, 7, 8)]
         standing.weights[item], standing.open[item] = counts[0], counts[1] + counts[2]
+
+
+class VirtualServices:
+    """Those of one namespace. Made inside it."""
+
+    def __init__(self, ours: Callable[[int], bool] = lambda mark: True) -> None:
+        """`ours`: whether a service of this mark can be one of ours."""
+        self._netlink = Netlink(NETLINK_GENERIC)
+        self._family = family_id(self._netlink)
+        self._ours = ours
+        self._standing: dict[Key, Standing] = {}
+        for name, value in SYSCTLS.items():
+            namespaces.sysctl(name, value)
+        self._netlink.batch(acknowledged([timeouts(self._family)]))
+
+    def change(self, wanted: Mapping[Key, Service | None], alive: frozenset[bytes]) -> bool:
+        """Make the services named as wanted (None: it should not be); True when one that is wanted was not.
+        Raises NetlinkError: `audit` must then compare."""
+        todo = operations(wanted, self._standing, alive)
+        if todo:
+            self._netlink.batch(acknowledged([message(self._family, item) for item in todo]))
+            applied(self._standing, todo)
+        return any(item.command in (_NEW_SERVICE, _SET_SERVICE, _NEW_DEST) or item.weight for item in todo)
+
+    def audit(self, wanted: Services, alive: frozenset[bytes]) -> bool:
+        """Read all from the kernel and make it as wanted, inside the namespace or not; True when something wanted was
+        missing."""
+        found = read(self._netlink, self._family)
+        self._standing = {key: standing for key, standing in found.items() if self._ours(key[1])}
+        gone: dict[Key, Service | None] = dict.fromkeys(self._standing)
+        return self.change(gone | dict(wanted), alive)
+
+    def close(self) -> None:
+        self._netlink.close()
+
+
+def is_port_mark(mark: int) -> bool:
+    return struct.pack("=I", mark)[:1] in (b"p", b"a")

@@ -51,7 +51,7 @@ def _works(attempt: Callable[[], None]) -> bool:
 
 
 def _load_egress_rule() -> None:
-    (layout,) = task_layouts("127.0.0.11", 53, (), "lo")
+    (layout,) = task_layouts("nftables", ("127.0.0.11", 53), (), ("lo",))
     nft.run(layouts_text([layout], replace=False))
     with Netlink(NETLINK_NETFILTER) as netlink:
         rules = [

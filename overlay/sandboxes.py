@@ -43,9 +43,10 @@ class Sandboxes:
         for path in self.paths():
             network_id = self._identity(path)
             for alias in self._read(network_id, host).values():
-                parts = read_port_alias(alias)
-                if parts is not None:
-                    found.setdefault(parts[0], {})[parts[1]] = Interface(network_id, parts[2])
+                known = read_port_alias(alias, network_id)
+                if known is not None:
+                    task_id, link, interface = known
+                    found.setdefault(task_id, {})[link] = interface
         return {
             task_id: tuple(links[name] for name in sorted(links, key=lambda name: (len(name), name)))
             for task_id, links in found.items()
@@ -115,13 +116,15 @@ class Sandboxes:
     def _refuse_overlap(self, network: OverlayNetwork) -> None:
         if network.internal:
             return
-        clash = overlaps(network.subnet, read_host().foreign_prefixes(self.tag))
-        if clash is not None:
-            raise NetworkError(
-                f"network {network.network_id}: its subnet {network.subnet} overlaps {clash[1]} ({clash[0]}) on this"
-                " host, which would become unreachable; make the network anew with another --subnet, or keep its"
-                " tasks off this node with a constraint"
-            )
+        foreign = read_host().foreign_prefixes(self.tag)
+        for subnet in filter(None, (network.subnet, network.subnet6)):
+            clash = overlaps(subnet, foreign)
+            if clash is not None:
+                raise NetworkError(
+                    f"network {network.network_id}: its subnet {subnet} overlaps {clash[1]} ({clash[0]}) on this"
+                    " host, which would become unreachable; make the network anew with another --subnet, or keep its"
+                    " tasks off this node with a constraint"
+                )
 
     def audit(self, network_id: str, host: HostKernel) -> None:
         """Read one network from the kernel and repair it, with a line in the log. Raises FAILURES."""

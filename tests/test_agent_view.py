@@ -120,6 +120,15 @@ def test_networks_peers_and_remote_endpoints() -> None:
     assert state.endpoints == (RemoteEndpoint("net1", "10.0.1.6", "n2"),), "reachable before it serves"
 
 
+def test_ipv6_of_networks_and_endpoints() -> None:
+    items = net("net1") | end("t2", "10.0.1.6", node="n2")
+    items["network/net1"].network.ipam6.subnet, items["network/net1"].network.ipam6.gateway = "fd00::/64", "fd00::1"
+    items["endpoint/net1/t2"].endpoint.address6 = "fd00::6"
+    state = view.host_state(mirror(items), LOCAL)
+    assert (state.networks[0].subnet6, state.networks[0].gateway6) == ("fd00::/64", "fd00::1")
+    assert state.endpoints == (RemoteEndpoint("net1", "10.0.1.6", "n2", "fd00::6"),)
+
+
 def test_the_mtu_of_a_network_is_its_option() -> None:
     items = net("net1")
     items["network/net1"].network.spec.options[view.MTU_OPTION] = "1400"
@@ -278,6 +287,13 @@ def test_a_hostname_of_its_own_is_expanded_and_global_tasks_have_the_node_as_slo
     assert request.hostname == "web-host1"
     assert request.name == "web.n1.abcdefghijklmnopqrstuvwxy"
     assert request.spec.env[0] == "SLOT=n1"
+
+
+def test_a_task_has_its_addresses_of_both_families() -> None:
+    made = full_task()
+    made.networks[1].address6 = "fd00::5/64"
+    assert inputs.attachment(made).interfaces[1] == Interface("net2", "10.0.2.5/24", "fd00::5/64")
+    assert inputs.addresses(made) == ("10.0.1.5", "10.0.2.5", "fd00::5")
 
 
 def test_the_attachment_keeps_the_order_of_networks_and_takes_only_net_sysctls() -> None:

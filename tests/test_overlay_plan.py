@@ -25,6 +25,7 @@ from overlay.diff import (
     SetEntries,
     SetLeg,
     SetPort,
+    SetVxlan,
     TaskKernel,
     empty_sandbox,
     sandbox_operations,
@@ -67,7 +68,9 @@ from overlay.plan import (
     read_port_alias,
 )
 from overlay.ruleset import host_layouts, task_layouts
+from overlay.schemes import SCHEMES
 
+NFTABLES = SCHEMES["nftables"]
 NET = OverlayNetwork("n1", 4097, "10.0.1.0/24", "10.0.1.1")
 STATE = HostState(
     vtep="192.0.2.1",
@@ -114,15 +117,44 @@ def test_the_default_route_is_the_first_that_is_not_internal() -> None:
     other = OverlayNetwork("n2", 2, "10.0.2.0/24", "10.0.2.1")
     interfaces = (Interface("n0", "10.0.0.5/24"), Interface("n1", "10.0.1.5/24"), Interface("n2", "10.0.2.5/24"))
     task = plan_task("t1", interfaces, {"n0": inside, "n1": NET, "n2": other}, 1, 1500)
-    assert [(link.name, link.default, link.gateway) for link in task.links] == [
-        ("eth0", False, None),
-        ("eth1", True, "10.0.1.1"),
-        ("eth2", False, "10.0.2.1"),
+    assert [(link.name, link.gateways, link.routes) for link in task.links] == [
+        ("eth0", (), ()),
+        ("eth1", ("10.0.1.1",), (("0.0.0.0", 0, "10.0.1.1"), ("198.18.0.0", 16, ""))),
+        ("eth2", ("10.0.2.1",), ()),
     ]
-    assert [read_port_alias(port_alias("t1", link)) for link in task.links] == [
-        ("t1", link.name, interface.address) for link, interface in zip(task.links, interfaces, strict=True)
+
+
+DUAL = replace(NET, network_id="n6", vni=6, subnet6="fd00:1::/64", gateway6="fd00:1:0::1")
+
+
+def test_each_family_leaves_by_the_first_network_that_has_it() -> None:
+    interfaces = (Interface("n1", "10.0.1.5/24"), Interface("n6", "10.0.1.5/24", "fd00:1:0::5/64"))
+    first, second = plan_task("t1", interfaces, {"n1": NET, "n6": DUAL}, 1, 1500).links
+    assert [destination for destination, _, _ in first.routes] == ["0.0.0.0", "198.18.0.0"]
+    assert second.routes == (("::", 0, "fd00:1::1"), ("2001:2::", 48, ""))
+    assert second.addresses == (("10.0.1.5", 24), ("fd00:1::5", 64))
+    assert [read_port_alias(port_alias("t1", link), link.network_id) for link in (first, second)] == [
+        ("t1", "eth0", interfaces[0]),
+        ("t1", "eth1", Interface("n6", "10.0.1.5/24", "fd00:1::5/64")),
     ]
-    assert read_port_alias("a remark of somebody else") is None
+    assert read_port_alias("a remark of somebody else", "n1") is None
+
+
+def test_a_network_with_ipv6_has_its_addresses_beside_those_of_ipv4() -> None:
+    endpoint = RemoteEndpoint("n6", "10.0.1.9", "b", "fd00:1::0009")
+    wanted = plan_sandbox(DUAL, STATE, (endpoint,), "t", 1500)
+    assert wanted.vxlan is not None
+    assert wanted.vxlan.ipv6
+    assert wanted.leg is not None
+    assert wanted.leg.addresses == {
+        ("10.0.1.1", 24),
+        ("198.18.0.1", 32),
+        ("fd00:1::1", 64),
+        ("2001:2::1", 128),
+    }
+    assert wanted.neighbours >= {("fd00:1::9", "02:42:0a:00:01:09"), ("2001:2::12c", leg_mac(300))}
+    with pytest.raises(NetworkError, match="network n6: an MTU of 1279 bytes"):
+        plan_sandbox(replace(DUAL, mtu_bytes=1279), STATE, (), "t", 1500)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +163,7 @@ def test_the_default_route_is_the_first_that_is_not_internal() -> None:
         ((Interface("n9", "10.0.1.5/24"),), "network n9 is not among those"),
         ((Interface("n1", "10.0.1.5/24"), Interface("n1", "10.0.1.6/24")), "two interfaces in network n1"),
         ((Interface("n1", "10.0.2.5/24"),), "does not lie in subnet 10.0.1.0/24"),
+        ((Interface("n1", "10.0.1.5/24", "fd00::5/64"),), "fd00::5/64 does not lie in subnet .none of that family"),
     ],
 )
 def test_a_task_that_cannot_be_wired_is_refused(interfaces: tuple[Interface, ...], message: str) -> None:
@@ -170,7 +203,12 @@ def functional(items: frozenset[tuple[str, str]]) -> frozenset[tuple[str, str]]:
 
 tables = pairs.map(functional)
 vxlans = st.builds(
-    Vxlan, st.integers(1, 2), st.just(4789), st.sampled_from(["192.0.2.1", "192.0.2.2"]), st.integers(1400, 1401)
+    Vxlan,
+    st.integers(1, 2),
+    st.just(4789),
+    st.sampled_from(["192.0.2.1", "192.0.2.2"]),
+    st.integers(1400, 1401),
+    st.booleans(),
 )
 legs = st.builds(
     Leg,
@@ -201,6 +239,9 @@ def run(box: Sandbox, operation: SandboxOperation) -> Sandbox:
             assert (box.vxlan is not None) == replaces
             empty = frozenset[tuple[str, str]]()
             return replace(box, vxlan=vxlan, forwarding=empty, neighbours=empty, ports=box.ports | {VXLAN_NAME})
+        case SetVxlan(vxlan):
+            assert box.bridge
+            return replace(box, vxlan=vxlan, ports=box.ports | {VXLAN_NAME})
         case MakeLeg(leg):
             assert box.leg is None
             return replace(box, leg=leg, ports=box.ports | {LEG_PORT_NAME})
@@ -211,10 +252,8 @@ def run(box: Sandbox, operation: SandboxOperation) -> Sandbox:
             assert box.leg is not None
             assert box.leg.name == name
             return replace(box, leg=None, ports=box.ports - {LEG_PORT_NAME})
-        case SetPort(name, mtu_bytes):
+        case SetPort(name, _):
             assert box.bridge
-            if name == VXLAN_NAME and box.vxlan is not None:
-                box = replace(box, vxlan=replace(box.vxlan, mtu_bytes=mtu_bytes))
             return replace(box, ports=box.ports | {name})
         case SetEntries(forward, unforward, know, forget):
             assert box.vxlan is not None
@@ -251,9 +290,9 @@ def test_a_containers_own_default_route_is_left_alone() -> None:
         neighbours=frozenset({("eth0", "10.0.1.1", leg_mac(1))}),
         present=frozenset({("eth0", link.mac)}),
     )
-    assert task_operations(task, kernel, "198.18.0.0", 16) == ()
+    assert task_operations(task, kernel) == ()
     gone = replace(kernel, routes=frozenset({("eth0", "198.18.0.0", 16, "")}))
-    assert [type(operation).__name__ for operation in task_operations(task, gone, "198.18.0.0", 16)] == ["SetLink"]
+    assert [type(operation).__name__ for operation in task_operations(task, gone)] == ["SetLink"]
 
 
 # --- services -------------------------------------------------------------------------------------------
@@ -273,18 +312,18 @@ pictures = st.lists(vips, max_size=4).map(lambda found: {vip.address: vip for vi
 
 @given(pictures, pictures)
 def test_a_change_of_vips_is_the_change_of_their_elements(old: dict[str, Vip], new: dict[str, Vip]) -> None:
-    standing = network_elements(old)
-    change = vips_change(old, new)
+    standing = network_elements(NFTABLES, old)
+    change = vips_change(NFTABLES, old, new)
     for key, value in change.remove:
         assert standing.pop(key) == value  # the kernel refuses to remove what is not there...
     for key, value in change.add:
         assert key not in standing  # ... and to add what is
         standing[key] = value
-    assert standing == network_elements(new)
+    assert standing == network_elements(NFTABLES, new)
     lost = withdrawn(old, new)
     now = {vip: new[vip].backends if vip in new else () for vip in old}
     assert lost.keys() == {vip for vip in old if set(old[vip].backends) - set(now[vip])}
-    assert wanted_chains({"n1": new}, ["n1"]) == chains_of(network_elements(new))
+    assert wanted_chains(NFTABLES, {"n1": new}) == chains_of(network_elements(NFTABLES, new))
 
 
 def test_a_service_without_backends_is_refused_and_else_counted_by_their_slots() -> None:
@@ -351,7 +390,7 @@ def test_a_backend_named_twice_counts_once() -> None:
 
 def test_clients_are_hidden_from_tasks_that_cannot_answer_them() -> None:
     peers = (Peer("b", "192.0.2.2", 2, masquerade=True),)
-    found = host_picture(replace(STATE, peers=peers), [AF_INET]).elements
+    found = host_picture(NFTABLES, replace(STATE, peers=peers), [AF_INET]).elements
     assert {(name, key) for _, name, key in found} == {
         ("gateways", b"\x0a\0\x01\x01"),
         ("hidden", b"\x0a\0\x01\x09"),
@@ -359,12 +398,14 @@ def test_clients_are_hidden_from_tasks_that_cannot_answer_them() -> None:
 
 
 def test_another_layout_has_another_marker() -> None:
-    (one,), (two,) = (task_layouts("127.0.0.11", port, (AF_INET,), "") for port in (42053, 42054))
+    (one,), (two,) = (task_layouts("nftables", ("127.0.0.11", port), (AF_INET,), ()) for port in (42053, 42054))
     assert one.marker != two.marker
     assert one.rules() == {one.marker: 0, "refusal": 2, "balance": 3, "leave": 1}
     assert "delete table" in one.text(replace=True)
     assert "delete table" not in one.text(replace=False)
-    (host,), (other,) = (host_layouts("t", "x", {AF_INET: own}, 4789) for own in ("198.18.0.1", "198.18.0.2"))
+    (host,), (other,) = (
+        host_layouts("nftables", "t", "x", {AF_INET: own}, 4789) for own in ("198.18.0.1", "198.18.0.2")
+    )
     assert host.marker != other.marker
 
 

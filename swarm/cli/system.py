@@ -31,7 +31,10 @@ def client_version() -> str:
 )
 @click.option("--runtime", default="crun", show_default=True, help="OCI runtime: name or path.")
 @click.option(
-    "--lb", default="auto", show_default=True, type=click.Choice(["auto", "ipvs", "nftables"]),
+    "--lb",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "ipvs", "nftables"]),
     help="What balances services; auto = IPVS where the kernel has it.",
 )
 @click.option(
