@@ -35,7 +35,7 @@ TCP_FIN_TIMEOUT_S, UDP_TIMEOUT_S = 120, 300
 """The kernel's defaults."""
 
 _NEW_SERVICE, _SET_SERVICE, _DEL_SERVICE, _GET_SERVICE = 1, 2, 3, 4
-_NEW_DEST, _SET_DEST, _DEL_DEST, _GET_DEST, _SET_CONFIG = 5, 6, 7, 8, 12
+_NEW_DEST, _SET_DEST, _DEL_DEST, _GET_DEST, _SET_CONFIG, _FLUSH = 5, 6, 7, 8, 12, 17
 _SERVICE, _DEST = 1, 2
 _CTRL_ID, _CTRL_GETFAMILY = 16, 3
 _MASQUERADE = 0
@@ -246,6 +246,12 @@ def _read_destinations(netlink: Netlink, family: int, key: Key, standing: Standi
         item = (found[1][:length], struct.unpack(">H", found[2])[0])
         counts = [int(struct.unpack("=I", found[kind])[0]) for kind in (4, 7, 8)]
         standing.weights[item], standing.open[item] = counts[0], counts[1] + counts[2]
+
+
+def flush() -> None:
+    """Remove every service of the current namespace, whosever it is."""
+    with Netlink(NETLINK_GENERIC) as netlink:
+        netlink.batch(acknowledged([Message(family_id(netlink), 0, _command(_FLUSH), "flush IPVS")]))
 
 
 class VirtualServices:
