@@ -25,7 +25,7 @@ def test_the_balancer_is_what_was_asked_or_the_kernel_has(asked: str, has_ipvs: 
 
 
 def test_ipvs_is_refused_where_the_kernel_has_none() -> None:
-    with pytest.raises(NetworkError, match="--lb ipvs: this kernel has no IPVS.*--lb nftables"):
+    with pytest.raises(NetworkError, match=r"--lb ipvs: this kernel has no IPVS.*--lb nftables"):
         probe.choose_balancer("ipvs", has_ipvs=False)
 
 
