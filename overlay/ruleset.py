@@ -143,7 +143,7 @@ def _task_layout(family: int, balancer: Balancer, dns: tuple[str, int], answers:
         chains.append(Chain("arrive", (), hook, (remember_ingress(),)))
     if not nftables:
         give_mark = f"meta mark set {name} daddr . meta l4proto map @{VIPS}"
-        chains.append(Chain("mark", (give_mark,), "type filter hook output priority -150; policy accept;"))
+        chains.append(Chain("give_mark", (give_mark,), "type filter hook output priority -150; policy accept;"))
         sets: tuple[tuple[str, str], ...] = ((VIPS, f"map type {address} . inet_proto : mark"),)
     else:
         sets = (
