@@ -6,8 +6,6 @@ So a simulation can give each member its own clock, and no pickle is ever reacha
 
 from __future__ import annotations
 
-import _socket
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +18,6 @@ import pysyncobj.tcp_connection
 import pysyncobj.version
 
 from swarm.consensus import codec
-
-# pysyncobj puts Windows' version of this in place of everybody's, which fails here; nothing of ours must meet it.
-socket.inet_ntop = _socket.inet_ntop
 
 EXPECTED_VERSION = "0.3.17"
 
