@@ -44,7 +44,12 @@ def ask(cluster: Lab, host: str) -> tuple[str, str]:
         client.sendall(b"GET /cgi-bin/who HTTP/1.0\r\n\r\n")
         answer = b"".join(iter(lambda: client.recv(4096), b""))
     task, seen = answer.decode().split("\r\n\r\n", 1)[1].split()
-    return task, seen
+    return task, plain(seen)
+
+
+def plain(address: str) -> str:
+    """busybox writes IPv4 addresses as those of an IPv6 socket."""
+    return address.strip("[]").removeprefix("::ffff:")
 
 
 def ask_udp(cluster: Lab, host: str) -> tuple[str, str]:
@@ -53,7 +58,7 @@ def ask_udp(cluster: Lab, host: str) -> tuple[str, str]:
         client.connect((cluster.host(host).address, 8053))
         client.send(b"?")
         task, seen = client.recv(4096).decode().split()
-    return task, seen
+    return task, plain(seen)
 
 
 def keeps_source(cluster: Lab, host: str, tasks: int) -> bool:
