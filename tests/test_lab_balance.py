@@ -12,25 +12,20 @@ import pytest
 from swarm.lab import hosts, lab
 from tests.images import build_image, busybox_layer
 from tests.labs import Lab, lab_up, wait_for
+from tests.overlay_lab import Sockets
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 
 IMAGE = "pyswarm/who:1"
-SERVE = """#!/bin/sh
-# Tells each client its address as seen here: by HTTP on port 80, by UDP on port 53.
-udpsvd 0.0.0.0 53 /bin/tell &
-exec httpd -f -p 80 -h /var/www
-"""
-WHO = '#!/bin/sh\necho "$(hostname) ${UDPREMOTEADDR%:*}"\n'
-WHO_BY_HTTP = '#!/bin/sh\nprintf "Content-Type: text/plain\\r\\n\\r\\n"\necho "$(hostname) $REMOTE_ADDR"\n'
+WHO = '#!/bin/sh\nprintf "Content-Type: text/plain\\r\\n\\r\\n"\necho "$(hostname) $REMOTE_ADDR"\n'
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """One task of `who` on each of three hosts, published at 8000 (HTTP) and 8053 (UDP)."""
+    """One task of `who` on each of three hosts, published at 8000: it tells its client's address, by HTTP."""
     archive = tmp_path_factory.mktemp("image") / "who.tar"
-    files = {"bin/serve": SERVE, "bin/tell": WHO, "var/www/cgi-bin/who": WHO_BY_HTTP}
-    build_image(archive, IMAGE, [busybox_layer(files)], {"Entrypoint": ["/bin/serve"]})
+    serve = ["httpd", "-f", "-p", "80", "-h", "/var/www"]
+    build_image(archive, IMAGE, [busybox_layer({"var/www/cgi-bin/who": WHO})], {"Entrypoint": serve})
     lab.load_image(archive)
     with lab_up("balance", 1, 2) as made:
         ports = ["--publish", "8000:80", "--publish", "8053:53/udp"]
@@ -39,41 +34,44 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 
 def ask(cluster: Lab, host: str) -> tuple[str, str]:
-    """(task, address of this client as the task saw it), by HTTP."""
+    """(task, address of this client as the task saw it)"""
     with socket.create_connection((cluster.host(host).address, 8000), timeout=5) as client:
         client.sendall(b"GET /cgi-bin/who HTTP/1.0\r\n\r\n")
         answer = b"".join(iter(lambda: client.recv(4096), b""))
     task, seen = answer.decode().split("\r\n\r\n", 1)[1].split()
-    return task, plain(seen)
-
-
-def plain(address: str) -> str:
-    """busybox writes IPv4 addresses as those of an IPv6 socket."""
-    return address.strip("[]").removeprefix("::ffff:")
-
-
-def ask_udp(cluster: Lab, host: str) -> tuple[str, str]:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-        client.settimeout(5)
-        client.connect((cluster.host(host).address, 8053))
-        client.send(b"?")
-        task, seen = client.recv(4096).decode().split()
-    return task, plain(seen)
+    # busybox writes IPv4 addresses as those of an IPv6 socket.
+    return task, seen.strip("[]").removeprefix("::ffff:")
 
 
 def keeps_source(cluster: Lab, host: str, tasks: int) -> bool:
     """Whether that many tasks, on as many hosts, see this machine's own address through that host."""
-    for asked in (ask, ask_udp):
-        answers = {asked(cluster, host) for _ in range(2 * tasks)}
-        assert {seen for _, seen in answers} == {cluster.plan.gateway}, answers
-        if len(answers) != tasks:
-            return False
-    return True
+    answers = {ask(cluster, host) for _ in range(2 * tasks)}
+    assert {seen for _, seen in answers} == {cluster.plan.gateway}, answers
+    return len(answers) == tasks
 
 
 @pytest.mark.parametrize("host", ["m1", "w1", "w2"])
 def test_tasks_see_the_clients_address_through_any_host(cluster: Lab, host: str) -> None:
     assert keeps_source(cluster, host, 3)
+
+
+def test_tasks_see_the_address_of_clients_that_send_datagrams(cluster: Lab) -> None:
+    """The servers are this test's own, in the tasks' namespaces."""
+    sockets = Sockets()
+    try:
+        for row in cluster.running("who"):
+            netns = cluster.host(row["Node"]).run_dir / "netns" / f"task-{row['ID']}"
+            sockets.serve(netns, "0.0.0.0", 53, row["Node"], "udp")
+        for host in cluster.hosts:
+            answers = set()
+            for _ in cluster.hosts:
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+                    client.settimeout(5)
+                    client.sendto(b"?", (cluster.host(host).address, 8053))
+                    answers.add(tuple(client.recv(4096).decode().split()))
+            assert answers == {(name, cluster.plan.gateway) for name in cluster.hosts}
+    finally:
+        sockets.close()
 
 
 def test_node_inspect_tells_how_the_node_balances(cluster: Lab) -> None:
