@@ -1,52 +1,74 @@
-"""The nftables tables of the host and of all tasks, kept equal to the services. Runs on the namespace thread."""
+"""Balancing by nftables: the tables of the host and of all tasks, kept equal to the services. Runs on the namespace
+thread."""
 
 from __future__ import annotations
 
 import socket
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 from overlay import conntrack, nfnl
-from overlay.interface import L4, HostState
-from overlay.netlink import Message, Netlink, NetlinkError
-from overlay.plan import plan_published
-from overlay.ruleset import (
-    ASKED_BY_UDP,
-    ASKED_MAX,
+from overlay.elements import (
     ElementChange,
     Elements,
     element_change,
+    gateway_elements,
+    hidden_elements,
     joined,
-    vip_chain_name,
+    port_elements,
+    vip_chain,
     vip_elements,
 )
-from overlay.tables import UNKNOWN, Table
+from overlay.interface import HostState, PublishedPort, Vip
+from overlay.netlink import Message, Netlink, NetlinkError
+from overlay.ruleset import ASKED_BY_UDP, ASKED_MAX
+from overlay.tables import UNKNOWN, Chains, Tables
 
-Backends = Mapping[str, tuple[str, ...]]
-"""VIP -> backends, of one network"""
-NO_VIPS: Backends = {}
+Vips = Mapping[str, Vip]
+"""By address, of one network."""
+NO_VIPS: Vips = {}
+Service = TypeVar("Service", Vip, PublishedPort)
+
+
+def vips_by_network(state: HostState) -> dict[str, dict[str, Vip]]:
+    found: defaultdict[str, dict[str, Vip]] = defaultdict(dict)
+    for vip in state.vips:
+        found[vip.network_id][vip.address] = distinct(vip)
+    return dict(found)
+
+
+def distinct(service: Service) -> Service:
+    """Each backend named once, with the weight that it has first."""
+    backends = tuple(dict.fromkeys(service.backends))
+    if len(backends) == len(service.backends):
+        return service
+    weights = dict(zip(reversed(service.backends), reversed(service.weights), strict=False))
+    return replace(service, backends=backends, weights=tuple(weights[item] for item in backends) if weights else ())
 
 
 @dataclass(slots=True)
 class TaskBalance:
-    """The table in one task's namespace and what it was last given."""
+    """The tables in one task's namespace and what they were last given."""
 
-    table: Table
+    tables: Tables
     netlink: Netlink
     """Kept open: a change then needs no visit to the namespace, and closing an nftables socket waits (12 ms)
     for the clean-up of what earlier transactions removed."""
-    given: dict[str, Backends] = field(default_factory=dict)
+    given: dict[str, Vips] = field(default_factory=dict)
     """Network -> its VIPs."""
 
 
-def network_elements(vips: Backends) -> Elements:
+def network_elements(vips: Vips) -> Elements:
     out: Elements = {}
-    for address, backends in vips.items():
-        out |= vip_elements(address, backends)
+    for vip in vips.values():
+        out |= vip_elements(vip)
     return out
 
 
-def vips_change(old: Backends, new: Backends) -> ElementChange:
+def vips_change(old: Vips, new: Vips) -> ElementChange:
     """Only the VIPs that differ are expanded: a change costs what changes, not what there is."""
     changed = [address for address in old.keys() | new.keys() if old.get(address) != new.get(address)]
     before = network_elements({address: old[address] for address in changed if address in old})
@@ -54,13 +76,14 @@ def vips_change(old: Backends, new: Backends) -> ElementChange:
     return element_change(before, after)
 
 
-def withdrawn(old: Backends, new: Backends) -> dict[str, tuple[str, ...]]:
+def withdrawn(old: Vips, new: Vips) -> dict[str, tuple[str, ...]]:
     """VIPs that lost a backend -> those they have now."""
-    return {
-        address: new.get(address, ())
-        for address, backends in old.items()
-        if backends != new.get(address) and not set(backends) <= set(new.get(address, ()))
-    }
+    out = {}
+    for address, vip in old.items():
+        kept = new[address].backends if address in new else ()
+        if vip.backends != kept and not set(vip.backends) <= set(kept):
+            out[address] = kept
+    return out
 
 
 class Changes:
@@ -74,49 +97,43 @@ class Changes:
         self._kept: list[object] = []
         """Keeps the pictures alive: they are known by their id()."""
 
-    def between(self, old: Backends, new: Backends) -> ElementChange:
+    def between(self, old: Vips, new: Vips) -> ElementChange:
         key = (id(old), id(new))
         if key not in self._changes:
             self._kept += [old, new]
             self._changes[key] = vips_change(old, new)
         return self._changes[key]
 
-    def withdrawn(self, old: Backends, new: Backends) -> dict[str, tuple[str, ...]]:
+    def withdrawn(self, old: Vips, new: Vips) -> dict[str, tuple[str, ...]]:
         key = (id(old), id(new))
         if key not in self._withdrawn:
             self._withdrawn[key] = withdrawn(old, new)
         return self._withdrawn[key]
 
-    def messages(
-        self, table: Table, pairs: Iterable[tuple[Backends, Backends]], change: ElementChange
-    ) -> list[Message]:
-        missing = frozenset(change.chains() - table.chains)
+    def messages(self, tables: Tables, pairs: Iterable[tuple[Vips, Vips]], change: ElementChange) -> list[Message]:
+        missing = frozenset(change.chains() - tables.chains)
         key = (tuple((id(old), id(new)) for old, new in pairs), missing)
         if key not in self._messages:
-            self._messages[key] = table.messages(change)
+            self._messages[key] = tables.messages(change)
         return self._messages[key]
 
 
-def wanted_elements(vips: Mapping[str, Backends], networks: Iterable[str]) -> Elements:
+def wanted_elements(vips: Mapping[str, Vips], networks: Iterable[str]) -> Elements:
     out: Elements = {}
     for network_id in networks:
         out |= network_elements(vips.get(network_id, NO_VIPS))
     return out
 
 
-def wanted_chains(vips: Mapping[str, Backends], networks: Iterable[str]) -> frozenset[str]:
+def wanted_chains(vips: Mapping[str, Vips], networks: Iterable[str]) -> Chains:
     """Balancing chains in use, without expanding all elements."""
-    return frozenset(
-        vip_chain_name(address, len(backends))
-        for network_id in networks
-        for address, backends in vips.get(network_id, NO_VIPS).items()
-        if backends
-    )
+    found = (vip for network_id in networks for vip in vips.get(network_id, NO_VIPS).values())
+    return frozenset(vip_chain(vip) for vip in found if vip.backends)
 
 
-def give(balance: TaskBalance, vips: Mapping[str, Backends], networks: Iterable[str], changes: Changes) -> bool:
-    """Bring one task's table up to date, in whatever namespace the thread is. False when the kernel refused: the
-    table is not as we left it, and `Table.adopt` must repair it from inside its namespace."""
+def give(balance: TaskBalance, vips: Mapping[str, Vips], networks: Iterable[str], changes: Changes) -> bool:
+    """Bring one task's tables up to date, in whatever namespace the thread is. False when the kernel refused: the
+    tables are not as we left them, and `Tables.adopt` must repair them from inside their namespace."""
     networks = tuple(networks)
     wanted = {network_id: vips.get(network_id, NO_VIPS) for network_id in networks}
     pairs = [(balance.given.get(network_id, NO_VIPS), new) for network_id, new in wanted.items()]
@@ -126,67 +143,91 @@ def give(balance: TaskBalance, vips: Mapping[str, Backends], networks: Iterable[
     if not change:
         return True
     try:
-        balance.table.change(balance.netlink, change, changes.messages(balance.table, pairs, change))
+        balance.tables.change(balance.netlink, change, changes.messages(balance.tables, pairs, change))
     except NetlinkError:
-        # The table is not what we left there: the audit compares and repairs, in the namespace.
-        balance.table.generation = UNKNOWN
+        balance.tables.generation = UNKNOWN
         return False
     lost = {vip: left for old, new in pairs for vip, left in changes.withdrawn(old, new).items()}
     if lost:
-        forget_task_flows(balance.netlink, balance.table.layout.table, lost)
+        forget_task_flows(balance.netlink, balance.tables, lost)
     return True
 
 
-def forget_task_flows(netlink: Netlink, table: str, lost: Mapping[str, tuple[str, ...]]) -> None:
+def forget_task_flows(netlink: Netlink, tables: Tables, lost: Mapping[str, tuple[str, ...]]) -> None:
     """Cut the UDP flows of this namespace to backends that their VIP no longer has."""
-    asked = nfnl.elements(netlink, table, [ASKED_BY_UDP])
-    full = len(asked) >= ASKED_MAX
-    hit = lost.keys() if full else {socket.inet_ntoa(key) for _, key in asked} & lost.keys()
-    if hit:
-        conntrack.forget_udp(netlink, lambda flow: flow.to in hit and flow.answered_by not in lost[flow.to])
+    for family in {layout.family for layout in tables.layouts if ASKED_BY_UDP in dict(layout.sets)}:
+        asked = nfnl.elements(netlink, family, tables.name, [ASKED_BY_UDP])
+        full = len(asked) >= ASKED_MAX
+        hit = lost.keys() if full else {socket.inet_ntop(family, key) for _, _, key in asked} & lost.keys()
+        left = {vip: lost[vip] for vip in hit}
+        if left:
+            conntrack.forget_udp(netlink, family, partial(_is_stale, left))
+
+
+def _is_stale(left: Mapping[str, tuple[str, ...]], flow: conntrack.Flow) -> bool:
+    return flow.to in left and flow.answered_by not in left[flow.to]
 
 
 # --- published ports ---------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class HostPicture:
+    """What the host's tables should hold."""
+
+    elements: Elements
+    udp: Mapping[int, frozenset[tuple[str, int]]]
+    """Published UDP ports -> backends."""
+
+
+def host_picture(state: HostState, families: Iterable[int]) -> HostPicture:
+    families = tuple(families)
+    unable = {peer.node_id for peer in state.peers if peer.masquerade}
+    hidden = [endpoint for endpoint in state.endpoints if endpoint.node_id in unable]
+    elements = gateway_elements(state.networks)
+    elements |= hidden_elements(item for end in hidden for item in (end.address, end.address6) if item)
+    elements = {key: value for key, value in elements.items() if key[0] in families}
+    udp: defaultdict[int, frozenset[tuple[str, int]]] = defaultdict(frozenset)
+    for published in state.published:
+        elements |= port_elements(distinct(published), families)
+        if published.protocol == "udp":
+            udp[published.port] |= frozenset(published.backends)
+    return HostPicture(elements, dict(udp))
+
+
 @dataclass(slots=True)
 class HostBalance:
-    table: Table
+    tables: Tables
     netlink: Netlink
-    elements: Elements = field(default_factory=dict)
-    udp: dict[int, frozenset[tuple[str, int]]] = field(default_factory=dict)
+    given: HostPicture
 
 
-def udp_backends(state: HostState) -> dict[int, frozenset[tuple[str, int]]]:
-    protocol: L4 = "udp"
-    return {item.port: frozenset(item.backends) for item in state.published if item.protocol == protocol}
-
-
-def give_host(balance: HostBalance, state: HostState, local_addresses: frozenset[str]) -> bool:
-    """Bring the host's table up to date, in the host's namespace; True when it changed."""
-    wanted, udp = plan_published(state), udp_backends(state)
-    change = element_change(balance.elements, wanted)
+def give_host(balance: HostBalance, wanted: HostPicture, local_addresses: frozenset[str]) -> None:
+    """Bring the host's tables up to date, in the host's namespace."""
+    change = element_change(balance.given.elements, wanted.elements)
     if not change:
-        return False
+        return
     netlink = balance.netlink
     try:
-        balance.table.change(netlink, change)
+        balance.tables.change(netlink, change)
     except NetlinkError:
-        balance.table.adopt(netlink, wanted)
+        balance.tables.adopt(netlink, balance.tables.layouts, wanted.elements)
+    old, new = balance.given.udp, wanted.udp
     # A port that is new may be known to conntrack, untranslated, from a client that already tries it.
     moved = {
-        port: udp.get(port, frozenset())
-        for port in udp.keys() | balance.udp.keys()
-        if port not in balance.udp or balance.udp[port] - udp.get(port, frozenset())
+        port: new.get(port, frozenset())
+        for port in old.keys() | new.keys()
+        if port not in old or old[port] - new.get(port, frozenset())
     }
     if moved and conntrack.any_flows():
-        conntrack.forget_udp(
-            netlink,
-            lambda flow: (
-                flow.to_port in moved
-                and flow.to in local_addresses
-                and (flow.answered_by, flow.answered_port) not in moved[flow.to_port]
-            ),
-        )
-    balance.elements, balance.udp = wanted, udp
-    return True
+        for layout in balance.tables.layouts:
+            conntrack.forget_udp(
+                netlink,
+                layout.family,
+                lambda flow: (
+                    flow.to_port in moved
+                    and flow.to in local_addresses
+                    and (flow.answered_by, flow.answered_port) not in moved[flow.to_port]
+                ),
+            )
+    balance.given = wanted

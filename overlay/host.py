@@ -37,13 +37,16 @@ class KernelNetwork:
         *,
         host_netns: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
+        answers_through_ingress: bool = True,
     ) -> None:
         if not re.fullmatch(rf"[a-z0-9]{{1,{TAG_MAX_CHARS}}}", tag):
             raise NetworkError(f"tag {tag!r} is not 1 to {TAG_MAX_CHARS} characters of a-z and 0-9")
         self._thread = NamespaceThread(host_netns)
         kernel = NamespaceKernel(self._thread, run_dir / "netns")
         self._deleting = ThreadPoolExecutor(max_workers=DELETIONS_AT_ONCE, thread_name_prefix="unlink")
-        self._reconciler = Reconciler(kernel, tag, dns_address, dns_port, clock)
+        self._reconciler = Reconciler(
+            kernel, tag, dns_address, dns_port, clock=clock, answers_through_ingress=answers_through_ingress
+        )
 
     async def apply(self, state: HostState) -> None:
         """Make the kernel equal to `state`. Raises NetworkError when the host itself cannot serve (its data path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from overlay.addressing import (
     MAX_NODE_INDEX,
@@ -31,7 +31,6 @@ from overlay.interface import (
     Peer,
     RemoteEndpoint,
 )
-from overlay.ruleset import Elements, port_elements
 
 MIN_MTU_BYTES = 576
 """What every IPv4 host must accept (RFC 791): a smaller MTU option is a typing error."""
@@ -197,21 +196,6 @@ def endpoints_by_network(endpoints: Iterable[RemoteEndpoint]) -> dict[str, tuple
     for endpoint in endpoints:
         found[endpoint.network_id].append(endpoint)
     return {network_id: tuple(items) for network_id, items in found.items()}
-
-
-def vips_by_network(state: HostState) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Network -> VIP -> backends, without repetitions."""
-    found: defaultdict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)
-    for vip in state.vips:
-        found[vip.network_id][vip.address] = tuple(dict.fromkeys(vip.backends))
-    return dict(found)
-
-
-def plan_published(state: HostState) -> Elements:
-    out: Elements = {}
-    for published in state.published:
-        out |= port_elements(replace(published, backends=tuple(dict.fromkeys(published.backends))))
-    return out
 
 
 def plan_task(

@@ -6,6 +6,7 @@ repairs what somebody else changed.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,39 +23,38 @@ from overlay.addressing import (
 )
 from overlay.balance import (
     NO_VIPS,
-    Backends,
     Changes,
     HostBalance,
     TaskBalance,
+    Vips,
     give,
     give_host,
-    udp_backends,
+    host_picture,
+    vips_by_network,
     wanted_chains,
     wanted_elements,
 )
 from overlay.diff import TaskKernel, task_operations
+from overlay.elements import chains_of
 from overlay.interface import Attachment, HostState, Interface, NetworkError
 from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Netlink, acknowledged
 from overlay.plan import (
     Task,
     attachment_interfaces,
     check_state,
-    plan_published,
     plan_task,
-    vips_by_network,
 )
 from overlay.rtnl import delete_link
-from overlay.ruleset import Layout, chains_of, host_layout, task_layout
+from overlay.ruleset import TASK_TABLE, Layout, host_layouts, task_layouts
 from overlay.sandboxes import FAILURES, Sandboxes
 from overlay.sysctls import set_host_sysctls
-from overlay.tables import UNKNOWN, task_table
-from overlay.tables import host_table as make_host_table
+from overlay.tables import UNKNOWN, Chains, delete_tables, host_tables, task_tables
 
 log = structlog.get_logger("overlay")
 
 AUDIT_PERIOD_S = 5.0
 """How stale a repair may be. An audit reads everything: about 1 ms per task and network."""
-ChainSets = dict[tuple[str, ...], frozenset[str]]
+ChainSets = dict[tuple[str, ...], Chains]
 """Networks of a task -> balancing chains that their services use; shared by the tasks within one audit."""
 
 
@@ -85,11 +85,19 @@ class Port:
 
 class Reconciler:
     def __init__(
-        self, kernel: NamespaceKernel, tag: str, dns_address: str, dns_port: int, clock: Callable[[], float]
+        self,
+        kernel: NamespaceKernel,
+        tag: str,
+        dns_address: str,
+        dns_port: int,
+        *,
+        clock: Callable[[], float],
+        answers_through_ingress: bool,
     ) -> None:
         self._kernel = kernel
         self._tag = tag
-        self._task_layout = task_layout(dns_address, dns_port)
+        self._dns = (dns_address, dns_port)
+        self._answers = answers_through_ingress
         self._clock = clock
         self._state: HostState | None = None
         self._complete = False
@@ -97,7 +105,7 @@ class Reconciler:
         self._mtu_bytes = 0
         self._sandboxes = Sandboxes(kernel, tag)
         self._tasks: dict[str, Attached] = {}
-        self._vips: dict[str, Backends] = {}
+        self._vips: dict[str, Vips] = {}
         self._host: HostBalance | None = None
         self._loads = Changes()
         self._loads_of: object = None
@@ -154,20 +162,12 @@ class Reconciler:
             )
         self._mtu_bytes = mtu
         self._host_sysctls(state)
-        layout = host_layout(host_table(self._tag), self._tag, node_address(state.index), state.vxlan_port)
-        if self._host is None or self._host.table.layout != layout:
-            self._load_host_table(layout, state)
+        self._publish(state)
         self._open_firewall()
 
     @staticmethod
     def _host_sysctls(state: HostState) -> None:
         set_host_sysctls(ipv6=any(network.subnet6 for network in state.networks))
-
-    def _load_host_table(self, layout: Layout, state: HostState) -> None:
-        netlink = self._host.netlink if self._host else Netlink(NETLINK_NETFILTER)
-        balance = HostBalance(make_host_table(layout), netlink, plan_published(state), udp_backends(state))
-        balance.table.adopt(netlink, balance.elements)
-        self._host = balance
 
     def _open_firewall(self) -> None:
         with Netlink(NETLINK_NETFILTER) as netlink:
@@ -193,11 +193,20 @@ class Reconciler:
     # --- services ------------------------------------------------------------------------------------
 
     def _publish(self, state: HostState) -> None:
+        layouts = self._host_layouts(state)
+        wanted = host_picture(state, [layout.family for layout in layouts])
         host = self._host
-        if host is None or host.elements == plan_published(state):
-            return
-        local = frozenset(address for _, address, _ in read_host().addresses) | {"127.0.0.1"}
-        give_host(host, state, local)
+        if host is None or host.tables.layouts != layouts:
+            netlink = host.netlink if host else Netlink(NETLINK_NETFILTER)
+            self._host = HostBalance(host_tables(host_table(self._tag)), netlink, wanted)
+            self._host.tables.adopt(netlink, layouts, wanted.elements)
+        elif host.given != wanted:
+            local = frozenset(address for _, address, _ in read_host().addresses) | {"127.0.0.1"}
+            give_host(host, wanted, local)
+
+    def _host_layouts(self, state: HostState) -> tuple[Layout, ...]:
+        own: dict[int, str] = {socket.AF_INET: node_address(state.index)}
+        return host_layouts(host_table(self._tag), self._tag, own, state.vxlan_port)
 
     def _share_vips(self, state: HostState) -> None:
         """Networks whose VIPs did not change keep the identical object: comparing is then free for each task."""
@@ -209,7 +218,7 @@ class Reconciler:
 
     def _give(self, task_id: str, attached: Attached, changes: Changes) -> None:
         balance, networks = attached.balance, attached.network_ids()
-        known = balance.table.generation != UNKNOWN
+        known = balance.tables.generation != UNKNOWN
         if known and all(balance.given.get(item) is self._vips.get(item, NO_VIPS) for item in networks):
             return
         if not known or not give(balance, self._vips, networks, changes):
@@ -217,13 +226,22 @@ class Reconciler:
 
     def _new_balance(self, task_id: str) -> TaskBalance:
         with self._kernel.thread.inside(self._kernel.task_path(task_id)):
-            return TaskBalance(task_table(self._task_layout), Netlink(NETLINK_NETFILTER))
+            return TaskBalance(task_tables(TASK_TABLE), Netlink(NETLINK_NETFILTER))
+
+    def _task_layouts(self, attached: Attached) -> tuple[Layout, ...]:
+        links = attached.task.links if attached.task else ()
+        default = next((link.name for link in links if link.routes), "")
+        families = (
+            (socket.AF_INET, socket.AF_INET6) if any(i.address6 for i in attached.interfaces) else (socket.AF_INET,)
+        )
+        return task_layouts(*self._dns, families, default if self._answers else "")
 
     def _adopt_table(self, task_id: str, attached: Attached) -> None:
-        networks = attached.network_ids()
+        balance, networks = attached.balance, attached.network_ids()
         with self._kernel.thread.inside(self._kernel.task_path(task_id)):
-            attached.balance.table.adopt(attached.balance.netlink, wanted_elements(self._vips, networks))
-        attached.balance.given = {item: self._vips.get(item, NO_VIPS) for item in networks}
+            layouts = self._task_layouts(attached)
+            balance.tables.adopt(balance.netlink, layouts, wanted_elements(self._vips, networks))
+        balance.given = {item: self._vips.get(item, NO_VIPS) for item in networks}
 
     # --- tasks ---------------------------------------------------------------------------------------
 
@@ -280,7 +298,8 @@ class Reconciler:
             self._tasks[task_id] = attached
             kernel.do_task(task, task_operations(task, TaskKernel()))
             with kernel.thread.inside(kernel.task_path(task_id)):
-                attached.balance.table.load(attached.balance.netlink, {}, fresh=True)
+                attached.balance.tables.layouts = self._task_layouts(attached)
+                attached.balance.tables.load(attached.balance.netlink, {}, fresh=True)
             self._give(task_id, attached, self._current_loads())
         except FAILURES:
             self._discard(task_id)
@@ -353,10 +372,11 @@ class Reconciler:
         balance = self._host
         assert balance is not None
         self._host_sysctls(state)
-        if balance.table.audit(balance.netlink, lambda: balance.elements):
+        elements = balance.given.elements
+        if balance.tables.audit(balance.netlink, balance.tables.layouts, lambda: elements):
             log.warning("overlay_repaired", object="host table")
             self._open_firewall()
-        balance.table.sweep(balance.netlink, chains_of(balance.elements))
+        balance.tables.sweep(balance.netlink, chains_of(elements))
 
     def _works(self, network_id: str) -> bool:
         return network_id in self._sandboxes.networks and network_id not in self._sandboxes.faults
@@ -371,13 +391,15 @@ class Reconciler:
             attached.task = self._plan(task_id, attached.interfaces)
             if self._repair_links(attached.task):
                 log.warning("overlay_repaired", object=f"task {task_id}", part="links")
+                attached.balance.tables.generation = UNKNOWN  # the hook at a link goes with it
         balance, networks = attached.balance, attached.network_ids()
         with self._kernel.thread.inside(path):
-            if balance.table.audit(balance.netlink, lambda: wanted_elements(self._vips, networks)):
+            layouts = self._task_layouts(attached)
+            if balance.tables.audit(balance.netlink, layouts, lambda: wanted_elements(self._vips, networks)):
                 log.warning("overlay_repaired", object=f"task {task_id}", part="table")
         if networks not in chains:
             chains[networks] = wanted_chains(self._vips, networks)
-        balance.table.sweep(balance.netlink, chains[networks])
+        balance.tables.sweep(balance.netlink, chains[networks])
 
     def close(self) -> None:
         """Close what is kept open; the kernel's state stays."""
@@ -400,7 +422,7 @@ class Reconciler:
         with Netlink(NETLINK_NETFILTER) as netlink:
             if firewall.in_use(nfnl.chains(netlink)):
                 firewall.take_back(self._tag)
-            netlink.transaction(nfnl.transaction([nfnl.delete_table(host_table(self._tag))]))
+            delete_tables(netlink, host_table(self._tag))
         directory = self._kernel.directory
         if directory.is_dir():
             for path in directory.glob("task-*"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest_asyncio
 from overlay import namespaces, nft
 from overlay.interface import Attachment, Interface, NetworkError, OverlayNetwork, PublishedPort, Vip
 from overlay.reconcile import AUDIT_PERIOD_S
-from overlay.ruleset import task_layout
+from overlay.ruleset import task_layouts
 from tests.overlay_lab import INSIDE, NET, OTHER, OUTSIDE, OverlayLab, SimulatedHost, address6, interface
 
 pytestmark = pytest.mark.root
@@ -119,6 +120,7 @@ async def test_the_audit_repairs(shared: OverlayLab, damage: str) -> None:
     assert works(lab)
     ruleset = lab.sockets.run(lab.path("a1"), "nft", "list", "ruleset").stdout
     assert ruleset.count("table ip ") == 1
+    assert ruleset.count("table netdev ") == 1
 
 
 async def test_an_audit_of_a_sound_host_changes_nothing(shared: OverlayLab) -> None:
@@ -345,7 +347,7 @@ async def test_tasks_come_and_go_at_once_while_services_change(lab: OverlayLab) 
 
 
 def test_without_libnftables_the_command_loads_the_same_table(shared: OverlayLab) -> None:
-    layout = task_layout("127.0.0.11", 42053)
+    (layout,) = task_layouts("127.0.0.11", 42053, (socket.AF_INET,), "")
 
     def load_and_list(library: bool) -> str:
         nft.run(layout.text(replace=True), library=library)
