@@ -68,7 +68,7 @@ VXLAN_NAME, BRIDGE_NAME, LEG_PORT_NAME = "vx0", "br0", "leg"
 
 def settled(wanted: Sandbox) -> Sandbox:
     """What stands once the operations towards `wanted` are done."""
-    ports = {VXLAN_NAME} | ({LEG_PORT_NAME} if wanted.leg else set())
+    ports = ({VXLAN_NAME} if wanted.vxlan else set()) | ({LEG_PORT_NAME} if wanted.leg else set())
     return replace(wanted, ports=frozenset(ports))
 
 
@@ -79,7 +79,9 @@ def empty_sandbox(network_id: str) -> Sandbox:
 def sandbox_operations(wanted: Sandbox, actual: Sandbox, ports: Iterable[str] = ()) -> tuple[SandboxOperation, ...]:
     """In the order to be done. `ports`: task links that should be in the bridge if they exist at all."""
     out: list[SandboxOperation] = []
-    vxlan, mtu = wanted.vxlan, wanted.vxlan.mtu_bytes if wanted.vxlan else 0
+    vxlan = wanted.vxlan
+    widest = vxlan or wanted.leg
+    mtu = widest.mtu_bytes if widest else 0
     if not actual.bridge:
         out.append(MakeBridge())
     entries_lost = False
@@ -176,7 +178,7 @@ def task_operations(wanted: Task, actual: TaskKernel) -> tuple[TaskOperation, ..
 
 def _is_set(link: TaskLink, actual: TaskKernel) -> bool:
     return (
-        (link.name, link.mac, link.mtu_bytes) in actual.links
+        any((link.name, link.mac) == found[:2] and link.mtu_bytes in (0, found[2]) for found in actual.links)
         and (link.name in actual.ipv6 or not link.ipv6)
         and all((link.name, *address) in actual.addresses for address in link.addresses)
         and all((link.name, gateway, link.gateway_mac) in actual.neighbours for gateway in link.gateways)

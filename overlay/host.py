@@ -60,6 +60,9 @@ class KernelNetwork:
     async def attach(self, attachment: Attachment) -> Path:
         return await self._thread.run(lambda: self._reconciler.attach(attachment))
 
+    async def given_address(self, task_id: str) -> str:
+        return await self._thread.run(lambda: self._reconciler.given_address(task_id))
+
     async def detach(self, task_id: str) -> None:
         loop = asyncio.get_running_loop()
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -36,11 +36,13 @@ from overlay.balance import (
 )
 from overlay.diff import TaskKernel, task_operations
 from overlay.elements import chains_of
+from overlay.hostbridge import free_address
 from overlay.interface import Attachment, HostState, Interface, NetworkError
 from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Netlink, acknowledged
 from overlay.plan import (
     Task,
-    attachment_interfaces,
+    TaskNetwork,
+    check_interfaces,
     check_state,
     plan_task,
 )
@@ -110,6 +112,7 @@ class Reconciler:
         self._loads = Changes()
         self._loads_of: object = None
         self._audited_at_s = 0.0
+        self._last_given = ""
 
     # --- apply ---------------------------------------------------------------------------------------
 
@@ -127,6 +130,7 @@ class Reconciler:
             self._prepare_host(state)
         elif old.networks != state.networks:
             self._host_sysctls(state)
+        self._sandboxes.want(state)
         if old is None:
             self._adopt()
         self._state = state
@@ -135,7 +139,7 @@ class Reconciler:
         self._sandboxes.apply(state, self._mtu_bytes)
         self._publish(state)
         self._share_vips(state)
-        if old is None or old.networks != state.networks or old.index != state.index:
+        if old is None or (old.networks, old.macvlans, old.index) != (state.networks, state.macvlans, state.index):
             self._replan_tasks()
         changes = Changes()
         for task_id, attached in self._tasks.items():
@@ -179,13 +183,14 @@ class Reconciler:
     def _adopt(self) -> None:
         found = self._sandboxes.adopt()
         for task_id in self._kernel.task_ids():
-            balance = self._new_balance(task_id)
-            self._tasks[task_id] = Attached(found.get(task_id, ()), None, balance)
+            links = found.get(task_id, {}) | self._kernel.read_macvlans(task_id)
+            interfaces = tuple(links[name] for name in sorted(links, key=lambda name: (len(name), name)))
+            self._tasks[task_id] = Attached(interfaces, None, self._new_balance(task_id))
         log.info("overlay_adopted", networks=len(self._sandboxes.standing()), tasks=len(self._tasks))
 
     def _remove_unused(self) -> None:
         """A network that left the state stays until the last of its tasks has been detached."""
-        kept = {network.network_id for network in self._state.networks} if self._state else set()
+        kept = set(self._sandboxes.networks)
         kept |= {network_id for attached in self._tasks.values() for network_id in attached.network_ids()}
         for network_id in self._sandboxes.standing() - kept if self._state else ():
             self._guarded(f"network {network_id}", self._sandboxes.remove, network_id)
@@ -253,7 +258,11 @@ class Reconciler:
             fault = self._sandboxes.faults.get(interface.network_id)
             if fault is not None:
                 raise NetworkError(f"task {task_id} cannot be attached: {fault}")
-        return plan_task(task_id, interfaces, self._sandboxes.networks, state.index, self._mtu_bytes)
+        return plan_task(task_id, interfaces, self._networks(), state.index, self._mtu_bytes)
+
+    def _networks(self) -> dict[str, TaskNetwork]:
+        macvlans = self._state.macvlans if self._state else ()
+        return {**self._sandboxes.networks, **{network.network_id: network for network in macvlans}}
 
     def _replan_tasks(self) -> None:
         for task_id, attached in self._tasks.items():
@@ -275,7 +284,8 @@ class Reconciler:
 
     def attach(self, attachment: Attachment) -> Path:
         task_id = attachment.task_id
-        interfaces = attachment_interfaces(attachment)
+        check_interfaces(attachment)
+        interfaces = tuple(self._addressed(task_id, interface) for interface in attachment.interfaces)
         for name in attachment.sysctls:
             if not name.startswith("net."):
                 raise NetworkError(f"task {task_id}: sysctl {name} does not belong to a network namespace (net.*)")
@@ -289,6 +299,29 @@ class Reconciler:
         except OSError as error:
             raise NetworkError(f"task {task_id} cannot be attached: {error}") from error
         return path
+
+    def _addressed(self, task_id: str, interface: Interface) -> Interface:
+        """On the host's bridge: with the address that the host gave it, or gives it now. Raises NetworkError."""
+        if interface.address or not self._sandboxes.is_bridge(interface.network_id):
+            return interface
+        known = {
+            owner: item
+            for owner, attached in self._tasks.items()
+            for item in attached.interfaces
+            if item.network_id == interface.network_id
+        }
+        if task_id not in known:
+            network = self._sandboxes.networks[interface.network_id]
+            used = (item.address.partition("/")[0] for item in known.values())
+            self._last_given = free_address(network, used, self._last_given)
+            return replace(interface, address=self._last_given)
+        return known[task_id]
+
+    def given_address(self, task_id: str) -> str:
+        known = self._tasks.get(task_id)
+        interfaces = known.interfaces if known else ()
+        given = (item.address.partition("/")[0] for item in interfaces if self._sandboxes.is_bridge(item.network_id))
+        return next(given, "")
 
     def _attach_new(self, task: Task, interfaces: tuple[Interface, ...], sysctls: dict[str, str]) -> None:
         kernel, task_id = self._kernel, task.task_id
@@ -334,6 +367,11 @@ class Reconciler:
         paths = [path for path in self._sandboxes.paths() if not names or path.name in names]
         opened = [self._kernel.open_network(path) for path in paths]
         ports = [Port(netlink, port_name(task_id)) for netlink in opened if netlink is not None]
+        own = self._kernel.task_path(task_id)
+        for link in known.task.links if known and known.task else ():
+            netlink = self._kernel.open_network(own) if link.parent else None
+            if netlink is not None:
+                ports.append(Port(netlink, link.name))
         return [*ports, Port(known.balance.netlink, "")] if known else ports
 
     def end_detach(self, task_id: str) -> None:
@@ -379,7 +417,7 @@ class Reconciler:
         balance.tables.sweep(balance.netlink, chains_of(elements))
 
     def _works(self, network_id: str) -> bool:
-        return network_id in self._sandboxes.networks and network_id not in self._sandboxes.faults
+        return network_id in self._networks() and network_id not in self._sandboxes.faults
 
     def _audit_task(self, task_id: str, attached: Attached, chains: ChainSets) -> None:
         path = self._kernel.task_path(task_id)

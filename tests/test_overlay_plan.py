@@ -131,11 +131,11 @@ def test_each_family_leaves_by_the_first_network_that_has_it() -> None:
     assert [destination for destination, _, _ in first.routes] == ["0.0.0.0", "198.18.0.0"]
     assert second.routes == (("::", 0, "fd00:1::1"), ("2001:2::", 48, ""))
     assert second.addresses == (("10.0.1.5", 24), ("fd00:1::5", 64))
-    assert [read_port_alias(port_alias("t1", link), link.network_id) for link in (first, second)] == [
+    assert [read_port_alias(port_alias("t1", link)) for link in (first, second)] == [
         ("t1", "eth0", interfaces[0]),
         ("t1", "eth1", Interface("n6", "10.0.1.5/24", "fd00:1::5/64")),
     ]
-    assert read_port_alias("a remark of somebody else", "n1") is None
+    assert read_port_alias("a remark of somebody else") is None
 
 
 def test_a_network_with_ipv6_has_its_addresses_beside_those_of_ipv4() -> None:
