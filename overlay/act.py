@@ -141,7 +141,9 @@ class NamespaceKernel:
                 (entry.mac, entry.vtep) for entry in entries if entry.link == index and entry.mac in bridged
             ),
             neighbours=frozenset((address, mac) for link, address, mac in known if link == index),
-            ports=frozenset(link.name for link in links.values() if link.master == master and link.up),
+            ports=frozenset(
+                (link.name, link.mtu_bytes) for link in links.values() if link.master == master and link.up
+            ),
         )
         ours = {LEG_PORT_NAME, VXLAN_NAME, BRIDGE_NAME}
         ports = [link for link in links.values() if link.kind == "veth" and link.name not in ours]

@@ -75,8 +75,13 @@ class Sandbox:
     """(MAC, VTEP)"""
     neighbours: frozenset[tuple[str, str]] = frozenset()
     """(address, MAC) that the VXLAN device answers ARP and neighbour solicitations for."""
-    ports: frozenset[str] = frozenset()
-    """Links that are up and in the bridge."""
+    ports: frozenset[tuple[str, int]] = frozenset()
+    """(name, MTU) of the links that are up and in the bridge."""
+
+    @property
+    def mtu_bytes(self) -> int:
+        widest = self.vxlan or self.leg
+        return widest.mtu_bytes if widest else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +128,16 @@ def read_port_alias(alias: str) -> tuple[str, str, Interface] | None:
     return parts[0], parts[1], Interface(*parts[2:])
 
 
+def mtu_left(network: OverlayNetwork, underlay_mtu_bytes: int) -> int:
+    """What the underlay leaves of itself to a packet on this network, in bytes."""
+    return underlay_mtu_bytes - (VXLAN_OVERHEAD_BYTES if network.vni else 0)
+
+
 def network_mtu(network: TaskNetwork, underlay_mtu_bytes: int) -> int:
     """MTU of the network's links; 0 = the parent's. Raises NetworkError."""
     if isinstance(network, MacvlanNetwork):
         return network.mtu_bytes or 0
-    mtu = underlay_mtu_bytes - (VXLAN_OVERHEAD_BYTES if network.vni else 0)
+    mtu = mtu_left(network, underlay_mtu_bytes)
     if network.mtu_bytes is not None:
         mtu = network.mtu_bytes
     if mtu < MIN_MTU_BYTES:

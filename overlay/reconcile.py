@@ -7,7 +7,7 @@ repairs what somebody else changed.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from overlay.plan import (
     TaskNetwork,
     check_interfaces,
     check_state,
+    mtu_left,
     plan_task,
 )
 from overlay.rtnl import delete_link
@@ -85,6 +86,11 @@ class Port:
                 self.netlink.batch(acknowledged([delete_link(self.name)]))
 
 
+def _links_differ(old: HostState, new: HostState) -> bool:
+    """Whether the links of tasks may have to be others."""
+    return (old.networks, old.macvlans, old.index) != (new.networks, new.macvlans, new.index)
+
+
 class Reconciler:
     def __init__(
         self,
@@ -104,7 +110,13 @@ class Reconciler:
         self._state: HostState | None = None
         self._complete = False
         """Whether `_state` was applied to its end."""
+        self.link_mtu_bytes = 0
+        """Of the link that has this node's data path address."""
         self._mtu_bytes = 0
+        """What the underlay takes: the link, and the path to each peer."""
+        self._paths: dict[str, int] = {}
+        """Peer's data path address -> MTU of the path to it, in bytes, as measured last."""
+        self._warned: set[tuple[str, int]] = set()
         self._sandboxes = Sandboxes(kernel, tag)
         self._tasks: dict[str, Attached] = {}
         self._vips: dict[str, Vips] = {}
@@ -134,17 +146,43 @@ class Reconciler:
         if old is None:
             self._adopt()
         self._state = state
+        resized = self._resize(state)
         # Before anything is made: a new network may have the VNI or the subnet of one that goes.
         self._remove_unused()
         self._sandboxes.apply(state, self._mtu_bytes)
         self._publish(state)
         self._share_vips(state)
-        if old is None or (old.networks, old.macvlans, old.index) != (state.networks, state.macvlans, state.index):
+        if resized or old is None or _links_differ(old, state):
             self._replan_tasks()
         changes = Changes()
         for task_id, attached in self._tasks.items():
             self._guarded(f"task {task_id}", self._give, task_id, attached, changes)
         self._complete = True
+
+    def _resize(self, state: HostState) -> bool:
+        """Decide on the underlay's MTU; True when it is another than before."""
+        before = self._mtu_bytes
+        paths = [self._paths[peer.vtep] for peer in state.peers if peer.vtep in self._paths]
+        self._mtu_bytes = min([self.link_mtu_bytes, *paths])
+        if before not in (0, self._mtu_bytes):
+            log.info("underlay_mtu_changed", bytes=self._mtu_bytes, before=before, link=self.link_mtu_bytes)
+        for network in state.networks:
+            option, left = network.mtu_bytes or 0, mtu_left(network, self._mtu_bytes)
+            if option > left and (network.network_id, left) not in self._warned:
+                self._warned.add((network.network_id, left))
+                log.warning("network_mtu_too_large", network=network.network_id, option=option, room=left)
+        return self._mtu_bytes != before
+
+    def learn_paths(self, paths: Mapping[str, int]) -> None:
+        """Peer's data path address -> MTU of the path to it, in bytes. A peer that does not answer keeps the last."""
+        state = self._state
+        if state is None:
+            return
+        peers = {peer.vtep for peer in state.peers}
+        self._paths = {peer: mtu for peer, mtu in {**self._paths, **paths}.items() if peer in peers}
+        if self._resize(state):
+            self._sandboxes.apply(state, self._mtu_bytes)
+            self._replan_tasks()
 
     def _guarded(self, what: str, action: Callable[..., object], *arguments: object) -> bool:
         """Failures of one object must not keep the others from being served. The audit tries it again."""
@@ -164,7 +202,7 @@ class Reconciler:
                 f"no interface of this host has the data path address {state.vtep}; restore it, or leave and join"
                 " again with --data-path-addr set to an address that this host has"
             )
-        self._mtu_bytes = mtu
+        self.link_mtu_bytes = mtu
         self._host_sysctls(state)
         self._publish(state)
         self._open_firewall()
@@ -396,7 +434,8 @@ class Reconciler:
             return
         self._audited_at_s = self._clock()
         host = read_host()
-        self._mtu_bytes = host.mtu_of(state.vtep) or self._mtu_bytes
+        self.link_mtu_bytes = host.mtu_of(state.vtep) or self.link_mtu_bytes
+        self._resize(state)
         self._guarded("host", self._audit_host, state)
         for network_id in self._sandboxes.standing() & self._sandboxes.networks.keys():
             self._guarded(f"network {network_id}", self._sandboxes.audit, network_id, host)

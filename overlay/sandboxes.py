@@ -133,13 +133,14 @@ class Sandboxes:
     ) -> None:
         network_id = network.network_id
         wanted = plan_sandbox(network, state, endpoints, self.tag, underlay_mtu_bytes)
-        if network_id not in self._applied:
-            self._read(network_id, read_host())
+        ports: Iterable[str] = ()
+        if network_id not in self._applied or self._applied[network_id].mtu_bytes != wanted.mtu_bytes:
+            ports = self._read(network_id, read_host())
         if network_id not in self._applied:
             self._refuse_overlap(network)
             self.kernel.make_namespace(network_id)
             self._applied[network_id] = empty_sandbox(network_id)
-        operations = sandbox_operations(wanted, self._applied[network_id])
+        operations = sandbox_operations(wanted, self._applied[network_id], ports)
         if operations:
             self.kernel.do_sandbox(network_id, operations)
         self._applied[network_id] = settled(wanted)

@@ -39,7 +39,7 @@ ON_LAN = Interface(LAN.network_id, "192.168.99.50/24")
 def test_the_bridge_takes_the_first_subnet_that_overlaps_nothing() -> None:
     assert choose_subnet("b", []) == "172.17.0.0/16"
     assert choose_subnet("b", [("172.17.0.1/32", "docker0"), ("172.16.0.0/14", "a route")]) == "172.20.0.0/16"
-    with pytest.raises(NetworkError, match="network b: each of 172.17.0.0/16 to 192.168.240.0/20 overlaps"):
+    with pytest.raises(NetworkError, match=r"network b: each of 172\.17\.0\.0/16 to 192\.168\.240\.0/20 overlaps"):
         choose_subnet("b", [("172.16.0.0/12", "a route"), ("192.168.0.0/16", "a route")])
 
 

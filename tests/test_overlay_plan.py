@@ -215,7 +215,9 @@ legs = st.builds(
     st.integers(1400, 1401),
     st.frozensets(st.tuples(st.sampled_from(["10.0.1.1", "198.18.0.1"]), st.integers(24, 25)), min_size=1),
 )
-wanteds = st.builds(Sandbox, st.just("n"), st.just(True), vxlans, st.none() | legs, tables, tables)
+wanteds = st.builds(Sandbox, st.just("n"), st.just(True), vxlans, st.none() | legs, tables, tables).map(
+    lambda box: replace(box, leg=replace(box.leg, mtu_bytes=box.mtu_bytes)) if box.leg else box
+)
 standings = st.builds(
     Sandbox,
     st.just("n"),
@@ -224,8 +226,14 @@ standings = st.builds(
     st.none() | legs,
     tables,
     tables,
-    st.frozensets(st.sampled_from([VXLAN_NAME, LEG_PORT_NAME, "t1"])),
+    st.dictionaries(st.sampled_from([VXLAN_NAME, LEG_PORT_NAME, "t1"]), st.integers(1400, 1401)).map(
+        lambda ports: frozenset(ports.items())
+    ),
 ).map(lambda box: box if box.vxlan else replace(box, forwarding=frozenset(), neighbours=frozenset()))
+
+
+def bridged(box: Sandbox, name: str, mtu_bytes: int) -> frozenset[tuple[str, int]]:
+    return frozenset(port for port in box.ports if port[0] != name) | {(name, mtu_bytes)}
 
 
 def run(box: Sandbox, operation: SandboxOperation) -> Sandbox:
@@ -236,23 +244,24 @@ def run(box: Sandbox, operation: SandboxOperation) -> Sandbox:
         case MakeVxlan(vxlan, replaces):
             assert (box.vxlan is not None) == replaces
             empty = frozenset[tuple[str, str]]()
-            return replace(box, vxlan=vxlan, forwarding=empty, neighbours=empty, ports=box.ports | {VXLAN_NAME})
+            ports = bridged(box, VXLAN_NAME, vxlan.mtu_bytes)
+            return replace(box, vxlan=vxlan, forwarding=empty, neighbours=empty, ports=ports)
         case SetVxlan(vxlan):
             assert box.bridge
-            return replace(box, vxlan=vxlan, ports=box.ports | {VXLAN_NAME})
+            return replace(box, vxlan=vxlan, ports=bridged(box, VXLAN_NAME, vxlan.mtu_bytes))
         case MakeLeg(leg):
             assert box.leg is None
-            return replace(box, leg=leg, ports=box.ports | {LEG_PORT_NAME})
+            return replace(box, leg=leg, ports=bridged(box, LEG_PORT_NAME, leg.mtu_bytes))
         case SetLeg(leg, stale):
             assert box.leg is not None
             return replace(box, leg=replace(leg, addresses=(box.leg.addresses - stale) | leg.addresses))
         case DeleteLeg(name):
             assert box.leg is not None
             assert box.leg.name == name
-            return replace(box, leg=None, ports=box.ports - {LEG_PORT_NAME})
-        case SetPort(name, _):
+            return replace(box, leg=None, ports=frozenset(port for port in box.ports if port[0] != LEG_PORT_NAME))
+        case SetPort(name, mtu_bytes):
             assert box.bridge
-            return replace(box, ports=box.ports | {name})
+            return replace(box, ports=bridged(box, name, mtu_bytes))
         case SetEntries(forward, unforward, know, forget):
             assert box.vxlan is not None
             forwarding = {key: value for key, value in box.forwarding if key not in unforward} | dict(forward)
@@ -267,7 +276,7 @@ def test_the_operations_lead_from_whatever_stands_to_what_is_wanted(wanted: Sand
     for operation in sandbox_operations(wanted, box, ["t1"]):
         box = run(box, operation)
     assert replace(box, ports=frozenset()) == wanted
-    assert box.ports >= settled(wanted).ports | {"t1"}
+    assert box.ports >= settled(wanted).ports | {("t1", wanted.mtu_bytes)}
     assert sandbox_operations(wanted, box, ["t1"]) == ()
 
 
