@@ -1,5 +1,5 @@
-"""Balancing by nftables: the tables of the host and of all tasks, kept equal to the services. Runs on the namespace
-thread."""
+"""The balancing of one task, and of the host: brought from one picture of the services to the next, and verified. Runs
+on the namespace thread."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
-from overlay import conntrack, nfnl
+from overlay import conntrack, ipvs, nfnl
 from overlay.elements import (
     ElementChange,
     Elements,
+    chains_of,
     element_change,
     gateway_elements,
     hidden_elements,
     joined,
-    port_elements,
-    vip_chain,
-    vip_elements,
 )
 from overlay.interface import HostState, PublishedPort, Vip
+from overlay.ipvs import Key, Services, VirtualServices
 from overlay.netlink import Message, Netlink, NetlinkError
-from overlay.ruleset import ASKED_BY_UDP, ASKED_MAX
+from overlay.ruleset import ASKED_BY_UDP, ASKED_MAX, Layout
+from overlay.schemes import Scheme
 from overlay.tables import UNKNOWN, Chains, Tables
 
 Vips = Mapping[str, Vip]
@@ -51,29 +51,50 @@ def distinct(service: Service) -> Service:
 
 @dataclass(slots=True)
 class TaskBalance:
-    """The tables in one task's namespace and what they were last given."""
+    """The balancing in one task's namespace and what it was last given."""
 
+    scheme: Scheme
     tables: Tables
     netlink: Netlink
     """Kept open: a change then needs no visit to the namespace, and closing an nftables socket waits (12 ms)
     for the clean-up of what earlier transactions removed."""
+    ipvs: VirtualServices | None
     given: dict[str, Vips] = field(default_factory=dict)
     """Network -> its VIPs."""
 
+    def close(self) -> None:
+        self.netlink.close()
+        if self.ipvs is not None:
+            self.ipvs.close()
 
-def network_elements(vips: Vips) -> Elements:
+
+def network_elements(scheme: Scheme, vips: Vips) -> Elements:
     out: Elements = {}
     for vip in vips.values():
-        out |= vip_elements(vip)
+        out |= scheme.vip_elements(vip)
     return out
 
 
-def vips_change(old: Vips, new: Vips) -> ElementChange:
+def changed(old: Vips, new: Vips) -> list[str]:
     """Only the VIPs that differ are expanded: a change costs what changes, not what there is."""
-    changed = [address for address in old.keys() | new.keys() if old.get(address) != new.get(address)]
-    before = network_elements({address: old[address] for address in changed if address in old})
-    after = network_elements({address: new[address] for address in changed if address in new})
+    return [address for address in old.keys() | new.keys() if old.get(address) != new.get(address)]
+
+
+def vips_change(scheme: Scheme, old: Vips, new: Vips) -> ElementChange:
+    differ = changed(old, new)
+    before = network_elements(scheme, {address: old[address] for address in differ if address in old})
+    after = network_elements(scheme, {address: new[address] for address in differ if address in new})
     return element_change(before, after)
+
+
+def services_change(scheme: Scheme, old: Vips, new: Vips) -> dict[Key, ipvs.Service | None]:
+    out: dict[Key, ipvs.Service | None] = {}
+    differ = changed(old, new)
+    for address in differ:
+        out |= dict.fromkeys(scheme.vip_services(old[address]) if address in old else ())
+    for address in differ:
+        out |= scheme.vip_services(new[address]) if address in new else {}
+    return out
 
 
 def withdrawn(old: Vips, new: Vips) -> dict[str, tuple[str, ...]]:
@@ -90,7 +111,8 @@ class Changes:
     """Work shared by the tasks within one pass: most of them go from the same picture to the same picture, so
     differences and netlink messages are made once and sent to each namespace."""
 
-    def __init__(self) -> None:
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
         self._changes: dict[tuple[int, int], ElementChange] = {}
         self._withdrawn: dict[tuple[int, int], dict[str, tuple[str, ...]]] = {}
         self._messages: dict[tuple[object, ...], list[Message]] = {}
@@ -101,7 +123,7 @@ class Changes:
         key = (id(old), id(new))
         if key not in self._changes:
             self._kept += [old, new]
-            self._changes[key] = vips_change(old, new)
+            self._changes[key] = vips_change(self.scheme, old, new)
         return self._changes[key]
 
     def withdrawn(self, old: Vips, new: Vips) -> dict[str, tuple[str, ...]]:
@@ -118,32 +140,54 @@ class Changes:
         return self._messages[key]
 
 
-def wanted_elements(vips: Mapping[str, Vips], networks: Iterable[str]) -> Elements:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """For the tasks of this host."""
+
+    vips: Mapping[str, Vips]
+    """By network."""
+    alive: frozenset[bytes]
+    """Addresses of tasks that still run, wherever: under IPVS connections to them go on."""
+
+    def on(self, networks: Iterable[str]) -> dict[str, Vips]:
+        return {network_id: self.vips.get(network_id, NO_VIPS) for network_id in networks}
+
+
+def wanted_elements(scheme: Scheme, vips: Mapping[str, Vips]) -> Elements:
     out: Elements = {}
-    for network_id in networks:
-        out |= network_elements(vips.get(network_id, NO_VIPS))
+    for found in vips.values():
+        out |= network_elements(scheme, found)
     return out
 
 
-def wanted_chains(vips: Mapping[str, Vips], networks: Iterable[str]) -> Chains:
+def wanted_chains(scheme: Scheme, vips: Mapping[str, Vips]) -> Chains:
     """Balancing chains in use, without expanding all elements."""
-    found = (vip for network_id in networks for vip in vips.get(network_id, NO_VIPS).values())
-    return frozenset(vip_chain(vip) for vip in found if vip.backends)
+    return frozenset(chain for found in vips.values() for vip in found.values() for chain in scheme.vip_chains(vip))
 
 
-def give(balance: TaskBalance, vips: Mapping[str, Vips], networks: Iterable[str], changes: Changes) -> bool:
-    """Bring one task's tables up to date, in whatever namespace the thread is. False when the kernel refused: the
-    tables are not as we left them, and `Tables.adopt` must repair them from inside their namespace."""
-    networks = tuple(networks)
-    wanted = {network_id: vips.get(network_id, NO_VIPS) for network_id in networks}
-    pairs = [(balance.given.get(network_id, NO_VIPS), new) for network_id, new in wanted.items()]
+def wanted_services(scheme: Scheme, vips: Mapping[str, Vips]) -> Services:
+    return {
+        key: service
+        for found in vips.values()
+        for vip in found.values()
+        for key, service in scheme.vip_services(vip).items()
+    }
+
+
+def give(balance: TaskBalance, wanted: Wanted, networks: Iterable[str], changes: Changes) -> bool:
+    """Bring one task's balancing up to date, in whatever namespace the thread is. False when the kernel refused: it
+    is not as we left it, and `adopt` must repair it from inside its namespace."""
+    new_vips = wanted.on(networks)
+    pairs = [(balance.given.get(network_id, NO_VIPS), new) for network_id, new in new_vips.items()]
     pairs = [(old, new) for old, new in pairs if old is not new]
     change = joined([changes.between(old, new) for old, new in pairs])
-    balance.given = wanted
-    if not change:
-        return True
+    balance.given = new_vips
     try:
-        balance.tables.change(balance.netlink, change, changes.messages(balance.tables, pairs, change))
+        if balance.ipvs is not None:
+            for old, new in pairs:
+                balance.ipvs.change(services_change(balance.scheme, old, new), wanted.alive)
+        if change:
+            balance.tables.change(balance.netlink, change, changes.messages(balance.tables, pairs, change))
     except NetlinkError:
         balance.tables.generation = UNKNOWN
         return False
@@ -151,6 +195,22 @@ def give(balance: TaskBalance, vips: Mapping[str, Vips], networks: Iterable[str]
     if lost:
         forget_task_flows(balance.netlink, balance.tables, lost)
     return True
+
+
+def adopt(balance: TaskBalance, layouts: tuple[Layout, ...], wanted: Wanted, networks: Iterable[str]) -> None:
+    """Whatever stands, make it as wanted. Runs inside the namespace."""
+    vips = wanted.on(networks)
+    if balance.ipvs is not None:
+        balance.ipvs.audit(wanted_services(balance.scheme, vips), wanted.alive)
+    balance.tables.adopt(balance.netlink, layouts, wanted_elements(balance.scheme, vips))
+    balance.given = vips
+
+
+def audit(balance: TaskBalance, layouts: tuple[Layout, ...], wanted: Wanted) -> bool:
+    """True when something had to be repaired. Runs inside the namespace."""
+    scheme, vips = balance.scheme, balance.given
+    repaired = balance.ipvs is not None and balance.ipvs.audit(wanted_services(scheme, vips), wanted.alive)
+    return balance.tables.audit(balance.netlink, layouts, lambda: wanted_elements(scheme, vips)) or repaired
 
 
 def forget_task_flows(netlink: Netlink, tables: Tables, lost: Mapping[str, tuple[str, ...]]) -> None:
@@ -173,56 +233,66 @@ def _is_stale(left: Mapping[str, tuple[str, ...]], flow: conntrack.Flow) -> bool
 
 @dataclass(frozen=True, slots=True)
 class HostPicture:
-    """What the host's tables should hold."""
+    """What balances in the host's namespace."""
 
     elements: Elements
+    services: Services
     udp: Mapping[int, frozenset[tuple[str, int]]]
     """Published UDP ports -> backends."""
 
 
-def host_picture(state: HostState, families: Iterable[int]) -> HostPicture:
+def host_picture(scheme: Scheme, state: HostState, families: Iterable[int]) -> HostPicture:
     families = tuple(families)
     unable = {peer.node_id for peer in state.peers if peer.masquerade}
     hidden = [endpoint for endpoint in state.endpoints if endpoint.node_id in unable]
     elements = gateway_elements(state.networks)
     elements |= hidden_elements(item for end in hidden for item in (end.address, end.address6) if item)
     elements = {key: value for key, value in elements.items() if key[0] in families}
+    services: dict[Key, ipvs.Service] = {}
     udp: defaultdict[int, frozenset[tuple[str, int]]] = defaultdict(frozenset)
-    for published in state.published:
-        elements |= port_elements(distinct(published), families)
+    for published in map(distinct, state.published):
+        elements |= scheme.port_elements(published, families)
+        services |= scheme.port_services(published, families)
         if published.protocol == "udp":
             udp[published.port] |= frozenset(published.backends)
-    return HostPicture(elements, dict(udp))
+    return HostPicture(elements, services, dict(udp))
 
 
 @dataclass(slots=True)
 class HostBalance:
     tables: Tables
     netlink: Netlink
+    ipvs: VirtualServices | None
     given: HostPicture
 
+    def give(self, wanted: HostPicture, alive: frozenset[bytes], local_addresses: frozenset[str]) -> None:
+        """Bring it up to date, in the host's namespace."""
+        if self.ipvs is not None:
+            services: dict[Key, ipvs.Service | None] = dict.fromkeys(self.given.services)
+            self.ipvs.change(services | dict(wanted.services), alive)
+        change = element_change(self.given.elements, wanted.elements)
+        try:
+            self.tables.change(self.netlink, change)
+        except NetlinkError:
+            self.tables.adopt(self.netlink, self.tables.layouts, wanted.elements)
+        if self.ipvs is None:
+            self._forget_flows(wanted.udp, local_addresses)
+        self.given = wanted
 
-def give_host(balance: HostBalance, wanted: HostPicture, local_addresses: frozenset[str]) -> None:
-    """Bring the host's tables up to date, in the host's namespace."""
-    change = element_change(balance.given.elements, wanted.elements)
-    if not change:
-        return
-    netlink = balance.netlink
-    try:
-        balance.tables.change(netlink, change)
-    except NetlinkError:
-        balance.tables.adopt(netlink, balance.tables.layouts, wanted.elements)
-    old, new = balance.given.udp, wanted.udp
-    # A port that is new may be known to conntrack, untranslated, from a client that already tries it.
-    moved = {
-        port: new.get(port, frozenset())
-        for port in old.keys() | new.keys()
-        if port not in old or old[port] - new.get(port, frozenset())
-    }
-    if moved and conntrack.any_flows():
-        for layout in balance.tables.layouts:
+    def _forget_flows(self, new: Mapping[int, frozenset[tuple[str, int]]], local_addresses: frozenset[str]) -> None:
+        """Cut UDP flows to backends that their port has no more. A port that is new may be known to conntrack,
+        untranslated, from a client that already tries it."""
+        old = self.given.udp
+        moved = {
+            port: new.get(port, frozenset())
+            for port in old.keys() | new.keys()
+            if port not in old or old[port] - new.get(port, frozenset())
+        }
+        if not moved or not conntrack.any_flows():
+            return
+        for layout in self.tables.layouts:
             conntrack.forget_udp(
-                netlink,
+                self.netlink,
                 layout.family,
                 lambda flow: (
                     flow.to_port in moved
@@ -230,4 +300,21 @@ def give_host(balance: HostBalance, wanted: HostPicture, local_addresses: frozen
                     and (flow.answered_by, flow.answered_port) not in moved[flow.to_port]
                 ),
             )
-    balance.given = wanted
+
+    def adopt(self, layouts: tuple[Layout, ...], alive: frozenset[bytes]) -> None:
+        if self.ipvs is not None:
+            self.ipvs.audit(self.given.services, alive)
+        self.tables.adopt(self.netlink, layouts, self.given.elements)
+
+    def audit(self, alive: frozenset[bytes]) -> bool:
+        """True when something had to be repaired."""
+        repaired = self.ipvs is not None and self.ipvs.audit(self.given.services, alive)
+        elements = self.given.elements
+        repaired |= self.tables.audit(self.netlink, self.tables.layouts, lambda: elements)
+        self.tables.sweep(self.netlink, chains_of(elements))
+        return repaired
+
+    def close(self) -> None:
+        self.netlink.close()
+        if self.ipvs is not None:
+            self.ipvs.close()

@@ -122,10 +122,15 @@ def port_key(protocol: str, port: int) -> bytes:
     return struct.pack(">BxxxHxx", PROTOCOLS[protocol], port)
 
 
+def listens(published: PublishedPort, family: int) -> bool:
+    """Whether the port takes connections of that family."""
+    return not published.host_ip or FAMILIES[len(packed(published.host_ip))] == family
+
+
 def port_elements(published: PublishedPort, families: Iterable[int]) -> Elements:
     out: Elements = {}
     for family in families:
-        if published.host_ip and FAMILIES[len(packed(published.host_ip))] != family:
+        if not listens(published, family):
             continue
         weights = published.weights or (1,) * len(published.backends)
         pool = [

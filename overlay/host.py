@@ -12,10 +12,11 @@ from pathlib import Path
 
 from overlay.act import NamespaceKernel
 from overlay.addressing import TAG_MAX_CHARS
-from overlay.interface import Attachment, HostState, NetworkError
+from overlay.interface import Attachment, Balancer, HostState, NetworkError
 from overlay.namespaces import NamespaceThread
 from overlay.pathmtu import PathProbe, PathWatch
 from overlay.reconcile import Reconciler
+from overlay.services import ServiceBalancer
 
 DELETIONS_AT_ONCE = 8
 """Deleting a link is 18 ms of waiting in the kernel; eight at once take hardly longer than one."""
@@ -39,6 +40,7 @@ class KernelNetwork:
         *,
         host_netns: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
+        balancer: Balancer = "nftables",
         answers_through_ingress: bool = True,
     ) -> None:
         if not re.fullmatch(rf"[a-z0-9]{{1,{TAG_MAX_CHARS}}}", tag):
@@ -46,9 +48,8 @@ class KernelNetwork:
         self._thread = NamespaceThread(host_netns)
         kernel = NamespaceKernel(self._thread, run_dir / "netns")
         self._deleting = ThreadPoolExecutor(max_workers=DELETIONS_AT_ONCE, thread_name_prefix="unlink")
-        self._reconciler = Reconciler(
-            kernel, tag, dns_address, dns_port, clock=clock, answers_through_ingress=answers_through_ingress
-        )
+        services = ServiceBalancer(balancer, tag, (dns_address, dns_port), answers_through_ingress)
+        self._reconciler = Reconciler(kernel, tag, services, clock)
         identity = int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=2).digest())
         self._paths = PathWatch(
             open_probe=lambda: self._thread.submit(lambda: PathProbe(identity)).result(),

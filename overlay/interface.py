@@ -14,6 +14,7 @@ L4 = Literal["tcp", "udp", "sctp"]
 Balance = Literal["rr", "lc", "sh"]
 """Round robin, least connections (IPVS only; else round robin), by the source's address."""
 WEIGHT_MAX = 100
+Balancer = Literal["nftables", "ipvs"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ repairs what somebody else changed.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,26 +15,11 @@ import structlog
 from overlay import firewall, namespaces, nfnl
 from overlay.act import NamespaceKernel, read_host
 from overlay.addressing import (
-    host_table,
     is_leg,
-    node_address,
     port_name,
 )
-from overlay.balance import (
-    NO_VIPS,
-    Changes,
-    HostBalance,
-    TaskBalance,
-    Vips,
-    give,
-    give_host,
-    host_picture,
-    vips_by_network,
-    wanted_chains,
-    wanted_elements,
-)
+from overlay.balance import TaskBalance
 from overlay.diff import TaskKernel, task_operations
-from overlay.elements import chains_of
 from overlay.hostbridge import free_address
 from overlay.interface import Attachment, HostState, Interface, NetworkError
 from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Netlink, acknowledged
@@ -48,17 +32,16 @@ from overlay.plan import (
     plan_task,
 )
 from overlay.rtnl import delete_link
-from overlay.ruleset import TASK_TABLE, Layout, host_layouts, task_layouts
+from overlay.ruleset import Layout
 from overlay.sandboxes import FAILURES, Sandboxes
+from overlay.services import ServiceBalancer
 from overlay.sysctls import set_host_sysctls
-from overlay.tables import UNKNOWN, Chains, delete_tables, host_tables, task_tables
+from overlay.tables import UNKNOWN
 
 log = structlog.get_logger("overlay")
 
 AUDIT_PERIOD_S = 5.0
 """How stale a repair may be. An audit reads everything: about 1 ms per task and network."""
-ChainSets = dict[tuple[str, ...], Chains]
-"""Networks of a task -> balancing chains that their services use; shared by the tasks within one audit."""
 
 
 @dataclass(slots=True)
@@ -96,16 +79,12 @@ class Reconciler:
         self,
         kernel: NamespaceKernel,
         tag: str,
-        dns_address: str,
-        dns_port: int,
-        *,
+        services: ServiceBalancer,
         clock: Callable[[], float],
-        answers_through_ingress: bool,
     ) -> None:
         self._kernel = kernel
         self._tag = tag
-        self._dns = (dns_address, dns_port)
-        self._answers = answers_through_ingress
+        self._services = services
         self._clock = clock
         self._state: HostState | None = None
         self._complete = False
@@ -119,10 +98,6 @@ class Reconciler:
         self._warned: set[tuple[str, int]] = set()
         self._sandboxes = Sandboxes(kernel, tag)
         self._tasks: dict[str, Attached] = {}
-        self._vips: dict[str, Vips] = {}
-        self._host: HostBalance | None = None
-        self._loads = Changes()
-        self._loads_of: object = None
         self._audited_at_s = 0.0
         self._last_given = ""
 
@@ -138,25 +113,23 @@ class Reconciler:
             return
         self._complete = False
         old = self._state
+        self._sandboxes.want(state)
+        if old is None:
+            self._adopt()
         if old is None or (old.vtep, old.index, old.vxlan_port) != (state.vtep, state.index, state.vxlan_port):
             self._prepare_host(state)
         elif old.networks != state.networks:
             self._host_sysctls(state)
-        self._sandboxes.want(state)
-        if old is None:
-            self._adopt()
         self._state = state
         resized = self._resize(state)
         # Before anything is made: a new network may have the VNI or the subnet of one that goes.
         self._remove_unused()
         self._sandboxes.apply(state, self._mtu_bytes)
         self._publish(state)
-        self._share_vips(state)
         if resized or old is None or _links_differ(old, state):
             self._replan_tasks()
-        changes = Changes()
         for task_id, attached in self._tasks.items():
-            self._guarded(f"task {task_id}", self._give, task_id, attached, changes)
+            self._guarded(f"task {task_id}", self._give, task_id, attached)
         self._complete = True
 
     def _resize(self, state: HostState) -> bool:
@@ -220,7 +193,7 @@ class Reconciler:
 
     def _adopt(self) -> None:
         found = self._sandboxes.adopt()
-        for task_id in self._kernel.task_ids():
+        for task_id in self._kernel.task_ids() - self._tasks.keys():
             links = found.get(task_id, {}) | self._kernel.read_macvlans(task_id)
             interfaces = tuple(links[name] for name in sorted(links, key=lambda name: (len(name), name)))
             self._tasks[task_id] = Attached(interfaces, None, self._new_balance(task_id))
@@ -236,55 +209,21 @@ class Reconciler:
     # --- services ------------------------------------------------------------------------------------
 
     def _publish(self, state: HostState) -> None:
-        layouts = self._host_layouts(state)
-        wanted = host_picture(state, [layout.family for layout in layouts])
-        host = self._host
-        if host is None or host.tables.layouts != layouts:
-            netlink = host.netlink if host else Netlink(NETLINK_NETFILTER)
-            self._host = HostBalance(host_tables(host_table(self._tag)), netlink, wanted)
-            self._host.tables.adopt(netlink, layouts, wanted.elements)
-        elif host.given != wanted:
-            local = frozenset(address for _, address, _ in read_host().addresses) | {"127.0.0.1"}
-            give_host(host, wanted, local)
+        interfaces = [interface for attached in self._tasks.values() for interface in attached.interfaces]
+        addresses = (item for interface in interfaces for item in (interface.address, interface.address6) if item)
+        self._services.publish(state, (address.partition("/")[0] for address in addresses))
 
-    def _host_layouts(self, state: HostState) -> tuple[Layout, ...]:
-        own: dict[int, str] = {socket.AF_INET: node_address(state.index)}
-        return host_layouts(host_table(self._tag), self._tag, own, state.vxlan_port)
+    def _give(self, task_id: str, attached: Attached) -> None:
+        if not self._services.give(attached.balance, attached.network_ids()):
+            with self._kernel.thread.inside(self._kernel.task_path(task_id)):
+                self._services.adopt(attached.balance, self._layouts(attached), attached.network_ids())
 
-    def _share_vips(self, state: HostState) -> None:
-        """Networks whose VIPs did not change keep the identical object: comparing is then free for each task."""
-        new = vips_by_network(state)
-        self._vips = {
-            network_id: self._vips[network_id] if self._vips.get(network_id) == vips else vips
-            for network_id, vips in new.items()
-        }
-
-    def _give(self, task_id: str, attached: Attached, changes: Changes) -> None:
-        balance, networks = attached.balance, attached.network_ids()
-        known = balance.tables.generation != UNKNOWN
-        if known and all(balance.given.get(item) is self._vips.get(item, NO_VIPS) for item in networks):
-            return
-        if not known or not give(balance, self._vips, networks, changes):
-            self._adopt_table(task_id, attached)
+    def _layouts(self, attached: Attached) -> tuple[Layout, ...]:
+        return self._services.layouts(attached.task, attached.interfaces)
 
     def _new_balance(self, task_id: str) -> TaskBalance:
         with self._kernel.thread.inside(self._kernel.task_path(task_id)):
-            return TaskBalance(task_tables(TASK_TABLE), Netlink(NETLINK_NETFILTER))
-
-    def _task_layouts(self, attached: Attached) -> tuple[Layout, ...]:
-        links = attached.task.links if attached.task else ()
-        default = next((link.name for link in links if link.routes), "")
-        families = (
-            (socket.AF_INET, socket.AF_INET6) if any(i.address6 for i in attached.interfaces) else (socket.AF_INET,)
-        )
-        return task_layouts(*self._dns, families, default if self._answers else "")
-
-    def _adopt_table(self, task_id: str, attached: Attached) -> None:
-        balance, networks = attached.balance, attached.network_ids()
-        with self._kernel.thread.inside(self._kernel.task_path(task_id)):
-            layouts = self._task_layouts(attached)
-            balance.tables.adopt(balance.netlink, layouts, wanted_elements(self._vips, networks))
-        balance.given = {item: self._vips.get(item, NO_VIPS) for item in networks}
+            return self._services.open()
 
     # --- tasks ---------------------------------------------------------------------------------------
 
@@ -369,18 +308,11 @@ class Reconciler:
             self._tasks[task_id] = attached
             kernel.do_task(task, task_operations(task, TaskKernel()))
             with kernel.thread.inside(kernel.task_path(task_id)):
-                attached.balance.tables.layouts = self._task_layouts(attached)
-                attached.balance.tables.load(attached.balance.netlink, {}, fresh=True)
-            self._give(task_id, attached, self._current_loads())
+                self._services.load(attached.balance, self._layouts(attached))
+            self._give(task_id, attached)
         except FAILURES:
             self._discard(task_id)
             raise
-
-    def _current_loads(self) -> Changes:
-        """Messages for a whole table are shared by the attachments between two changes of VIPs."""
-        if self._loads_of is not self._vips:
-            self._loads, self._loads_of = Changes(), self._vips
-        return self._loads
 
     def _attach_again(self, task: Task, interfaces: tuple[Interface, ...]) -> None:
         known = self._tasks.get(task.task_id)
@@ -395,7 +327,7 @@ class Reconciler:
         if known.task != task or known.interfaces != interfaces:
             self._repair_links(task)
         known.task, known.interfaces = task, interfaces
-        self._give(task.task_id, known, Changes())
+        self._give(task.task_id, known)
 
     def begin_detach(self, task_id: str) -> list[Port]:
         """Forget the task; returns its ports, which are then deleted on any thread: each deletion waits about
@@ -440,25 +372,20 @@ class Reconciler:
         for network_id in self._sandboxes.standing() & self._sandboxes.networks.keys():
             self._guarded(f"network {network_id}", self._sandboxes.audit, network_id, host)
         self._sandboxes.apply(state, self._mtu_bytes)
-        chains: ChainSets = {}
         for task_id, attached in list(self._tasks.items()):
-            self._guarded(f"task {task_id}", self._audit_task, task_id, attached, chains)
+            self._guarded(f"task {task_id}", self._audit_task, task_id, attached)
         self._remove_unused()
 
     def _audit_host(self, state: HostState) -> None:
-        balance = self._host
-        assert balance is not None
         self._host_sysctls(state)
-        elements = balance.given.elements
-        if balance.tables.audit(balance.netlink, balance.tables.layouts, lambda: elements):
-            log.warning("overlay_repaired", object="host table")
+        if self._services.audit_host():
+            log.warning("overlay_repaired", object="host's balancing")
             self._open_firewall()
-        balance.tables.sweep(balance.netlink, chains_of(elements))
 
     def _works(self, network_id: str) -> bool:
         return network_id in self._networks() and network_id not in self._sandboxes.faults
 
-    def _audit_task(self, task_id: str, attached: Attached, chains: ChainSets) -> None:
+    def _audit_task(self, task_id: str, attached: Attached) -> None:
         path = self._kernel.task_path(task_id)
         if not namespaces.exists(path):
             log.warning("task_namespace_gone", task=task_id)
@@ -469,21 +396,15 @@ class Reconciler:
             if self._repair_links(attached.task):
                 log.warning("overlay_repaired", object=f"task {task_id}", part="links")
                 attached.balance.tables.generation = UNKNOWN  # the hook at a link goes with it
-        balance, networks = attached.balance, attached.network_ids()
         with self._kernel.thread.inside(path):
-            layouts = self._task_layouts(attached)
-            if balance.tables.audit(balance.netlink, layouts, lambda: wanted_elements(self._vips, networks)):
-                log.warning("overlay_repaired", object=f"task {task_id}", part="table")
-        if networks not in chains:
-            chains[networks] = wanted_chains(self._vips, networks)
-        balance.tables.sweep(balance.netlink, chains[networks])
+            if self._services.audit(attached.balance, self._layouts(attached), attached.network_ids()):
+                log.warning("overlay_repaired", object=f"task {task_id}", part="balancing")
 
     def close(self) -> None:
         """Close what is kept open; the kernel's state stays."""
         for attached in self._tasks.values():
-            attached.balance.netlink.close()
-        if self._host is not None:
-            self._host.netlink.close()
+            attached.balance.close()
+        self._services.close()
 
     # --- teardown ------------------------------------------------------------------------------------
 
@@ -499,14 +420,12 @@ class Reconciler:
         with Netlink(NETLINK_NETFILTER) as netlink:
             if firewall.in_use(nfnl.chains(netlink)):
                 firewall.take_back(self._tag)
-            delete_tables(netlink, host_table(self._tag))
         directory = self._kernel.directory
         if directory.is_dir():
             for path in directory.glob("task-*"):
                 path.unlink()
             directory.rmdir()
-        if self._host is not None:
-            self._host.netlink.close()
-        self._state, self._host, self._complete = None, None, False
+        self._services.remove()
+        self._state, self._complete = None, False
         self._sandboxes = Sandboxes(self._kernel, self._tag)
-        self._tasks, self._vips = {}, {}
+        self._tasks = {}

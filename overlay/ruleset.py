@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from overlay.addressing import leg_pattern
 from overlay.elements import AT, BACKENDS, GATEWAYS, HIDDEN, PUBLISHED, REFUSED, VIPS
 from overlay.expressions import Rule, answer_to_ingress, recall_ingress, remember_ingress
+from overlay.interface import Balancer
 
 TASK_TABLE = "pyswarm"
 DNS_PORT = 53
+FROM_TASK_MARK = 0x70797377
+"""Of connections, in a host's namespace under IPVS."""
 NETDEV = 5
 """nf_tables family of hooks at a link."""
 ASKED_BY_UDP = "asked_udp"
@@ -100,27 +103,32 @@ def _refusal(words: Words) -> Chain:
     return Chain("refusal", ("meta l4proto tcp reject with tcp reset", f"reject with {words.port_unreachable}"))
 
 
-def task_layouts(dns_address: str, dns_port: int, families: tuple[int, ...], default_link: str) -> tuple[Layout, ...]:
-    """In a task's namespace: its DNS server, the VIPs of its networks, and answers by the host that a published
-    connection came through. `default_link`: where its default route leads; "" = nowhere, or the kernel has no hook
-    for this (then other hosts hide clients from the task)."""
-    layouts = [_task_layout(family, dns_address, dns_port, bool(default_link)) for family in families]
-    if default_link:
-        hook = f'type filter hook egress device "{default_link}" priority 0; policy accept;'
-        layouts.append(Layout(NETDEV, TASK_TABLE, (), (Chain("answer", (), hook, (answer_to_ingress(),)),)))
-    return tuple(layouts)
+def task_layouts(
+    balancer: Balancer, dns: tuple[str, int], families: Iterable[int], ways_out: tuple[str, ...]
+) -> tuple[Layout, ...]:
+    """In a task's namespace: its DNS server (address and port), the VIPs of its networks, and answers by the host that
+    a published connection came through. `ways_out`: links that default routes lead to; none = the task has none, or
+    the kernel has no hook for this (then other hosts hide clients from the task)."""
+    layouts = [_task_layout(family, balancer, dns, bool(ways_out)) for family in families]
+    chains = tuple(
+        Chain(f"answer_{link}", (), f'type filter hook egress device "{link}" priority 0; policy accept;', rules)
+        for link in ways_out
+        for rules in [(answer_to_ingress(),)]
+    )
+    return (*layouts, *([Layout(NETDEV, TASK_TABLE, (), chains)] if chains else []))
 
 
-def _task_layout(family: int, dns_address: str, dns_port: int, answers: bool) -> Layout:
+def _task_layout(family: int, balancer: Balancer, dns: tuple[str, int], answers: bool) -> Layout:
     words = FAMILY_WORDS[family]
     name, address = words.name, words.address
-    redirect = f"ip daddr {dns_address} {{}} dport {DNS_PORT} dnat to {dns_address}:{dns_port}"
+    redirect = f"ip daddr {dns[0]} {{}} dport {DNS_PORT} dnat to {dns[0]}:{dns[1]}"
     redirects = (redirect.format("udp"), redirect.format("tcp")) if family == socket.AF_INET else ()
+    nftables = balancer == "nftables"
     chains = [
         _refusal(words),
         Chain(
             "balance",
-            (*redirects, f"{name} daddr vmap @{VIPS}"),
+            (*redirects, f"{name} daddr vmap @{VIPS}") if nftables else redirects,
             "type nat hook output priority -100; policy accept;",
         ),
         Chain(
@@ -133,101 +141,135 @@ def _task_layout(family: int, dns_address: str, dns_port: int, answers: bool) ->
     if answers:
         hook = "type filter hook prerouting priority -150; policy accept;"
         chains.append(Chain("arrive", (), hook, (remember_ingress(),)))
-    return Layout(
-        family,
-        TASK_TABLE,
-        sets=(
+    if not nftables:
+        give_mark = f"meta mark set {name} daddr . meta l4proto map @{VIPS}"
+        chains.append(Chain("give_mark", (give_mark,), "type filter hook output priority -150; policy accept;"))
+        sets: tuple[tuple[str, str], ...] = ((VIPS, f"map type {address} . inet_proto : mark"),)
+    else:
+        sets = (
             (VIPS, f"map type {address} : verdict"),
             (BACKENDS, f"map type {address} . mark : {address}"),
-            (REFUSED, f"set type {address}"),
             (ASKED_BY_UDP, f"set type {address}; size {ASKED_MAX}; flags dynamic;"),
-        ),
-        chains=tuple(chains),
-    )
+        )
+    return Layout(family, TASK_TABLE, ((REFUSED, f"set type {address}"), *sets), tuple(chains))
 
 
-def host_layouts(table: str, tag: str, own_addresses: dict[int, str], vxlan_port: int) -> tuple[Layout, ...]:
+def host_layouts(
+    balancer: Balancer, table: str, tag: str, own_addresses: dict[int, str], vxlan_port: int
+) -> tuple[Layout, ...]:
     """In the host's namespace: published ports, egress, and who may pass between legs and the world; one table for
     each family in `own_addresses`: this node's own address on the overlays (198.18.x.y)."""
-    return tuple(_host_layout(family, table, tag, own, vxlan_port) for family, own in own_addresses.items())
+    out = []
+    for family, own in own_addresses.items():
+        words = FAMILY_WORDS[family]
+        legs = f'"{leg_pattern(tag)}"'
+        sets, balance = (_balance_ports if balancer == "nftables" else _mark_ports)(words, legs)
+        service = "inet_proto . inet_service"
+        sets = (
+            *sets,
+            (REFUSED, f"set type {service}"),
+            (REFUSED + AT, f"set type {words.address} . {service}"),
+            (GATEWAYS, f"set type {words.address}"),
+            (HIDDEN, f"set type {words.address}"),
+        )
+        chains = (_refusal(words), *balance, *_host_chains(words, legs, own, vxlan_port))
+        out.append(Layout(family, table, sets, chains))
+    return tuple(out)
 
 
-def _host_layout(family: int, table: str, tag: str, own_address: str, vxlan_port: int) -> Layout:
-    """iif/oif matches need a kernel of 5.7 or later in postrouting."""
-    words = FAMILY_WORDS[family]
-    name, address = words.name, words.address
-    legs = f'"{leg_pattern(tag)}"'
-    balance = (
+Parts = tuple[tuple[tuple[str, str], ...], tuple[Chain, ...]]
+"""(sets, chains)"""
+
+
+def _balance_ports(words: Words, legs: str) -> Parts:
+    name, address, service = words.name, words.address, "inet_proto . inet_service"
+    rules = (
         f"fib daddr type local {name} daddr . meta l4proto . th dport vmap @{PUBLISHED}{AT}",
         f"fib daddr type local meta l4proto . th dport vmap @{PUBLISHED}",
     )
+    return (
+        (PUBLISHED, f"map type {service} : verdict"),
+        (BACKENDS, f"map type {service} . mark : {address} . inet_service"),
+        (PUBLISHED + AT, f"map type {address} . {service} : verdict"),
+        (BACKENDS + AT, f"map type {address} . {service} . mark : {address} . inet_service"),
+    ), (
+        Chain("balance_in", rules, "type nat hook prerouting priority -100; policy accept;"),
+        Chain("balance_out", rules, "type nat hook output priority -100; policy accept;"),
+    )
+
+
+def _mark_ports(words: Words, legs: str) -> Parts:
+    name, address, service = words.name, words.address, "inet_proto . inet_service"
+    # "direction original": an answer to a connection of the host's own may carry a published port as its destination.
+    condition = "ct direction original fib daddr type local"
+    rules = (
+        f"{condition} meta mark set meta l4proto . th dport map @{PUBLISHED}",
+        f"{condition} meta mark set {name} daddr . meta l4proto . th dport map @{PUBLISHED}{AT}",
+    )
+    # What IPVS sends on has no incoming link any more: the chain `source` knows tasks' own connections by this.
+    from_task = f"iifname {legs} ct state new ct mark set {FROM_TASK_MARK:#x}"
+    return (
+        (PUBLISHED, f"map type {service} : mark"),
+        (PUBLISHED + AT, f"map type {address} . {service} : mark"),
+    ), (
+        Chain("mark_in", (from_task, *rules), "type filter hook prerouting priority -150; policy accept;"),
+        Chain("mark_out", rules, "type filter hook output priority -150; policy accept;"),
+    )
+
+
+def _host_chains(words: Words, legs: str, own_address: str, vxlan_port: int) -> tuple[Chain, ...]:
+    """iif/oif matches need a kernel of 5.7 or later in postrouting."""
+    name = words.name
     # "direction original": an answer to a connection of the host's own may carry a refused port as its destination.
     refused = "ct direction original"
     hide = f"oifname {legs} {{}} snat to {own_address} fully-random"
-    service = "inet_proto . inet_service"
-    return Layout(
-        family,
-        table,
-        sets=(
-            (PUBLISHED, f"map type {service} : verdict"),
-            (BACKENDS, f"map type {service} . mark : {address} . inet_service"),
-            (REFUSED, f"set type {service}"),
-            (PUBLISHED + AT, f"map type {address} . {service} : verdict"),
-            (BACKENDS + AT, f"map type {address} . {service} . mark : {address} . inet_service"),
-            (REFUSED + AT, f"set type {address} . {service}"),
-            (GATEWAYS, f"set type {address}"),
-            (HIDDEN, f"set type {address}"),
+    return (
+        Chain(
+            "raw_in",
+            (
+                # route_localnet is on for legs: without this a task could reach what listens on 127.0.0.1 only.
+                f"iifname {legs} {name} daddr {words.loopback} drop",
+                f"udp dport {vxlan_port} notrack",
+            ),
+            "type filter hook prerouting priority -300; policy accept;",
         ),
-        chains=(
-            _refusal(words),
-            Chain(
-                "raw_in",
-                (
-                    # route_localnet is on for legs: without this a task could reach what listens on 127.0.0.1 only.
-                    f"iifname {legs} {name} daddr {words.loopback} drop",
-                    f"udp dport {vxlan_port} notrack",
-                ),
-                "type filter hook prerouting priority -300; policy accept;",
+        Chain(
+            "raw_out",
+            (f"udp dport {vxlan_port} notrack",),
+            "type filter hook output priority -300; policy accept;",
+        ),
+        Chain(
+            "source",
+            (
+                # Clients keep their address, and the task answers through this host (`task_layouts`), except
+                # where the answer would not come: clients on an overlay, or with an address that every host has.
+                hide.format(f"iifname {legs}"),
+                hide.format(f"ct mark {FROM_TASK_MARK:#x}"),
+                hide.format(f"{name} saddr {words.loopback}"),
+                hide.format(f"{name} saddr @{GATEWAYS}"),
+                hide.format(f"{name} daddr @{HIDDEN}"),
+                f"oifname {legs} accept",
+                f"iifname {legs} masquerade fully-random",
             ),
-            Chain(
-                "raw_out",
-                (f"udp dport {vxlan_port} notrack",),
-                "type filter hook output priority -300; policy accept;",
+            "type nat hook postrouting priority 100; policy accept;",
+        ),
+        Chain(
+            "passage",
+            (
+                f"oifname != {legs} accept",
+                "ct state established,related accept",
+                "ct status dnat accept",
+                # From outside, or from another network's tasks: only published ports lead into a network.
+                f"reject with {words.prohibited}",
             ),
-            Chain("balance_in", balance, "type nat hook prerouting priority -100; policy accept;"),
-            Chain("balance_out", balance, "type nat hook output priority -100; policy accept;"),
-            Chain(
-                "source",
-                (
-                    # Clients keep their address, and the task answers through this host (`task_layouts`), except
-                    # where the answer would not come: clients on an overlay, or with an address that every host has.
-                    hide.format(f"iifname {legs}"),
-                    hide.format(f"{name} saddr {words.loopback}"),
-                    hide.format(f"{name} saddr @{GATEWAYS}"),
-                    hide.format(f"{name} daddr @{HIDDEN}"),
-                    f"oifname {legs} accept",
-                    f"iifname {legs} masquerade fully-random",
-                ),
-                "type nat hook postrouting priority 100; policy accept;",
+            "type filter hook forward priority 0; policy accept;",
+        ),
+        Chain(
+            "refuse",
+            (
+                f"{refused} meta l4proto . th dport @{REFUSED} goto refusal",
+                f"{refused} {name} daddr . meta l4proto . th dport @{REFUSED}{AT} goto refusal",
             ),
-            Chain(
-                "passage",
-                (
-                    f"oifname != {legs} accept",
-                    "ct state established,related accept",
-                    "ct status dnat accept",
-                    # From outside, or from another network's tasks: only published ports lead into a network.
-                    f"reject with {words.prohibited}",
-                ),
-                "type filter hook forward priority 0; policy accept;",
-            ),
-            Chain(
-                "refuse",
-                (
-                    f"{refused} meta l4proto . th dport @{REFUSED} goto refusal",
-                    f"{refused} {name} daddr . meta l4proto . th dport @{REFUSED}{AT} goto refusal",
-                ),
-                "type filter hook input priority 0; policy accept;",
-            ),
+            "type filter hook input priority 0; policy accept;",
         ),
     )

@@ -90,3 +90,5 @@ def set_leg_sysctls(leg: Leg) -> None:
     for name in ("accept_ra", "autoconf", "accept_dad"):
         set_optional(f"net.ipv6.conf.{leg.name}.{name}", "0")
     set_optional(f"net.ipv6.conf.{leg.name}.disable_ipv6", "0" if leg.ipv6 else "1")
+    # all.force_forwarding reaches only the links that exist when it is set.
+    set_optional(f"net.ipv6.conf.{leg.name}.force_forwarding", "1" if leg.ipv6 else "0")

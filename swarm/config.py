@@ -28,5 +28,7 @@ class DaemonConfig:
     """host[:port] of registries spoken to over plain HTTP or with an unverified certificate."""
     runtime: str = "crun"
     """Name or path of the OCI runtime."""
+    balancer: str = "auto"
+    """auto | ipvs | nftables: what shares out connections to services. auto = IPVS where the kernel has it."""
     log_level: str = "info"
     """debug | info | warning | error"""

@@ -21,6 +21,7 @@ from typing import TypeVar
 from overlay.host import KernelNetwork
 from overlay.interface import (
     Attachment,
+    Balancer,
     HostState,
     Interface,
     OverlayNetwork,
@@ -41,6 +42,7 @@ DNS_PORT = 42053
 VXLAN_PORT = 4789
 ETH_P_ALL = 3
 OUTSIDE = "192.168.99.254"
+UNDERLAY6 = "fd00:99::"
 _numbers = itertools.count()
 
 NET = OverlayNetwork(
@@ -208,6 +210,7 @@ class SimulatedHost:
     run_dir: Path
     network: KernelNetwork
     now_s: list[float]
+    balancer: Balancer = "nftables"
 
     @property
     def node_id(self) -> str:
@@ -216,6 +219,10 @@ class SimulatedHost:
     @property
     def address(self) -> str:
         return f"192.168.99.{self.number}"
+
+    @property
+    def address6(self) -> str:
+        return f"{UNDERLAY6}{self.number:x}"
 
     def again(self) -> KernelNetwork:
         """Another agent's view of the same host, as after a restart."""
@@ -226,7 +233,14 @@ class SimulatedHost:
 
 def make_network(host: SimulatedHost) -> KernelNetwork:
     now_s = host.now_s
-    return KernelNetwork(host.run_dir, f"t{host.number}", DNS_PORT, host_netns=host.netns, clock=lambda: now_s[0])
+    return KernelNetwork(
+        host.run_dir,
+        f"t{host.number}",
+        DNS_PORT,
+        host_netns=host.netns,
+        clock=lambda: now_s[0],
+        balancer=host.balancer,
+    )
 
 
 def ip_batch(lines: list[str]) -> None:
@@ -235,6 +249,7 @@ def ip_batch(lines: list[str]) -> None:
 
 @dataclass
 class OverlayLab:
+    balancer: Balancer = "nftables"
     hosts: list[SimulatedHost] = field(default_factory=list)
     sockets: Sockets = field(default_factory=Sockets)
 
@@ -258,10 +273,12 @@ class OverlayLab:
             ]
         self._ip("ul", lines)
         for number, name in ((100, "client"), (1, "h1"), (2, "h2"), (3, "h3")):
-            address = [f"addr add 192.168.99.{number}/24 dev eth0", "link set eth0 up", "link set lo up"]
+            address = [f"addr add 192.168.99.{number}/24 dev eth0", f"addr add {UNDERLAY6}{number:x}/64 dev eth0 nodad"]
+            address += ["link set eth0 up", "link set lo up"]
             self._ip(name, [*address, f"route add default via {OUTSIDE}"])
         for number in (1, 2, 3):
-            host = SimulatedHost(number, self.netns(f"h{number}"), self.directory / f"h{number}", None, [0.0])  # type: ignore[arg-type]
+            directory = self.directory / f"h{number}"
+            host = SimulatedHost(number, self.netns(f"h{number}"), directory, None, [0.0], self.balancer)  # type: ignore[arg-type]
             host.network = make_network(host)
             self.hosts.append(host)
 

@@ -29,6 +29,7 @@ from proto.objects_pb2 import (
     DNSRR,
     HOST,
     INGRESS,
+    SOURCE_HASH,
     TASK_FAILED,
     TASK_RUNNING,
     TASK_SHUTDOWN,
@@ -91,7 +92,7 @@ def mirror(*items: dict[str, Item]) -> Mirror:
     return Mirror(known=True, items={key: item for part in items for key, item in part.items()})
 
 
-def port(published: int, target: int, **more: int) -> PortConfig:
+def port(published: int, target: int, **more: int | str) -> PortConfig:
     made = PortConfig(published_port=published, target_port=target, protocol=TCP, mode=INGRESS)
     for name, value in more.items():
         setattr(made, name, value)
@@ -160,6 +161,35 @@ def test_vip_backends_are_the_serving_endpoints_in_numeric_order() -> None:
 
 def test_a_vip_without_backends_stays_so_that_it_is_refused_at_once() -> None:
     assert view.host_state(mirror(net("net1"), svc()), LOCAL).vips == (Vip("net1", "10.0.1.2", ()),)
+
+
+def test_both_families_have_their_vip_and_their_backends_with_weights() -> None:
+    items = net("net1") | svc() | end("t1", "10.0.1.5") | end("t2", "10.0.1.6", node="n2")
+    service = items["service/svc1"].service
+    service.balance, service.virtual_ips[0].address6 = SOURCE_HASH, "fd00::2/64"
+    for task_id, weight, address6 in (("t1", 0, ""), ("t2", 500, "fd00::6")):
+        endpoint = items[f"endpoint/net1/{task_id}"].endpoint
+        endpoint.weight, endpoint.address6 = weight, address6
+    assert view.host_state(mirror(items), LOCAL).vips == (
+        Vip("net1", "10.0.1.2", ("10.0.1.5", "10.0.1.6"), (1, 100), "sh"),
+        Vip("net1", "fd00::2", ("fd00::6",), (), "sh"),
+    )
+
+
+def test_a_published_port_has_backends_of_both_families_at_the_address_it_names() -> None:
+    ports = (port(8000, 80, host_ip="192.0.2.7"), port(8000, 81, host_ip="192.0.2.8"))
+    items = net("net1") | svc(ports=ports) | end("t1", "10.0.1.5") | end("t2", "10.0.1.6")
+    items["endpoint/net1/t2"].endpoint.address6 = "fd00::6"
+    items["endpoint/net1/t2"].endpoint.weight = 3
+    first, second = view.host_state(mirror(items), LOCAL).published
+    assert first.backends == (("10.0.1.5", 80), ("10.0.1.6", 80), ("fd00::6", 80))
+    assert (first.weights, first.host_ip) == ((1, 3, 3), "192.0.2.7")
+    assert second.host_ip == "192.0.2.8"
+
+
+def test_a_peer_that_cannot_answer_through_other_hosts_is_marked() -> None:
+    items = {"peer/n2": Item(peer=NetworkPeer(node_id="n2", vtep_addr="192.0.2.2", index=8, masquerade=True))}
+    assert view.host_state(mirror(items), LOCAL).peers == (Peer("n2", "192.0.2.2", 8, masquerade=True),)
 
 
 def test_dnsrr_services_have_no_vip() -> None:

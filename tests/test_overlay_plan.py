@@ -68,7 +68,9 @@ from overlay.plan import (
     read_port_alias,
 )
 from overlay.ruleset import host_layouts, task_layouts
+from overlay.schemes import SCHEMES
 
+NFTABLES = SCHEMES["nftables"]
 NET = OverlayNetwork("n1", 4097, "10.0.1.0/24", "10.0.1.1")
 STATE = HostState(
     vtep="192.0.2.1",
@@ -319,18 +321,18 @@ pictures = st.lists(vips, max_size=4).map(lambda found: {vip.address: vip for vi
 
 @given(pictures, pictures)
 def test_a_change_of_vips_is_the_change_of_their_elements(old: dict[str, Vip], new: dict[str, Vip]) -> None:
-    standing = network_elements(old)
-    change = vips_change(old, new)
+    standing = network_elements(NFTABLES, old)
+    change = vips_change(NFTABLES, old, new)
     for key, value in change.remove:
         assert standing.pop(key) == value  # the kernel refuses to remove what is not there...
     for key, value in change.add:
         assert key not in standing  # ... and to add what is
         standing[key] = value
-    assert standing == network_elements(new)
+    assert standing == network_elements(NFTABLES, new)
     lost = withdrawn(old, new)
     now = {vip: new[vip].backends if vip in new else () for vip in old}
     assert lost.keys() == {vip for vip in old if set(old[vip].backends) - set(now[vip])}
-    assert wanted_chains({"n1": new}, ["n1"]) == chains_of(network_elements(new))
+    assert wanted_chains(NFTABLES, {"n1": new}) == chains_of(network_elements(NFTABLES, new))
 
 
 def test_a_service_without_backends_is_refused_and_else_counted_by_their_slots() -> None:
@@ -397,7 +399,7 @@ def test_a_backend_named_twice_counts_once() -> None:
 
 def test_clients_are_hidden_from_tasks_that_cannot_answer_them() -> None:
     peers = (Peer("b", "192.0.2.2", 2, masquerade=True),)
-    found = host_picture(replace(STATE, peers=peers), [AF_INET]).elements
+    found = host_picture(NFTABLES, replace(STATE, peers=peers), [AF_INET]).elements
     assert {(name, key) for _, name, key in found} == {
         ("gateways", b"\x0a\0\x01\x01"),
         ("hidden", b"\x0a\0\x01\x09"),
@@ -405,12 +407,14 @@ def test_clients_are_hidden_from_tasks_that_cannot_answer_them() -> None:
 
 
 def test_another_layout_has_another_marker() -> None:
-    (one,), (two,) = (task_layouts("127.0.0.11", port, (AF_INET,), "") for port in (42053, 42054))
+    (one,), (two,) = (task_layouts("nftables", ("127.0.0.11", port), (AF_INET,), ()) for port in (42053, 42054))
     assert one.marker != two.marker
     assert one.rules() == {one.marker: 0, "refusal": 2, "balance": 3, "leave": 1}
     assert "delete table" in one.text(replace=True)
     assert "delete table" not in one.text(replace=False)
-    (host,), (other,) = (host_layouts("t", "x", {AF_INET: own}, 4789) for own in ("198.18.0.1", "198.18.0.2"))
+    (host,), (other,) = (
+        host_layouts("nftables", "t", "x", {AF_INET: own}, 4789) for own in ("198.18.0.1", "198.18.0.2")
+    )
     assert host.marker != other.marker
 
 

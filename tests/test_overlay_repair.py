@@ -347,7 +347,7 @@ async def test_tasks_come_and_go_at_once_while_services_change(lab: OverlayLab) 
 
 
 def test_without_libnftables_the_command_loads_the_same_table(shared: OverlayLab) -> None:
-    (layout,) = task_layouts("127.0.0.11", 42053, (socket.AF_INET,), "")
+    (layout,) = task_layouts("nftables", ("127.0.0.11", 42053), (socket.AF_INET,), ())
 
     def load_and_list(library: bool) -> str:
         nft.run(layout.text(replace=True), library=library)

@@ -31,6 +31,13 @@ def client_version() -> str:
 )
 @click.option("--runtime", default="crun", show_default=True, help="OCI runtime: name or path.")
 @click.option(
+    "--lb",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "ipvs", "nftables"]),
+    help="What balances services; auto = IPVS where the kernel has it.",
+)
+@click.option(
     "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"]),
     help="How much is logged to standard error.",
 )  # fmt: skip
@@ -43,6 +50,7 @@ def daemon(
     image_stores: tuple[str, ...],
     insecure: tuple[str, ...],
     runtime: str,
+    lb: str,
     log_level: str,
 ) -> None:
     """Run this host's daemon until it is stopped by a signal; containers go on without it.
@@ -59,6 +67,7 @@ def daemon(
         image_stores=tuple(Path(store).absolute() for store in image_stores),
         insecure_registries=insecure,
         runtime=runtime,
+        balancer=lb,
         log_level=log_level,
     )
     from swarm.daemon import run
