@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dns.interface import NetworkNames, Picture, Sandbox, ServiceNames, TaskNames
+from node import drivers
 from node.mirror import Mirror
 from node.steps import State, ended
 from overlay.interface import (
@@ -43,7 +44,6 @@ from proto.objects_pb2 import (
 )
 
 DEFAULT_VXLAN_PORT = 4789
-MTU_OPTION = "com.docker.network.driver.mtu"
 
 _L4: dict[int, L4] = {TCP: "tcp", UDP: "udp", SCTP: "sctp"}
 _BALANCE: dict[int, Balance] = {ROUND_ROBIN: "rr", LEAST_CONNECTIONS: "lc", SOURCE_HASH: "sh"}
@@ -58,6 +58,8 @@ class Local:
     index: int
     """0: no manager has numbered this node yet, nothing can be wired."""
     vxlan_port: int = DEFAULT_VXLAN_PORT
+    given: Mapping[str, str] = field(default_factory=dict)
+    """Task -> the address that this host gave it on its own bridge."""
     states: Mapping[str, State] = field(default_factory=dict)
     """Observed states of the tasks of this host."""
 
@@ -67,7 +69,7 @@ class Local:
 
 
 def host_state(mirror: Mirror, local: Local) -> HostState:
-    networks = {n.id: n for n in mirror.networks() if n.vni and n.ipam.subnet}
+    networks = {n.id: n for n in mirror.networks() if n.vni and n.ipam.subnet and drivers.driver(n) == drivers.OVERLAY}
     serving = _serving(mirror, local)
     return HostState(
         vtep=local.vtep,
@@ -82,6 +84,8 @@ def host_state(mirror: Mirror, local: Local) -> HostState:
         ),
         vips=tuple(_vips(mirror, serving, networks)),
         published=_published(mirror, local, serving, networks),
+        bridges=drivers.bridges(mirror.networks(), mirror.tasks()),
+        macvlans=drivers.macvlans(mirror.networks()),
     )
 
 
@@ -184,14 +188,13 @@ def _numeric(endpoint: NetworkEndpoint) -> int:
 
 
 def _overlay_network(network: Network) -> OverlayNetwork:
-    mtu = network.spec.options.get(MTU_OPTION, "")
     return OverlayNetwork(
         network_id=network.id,
         vni=network.vni,
         subnet=network.ipam.subnet,
         gateway=network.ipam.gateway,
         internal=network.spec.internal,
-        mtu_bytes=int(mtu) if mtu.isdigit() else None,
+        mtu_bytes=drivers.mtu_option(network),
         subnet6=network.ipam6.subnet,
         gateway6=network.ipam6.gateway,
     )
@@ -236,8 +239,10 @@ def _published(
         outside = [net for net in task.networks if net.network_id in networks]
         outside.sort(key=lambda net: networks[net.network_id].spec.internal)
         for port in task.endpoint.ports:
-            if port.mode == HOST and outside:
-                claim(port, [(_bare(outside[0].address), 1), (_bare(outside[0].address6), 1)])
+            given = [(local.given[task.id], 1)] if task.id in local.given else []
+            ways_in = given or [(_bare(address), 1) for net in outside[:1] for address in (net.address, net.address6)]
+            if port.mode == HOST and ways_in:
+                claim(port, ways_in)
     return tuple(ports[key] for key in sorted(ports))
 
 

@@ -34,9 +34,10 @@ from overlay.diff import (
     TaskKernel,
     TaskOperation,
 )
+from overlay.interface import MACVLAN_MODES, Interface, NetworkError
 from overlay.namespaces import NamespaceThread
 from overlay.netlink import NETLINK_ROUTE, Message, Netlink, acknowledged
-from overlay.plan import Leg, Sandbox, Task, TaskLink, Vxlan, port_alias
+from overlay.plan import Leg, Sandbox, Task, TaskLink, Vxlan, port_alias, read_port_alias
 from overlay.sysctls import IPV6_SYSCTLS, TASK_SYSCTLS, set_all_optional, set_leg_sysctls, set_optional
 
 NO_ADDRESS = "1"
@@ -140,7 +141,9 @@ class NamespaceKernel:
                 (entry.mac, entry.vtep) for entry in entries if entry.link == index and entry.mac in bridged
             ),
             neighbours=frozenset((address, mac) for link, address, mac in known if link == index),
-            ports=frozenset(link.name for link in links.values() if link.master == master and link.up),
+            ports=frozenset(
+                (link.name, link.mtu_bytes) for link in links.values() if link.master == master and link.up
+            ),
         )
         ours = {LEG_PORT_NAME, VXLAN_NAME, BRIDGE_NAME}
         ports = [link for link in links.values() if link.kind == "veth" and link.name not in ours]
@@ -287,7 +290,10 @@ class NamespaceKernel:
                     case MakeLink(link, replaces):
                         if replaces:
                             inner.batch(acknowledged([rtnl.delete_link(link.name)]))
-                        self._make_link(task, link, descriptor)
+                        if link.parent:
+                            self._make_macvlan(task, link, descriptor, inner)
+                        else:
+                            self._make_link(task, link, descriptor)
                     case SetLink(link):
                         settings.append(link)
             messages = [rtnl.set_link("lo")]
@@ -296,6 +302,36 @@ class NamespaceKernel:
                     namespaces.sysctl(f"net.ipv6.conf.{link.name}.disable_ipv6", "0")
                 messages += _link_settings(link, rtnl.link_index(inner, link.name))
             inner.batch(acknowledged(messages))
+
+    def _make_macvlan(self, task: Task, link: TaskLink, descriptor: int, inner: Netlink) -> None:
+        index = TASK_LINK_INDEX + task.links.index(link)
+        with self.thread.home(), Netlink(NETLINK_ROUTE) as outer:
+            try:
+                parent = rtnl.link_index(outer, link.parent)
+            except OSError as error:
+                raise NetworkError(
+                    f"task {task.task_id}: this host has no link {link.parent}, the parent of macvlan network"
+                    f" {link.network_id}; make that link, keep the service's tasks on hosts that have it with a"
+                    " constraint, or make the network anew with another parent"
+                ) from error
+            made = rtnl.new_macvlan(
+                link.name,
+                parent,
+                MACVLAN_MODES[link.mode],
+                link.mac,
+                mtu_bytes=link.mtu_bytes,
+                index=index,
+                namespace_fd=descriptor,
+            )
+            outer.batch(acknowledged([made]))
+        inner.batch(acknowledged([rtnl.set_link(link.name, alias=port_alias(task.task_id, link))]))
+
+    def read_macvlans(self, task_id: str) -> dict[str, Interface]:
+        """Link name -> interface, of those in its namespace that are no veth: their alias is on themselves."""
+        with self.thread.inside(self.task_path(task_id)), Netlink(NETLINK_ROUTE) as netlink:
+            aliases = [link.alias for link in rtnl.links(netlink).values() if link.kind == "macvlan"]
+        known = [found for alias in aliases if (found := read_port_alias(alias)) is not None]
+        return {name: interface for _, name, interface in known}
 
     def _make_link(self, task: Task, link: TaskLink, descriptor: int) -> None:
         index = TASK_LINK_INDEX + task.links.index(link)

@@ -68,8 +68,8 @@ VXLAN_NAME, BRIDGE_NAME, LEG_PORT_NAME = "vx0", "br0", "leg"
 
 def settled(wanted: Sandbox) -> Sandbox:
     """What stands once the operations towards `wanted` are done."""
-    ports = {VXLAN_NAME} | ({LEG_PORT_NAME} if wanted.leg else set())
-    return replace(wanted, ports=frozenset(ports))
+    names = [VXLAN_NAME] * bool(wanted.vxlan) + [LEG_PORT_NAME] * bool(wanted.leg)
+    return replace(wanted, ports=frozenset((name, wanted.mtu_bytes) for name in names))
 
 
 def empty_sandbox(network_id: str) -> Sandbox:
@@ -79,7 +79,7 @@ def empty_sandbox(network_id: str) -> Sandbox:
 def sandbox_operations(wanted: Sandbox, actual: Sandbox, ports: Iterable[str] = ()) -> tuple[SandboxOperation, ...]:
     """In the order to be done. `ports`: task links that should be in the bridge if they exist at all."""
     out: list[SandboxOperation] = []
-    vxlan, mtu = wanted.vxlan, wanted.vxlan.mtu_bytes if wanted.vxlan else 0
+    vxlan, mtu = wanted.vxlan, wanted.mtu_bytes
     if not actual.bridge:
         out.append(MakeBridge())
     entries_lost = False
@@ -91,10 +91,10 @@ def sandbox_operations(wanted: Sandbox, actual: Sandbox, ports: Iterable[str] = 
         else:
             out.append(MakeVxlan(vxlan, replaces=old is not None))
             entries_lost = True
-    elif vxlan is not None and VXLAN_NAME not in actual.ports:
+    elif vxlan is not None and (VXLAN_NAME, mtu) not in actual.ports:
         out.append(SetVxlan(vxlan))
     out += _leg_operations(wanted.leg, actual, mtu)
-    out += [SetPort(name, mtu) for name in ports if name not in actual.ports]
+    out += [SetPort(name, mtu) for name in ports if (name, mtu) not in actual.ports]
     entries = _entries(wanted, empty_sandbox(wanted.network_id) if entries_lost else actual)
     return (*out, entries) if entries is not None else tuple(out)
 
@@ -109,7 +109,7 @@ def _leg_operations(leg: Leg | None, actual: Sandbox, mtu_bytes: int) -> list[Sa
     out: list[SandboxOperation] = []
     if old != leg:
         out.append(SetLeg(leg, old.addresses - leg.addresses))
-    if LEG_PORT_NAME not in actual.ports or old.mtu_bytes != leg.mtu_bytes:
+    if (LEG_PORT_NAME, mtu_bytes) not in actual.ports:
         out.append(SetPort(LEG_PORT_NAME, mtu_bytes))
     return out
 
@@ -176,7 +176,7 @@ def task_operations(wanted: Task, actual: TaskKernel) -> tuple[TaskOperation, ..
 
 def _is_set(link: TaskLink, actual: TaskKernel) -> bool:
     return (
-        (link.name, link.mac, link.mtu_bytes) in actual.links
+        any((link.name, link.mac) == found[:2] and link.mtu_bytes in (0, found[2]) for found in actual.links)
         and (link.name in actual.ipv6 or not link.ipv6)
         and all((link.name, *address) in actual.addresses for address in link.addresses)
         and all((link.name, gateway, link.gateway_mac) in actual.neighbours for gateway in link.gateways)

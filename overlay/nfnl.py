@@ -29,16 +29,17 @@ from overlay.netlink import (
 )
 from overlay.ruleset import ASKED_BY_UDP
 
-_SUBSYSTEM = 10
+NFT_SUBSYSTEM = 10
 NEWTABLE, GETTABLE, NEWCHAIN, GETCHAIN, DELCHAIN, NEWRULE, GETRULE, DELRULE = 0, 1, 3, 4, 5, 6, 7, 8
 NEWSETELEM, GETSETELEM, DELSETELEM, GETGEN, DELTABLE = 12, 13, 14, 16, 2
+NEWSET, GETSET = 9, 10
 _BATCH_BEGIN, _BATCH_END = 16, 17
 NFT_GOTO = -4
 ELEMENTS_PER_MESSAGE = 400
 """An attribute's length is 16 bits: 400 elements of at most 120 bytes stay below 64 KiB."""
 
 
-def _header(family: int, resource: int = 0) -> bytes:
+def header(family: int, resource: int = 0) -> bytes:
     return struct.pack("=BB", family, 0) + struct.pack(">H", resource)
 
 
@@ -47,7 +48,7 @@ def _u32(value: int) -> bytes:
 
 
 def _message(kind: int, flags: int, family: int, body: bytes, what: str) -> Message:
-    return Message(_SUBSYSTEM << 8 | kind, flags, _header(family) + body, what)
+    return Message(NFT_SUBSYSTEM << 8 | kind, flags, header(family) + body, what)
 
 
 # --- chains and rules ----------------------------------------------------------------------------------
@@ -130,16 +131,16 @@ def change_messages(table: str, change: ElementChange) -> list[Message]:
 
 def transaction(messages: Sequence[Message]) -> list[Message]:
     """Framed as one atomic nf_tables transaction, acknowledged once."""
-    begin = Message(_BATCH_BEGIN, 0, _header(0, _SUBSYSTEM), "begin an nftables transaction")
-    end = Message(_BATCH_END, 0, _header(0, _SUBSYSTEM), "end an nftables transaction")
+    begin = Message(_BATCH_BEGIN, 0, header(0, NFT_SUBSYSTEM), "begin an nftables transaction")
+    end = Message(_BATCH_END, 0, header(0, NFT_SUBSYSTEM), "end an nftables transaction")
     last = messages[-1]
     acknowledged = Message(last.kind, last.flags | NLM_F_ACK, last.body, last.what, last.tolerated)
     return [begin, *messages[:-1], acknowledged, end]
 
 
 def delete_table(family: int, table: str) -> Message:
-    body = _header(family) + attribute(1, table)
-    return Message(_SUBSYSTEM << 8 | DELTABLE, 0, body, f"delete table {table}", frozenset({errno.ENOENT}))
+    body = header(family) + attribute(1, table)
+    return Message(NFT_SUBSYSTEM << 8 | DELTABLE, 0, body, f"delete table {table}", frozenset({errno.ENOENT}))
 
 
 # --- what stands -------------------------------------------------------------------------------------
@@ -147,13 +148,13 @@ def delete_table(family: int, table: str) -> Message:
 
 def generation(netlink: Netlink) -> int:
     """A counter that each transaction in this namespace, of whatever program, raises by one."""
-    answer = netlink.ask(_SUBSYSTEM << 8 | GETGEN, _header(0), "read the nftables generation")
+    answer = netlink.ask(NFT_SUBSYSTEM << 8 | GETGEN, header(0), "read the nftables generation")
     return int(struct.unpack(">I", attributes(answer, 4)[1])[0])
 
 
 def chains(netlink: Netlink, family: int = socket.AF_INET) -> frozenset[tuple[str, str]]:
     """(table, chain) of the family."""
-    answers = netlink.dump(_SUBSYSTEM << 8 | GETCHAIN, _header(family), "read nftables chains")
+    answers = netlink.dump(NFT_SUBSYSTEM << 8 | GETCHAIN, header(family), "read nftables chains")
     found = [attributes(answer, 4) for answer in answers]
     return frozenset((text(item[1]), text(item[3])) for item in found)
 
@@ -164,8 +165,8 @@ def rule_counts(netlink: Netlink, family: int, table: str) -> dict[str, int]:
     if not standing:
         return {}
     counts = Counter[str]()
-    body = _header(family) + attribute(1, table)
-    for answer in netlink.dump(_SUBSYSTEM << 8 | GETRULE, body, f"read the rules of {table}"):
+    body = header(family) + attribute(1, table)
+    for answer in netlink.dump(NFT_SUBSYSTEM << 8 | GETRULE, body, f"read the rules of {table}"):
         found = attributes(answer, 4)
         if text(found[1]) == table:
             counts[text(found[2])] += 1
@@ -175,8 +176,8 @@ def rule_counts(netlink: Netlink, family: int, table: str) -> dict[str, int]:
 def elements(netlink: Netlink, family: int, table: str, sets: Iterable[str]) -> Elements:
     out: Elements = {}
     for name in sets:
-        body = _header(family) + attribute(1, table) + attribute(2, name)
-        for answer in netlink.dump(_SUBSYSTEM << 8 | GETSETELEM, body, f"read set {name} of table {table}"):
+        body = header(family) + attribute(1, table) + attribute(2, name)
+        for answer in netlink.dump(NFT_SUBSYSTEM << 8 | GETSETELEM, body, f"read set {name} of table {table}"):
             for _, item in attribute_list(attributes(answer, 4).get(3, b"")):
                 found = attributes(item)
                 out[family, name, attributes(found[1])[1]] = _value(found.get(2))

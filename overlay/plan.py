@@ -26,12 +26,14 @@ from overlay.interface import (
     Attachment,
     HostState,
     Interface,
+    MacvlanNetwork,
     NetworkError,
     OverlayNetwork,
     Peer,
     RemoteEndpoint,
 )
 
+TaskNetwork = OverlayNetwork | MacvlanNetwork
 MIN_MTU_BYTES = 576
 """What every IPv4 host must accept (RFC 791): a smaller MTU option is a typing error."""
 MIN_MTU6_BYTES = 1280
@@ -73,8 +75,13 @@ class Sandbox:
     """(MAC, VTEP)"""
     neighbours: frozenset[tuple[str, str]] = frozenset()
     """(address, MAC) that the VXLAN device answers ARP and neighbour solicitations for."""
-    ports: frozenset[str] = frozenset()
-    """Links that are up and in the bridge."""
+    ports: frozenset[tuple[str, int]] = frozenset()
+    """(name, MTU) of the links that are up and in the bridge."""
+
+    @property
+    def mtu_bytes(self) -> int:
+        widest = self.vxlan or self.leg
+        return widest.mtu_bytes if widest else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +89,19 @@ class TaskLink:
     name: str
     network_id: str
     port: str
-    """Its other end, in the network's bridge."""
+    """Its other end, in the network's bridge; "" = it is a macvlan link of `parent`."""
     addresses: tuple[tuple[str, int], ...]
     """(address, prefix): IPv4, then IPv6 if the network has it."""
     mac: str
     mtu_bytes: int
+    """0 = the parent's."""
     gateways: tuple[str, ...]
-    """One for each family; none if the network is internal."""
+    """Legs of this host that it knows the MAC of, one for each family; none if the network has no leg."""
     gateway_mac: str
     routes: tuple[tuple[str, int, str], ...]
     """(destination, prefix, gateway or "" = on the link)"""
+    parent: str = ""
+    mode: str = ""
 
     @property
     def ipv6(self) -> bool:
@@ -106,20 +116,28 @@ class Task:
 
 def port_alias(task_id: str, link: TaskLink) -> str:
     """Written on the link's port: from it a new agent knows what stands, without any file."""
-    return " ".join([task_id, link.name, *(f"{address}/{prefix}" for address, prefix in link.addresses)])
+    addresses = (f"{address}/{prefix}" for address, prefix in link.addresses)
+    return " ".join([task_id, link.name, link.network_id, *addresses])
 
 
-def read_port_alias(alias: str, network_id: str) -> tuple[str, str, Interface] | None:
+def read_port_alias(alias: str) -> tuple[str, str, Interface] | None:
     """(task ID, link name, its interface); None when it is not an alias of ours."""
     parts = alias.split(" ")
-    if len(parts) not in (3, 4) or "/" not in parts[2]:
+    if len(parts) not in (4, 5) or "/" not in parts[3]:
         return None
-    return parts[0], parts[1], Interface(network_id, *parts[2:])
+    return parts[0], parts[1], Interface(*parts[2:])
 
 
-def network_mtu(network: OverlayNetwork, underlay_mtu_bytes: int) -> int:
-    """MTU of the network's links. Raises NetworkError."""
-    mtu = underlay_mtu_bytes - VXLAN_OVERHEAD_BYTES
+def mtu_left(network: OverlayNetwork, underlay_mtu_bytes: int) -> int:
+    """What the underlay leaves of itself to a packet on this network, in bytes."""
+    return underlay_mtu_bytes - (VXLAN_OVERHEAD_BYTES if network.vni else 0)
+
+
+def network_mtu(network: TaskNetwork, underlay_mtu_bytes: int) -> int:
+    """MTU of the network's links; 0 = the parent's. Raises NetworkError."""
+    if isinstance(network, MacvlanNetwork):
+        return network.mtu_bytes or 0
+    mtu = mtu_left(network, underlay_mtu_bytes)
     if network.mtu_bytes is not None:
         mtu = network.mtu_bytes
     if mtu < MIN_MTU_BYTES:
@@ -167,7 +185,8 @@ def plan_sandbox(
     mtu = network_mtu(network, underlay_mtu_bytes)
     vteps = {peer.node_id: peer.vtep for peer in state.peers}
     forwarding, neighbours = set(), set()
-    if not network.internal:
+    vxlan = Vxlan(network.vni, state.vxlan_port, state.vtep, mtu, bool(network.subnet6)) if network.vni else None
+    if vxlan is not None and not network.internal:
         for peer in state.peers:
             forwarding.add((leg_mac(peer.index), peer.vtep))
             neighbours.add((node_address(peer.index), leg_mac(peer.index)))
@@ -184,7 +203,7 @@ def plan_sandbox(
     return Sandbox(
         network_id=network.network_id,
         bridge=True,
-        vxlan=Vxlan(network.vni, state.vxlan_port, state.vtep, mtu, bool(network.subnet6)),
+        vxlan=vxlan,
         leg=_leg(network, state.index, tag, mtu),
         forwarding=frozenset(forwarding),
         neighbours=frozenset(neighbours),
@@ -201,7 +220,7 @@ def endpoints_by_network(endpoints: Iterable[RemoteEndpoint]) -> dict[str, tuple
 def plan_task(
     task_id: str,
     interfaces: tuple[Interface, ...],
-    networks: Mapping[str, OverlayNetwork],
+    networks: Mapping[str, TaskNetwork],
     index: int,
     underlay_mtu_bytes: int,
 ) -> Task:
@@ -219,25 +238,36 @@ def plan_task(
         if any(link.network_id == network.network_id for link in links):
             raise NetworkError(f"task {task_id}: two interfaces in network {network.network_id}; give it one")
         addresses = _link_addresses(task_id, interface, network)
-        gateways = () if network.internal else (network.gateway, network.gateway6)[: len(addresses)]
+        gateways = () if network.internal else _gateways(network, addresses)
+        macvlan = network if isinstance(network, MacvlanNetwork) else None
+        if not addresses:
+            raise NetworkError(f"task {task_id}: no address was given for network {network.network_id}")
         links.append(
             TaskLink(
                 name=f"eth{number}",
                 network_id=network.network_id,
-                port=port_name(task_id),
+                port="" if macvlan else port_name(task_id),
                 addresses=addresses,
                 mac=task_mac(addresses[0][0]),
                 mtu_bytes=network_mtu(network, underlay_mtu_bytes),
-                gateways=tuple(map(canonical, gateways)),
+                gateways=() if macvlan else gateways,
                 gateway_mac=leg_mac(index),
-                routes=_ways_out(gateways, led_out),
+                routes=_ways_out(gateways, led_out, by_leg=not macvlan),
+                parent=macvlan.parent if macvlan else "",
+                mode=macvlan.mode if macvlan else "",
             )
         )
         led_out |= {ipaddress.ip_address(gateway).version for gateway in gateways}
     return Task(task_id, tuple(links))
 
 
-def _link_addresses(task_id: str, interface: Interface, network: OverlayNetwork) -> tuple[tuple[str, int], ...]:
+def _gateways(network: TaskNetwork, addresses: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
+    """A network of the LAN may lack a router."""
+    found = (network.gateway, network.gateway6)[: len(addresses)]
+    return tuple(canonical(gateway) for gateway in found if gateway)
+
+
+def _link_addresses(task_id: str, interface: Interface, network: TaskNetwork) -> tuple[tuple[str, int], ...]:
     """Raises NetworkError."""
     out = []
     for given, subnet in ((interface.address, network.subnet), (interface.address6, network.subnet6)):
@@ -253,14 +283,14 @@ def _link_addresses(task_id: str, interface: Interface, network: OverlayNetwork)
     return tuple(out)
 
 
-def _ways_out(gateways: Iterable[str], led_out: set[int]) -> tuple[tuple[str, int, str], ...]:
-    """The default routes that no earlier link has, and the way to all nodes' own addresses beside each."""
+def _ways_out(gateways: Iterable[str], led_out: set[int], by_leg: bool) -> tuple[tuple[str, int, str], ...]:
+    """The default routes that no earlier link has, and beside each by a leg the way to all nodes' own addresses."""
     out: list[tuple[str, int, str]] = []
     for gateway in gateways:
         version = ipaddress.ip_address(gateway).version
         if version not in led_out:
             nodes = (NODE_RANGE, NODE_RANGE_PREFIX) if version == 4 else (NODE_RANGE6, NODE_RANGE6_PREFIX)
-            out += [("0.0.0.0" if version == 4 else "::", 0, canonical(gateway)), (*nodes, "")]
+            out += [("0.0.0.0" if version == 4 else "::", 0, gateway), *([(*nodes, "")] if by_leg else [])]
     return tuple(out)
 
 
@@ -288,7 +318,8 @@ def _check_peer(peer: Peer, state: HostState, indices: dict[int, str]) -> None:
     indices[peer.index] = peer.node_id
 
 
-def attachment_interfaces(attachment: Attachment) -> tuple[Interface, ...]:
+def check_interfaces(attachment: Attachment) -> None:
+    """Raises NetworkError."""
     for interface in attachment.interfaces:
         for address in filter(None, (interface.address, interface.address6)):
             try:
@@ -297,4 +328,3 @@ def attachment_interfaces(attachment: Attachment) -> tuple[Interface, ...]:
                 raise NetworkError(
                     f"task {attachment.task_id}: {address!r} is not an address such as 10.0.1.5/24"
                 ) from None
-    return attachment.interfaces

@@ -6,8 +6,8 @@ repairs what somebody else changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -20,12 +20,15 @@ from overlay.addressing import (
 )
 from overlay.balance import TaskBalance
 from overlay.diff import TaskKernel, task_operations
+from overlay.hostbridge import free_address
 from overlay.interface import Attachment, HostState, Interface, NetworkError
 from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Netlink, acknowledged
 from overlay.plan import (
     Task,
-    attachment_interfaces,
+    TaskNetwork,
+    check_interfaces,
     check_state,
+    mtu_left,
     plan_task,
 )
 from overlay.rtnl import delete_link
@@ -66,6 +69,11 @@ class Port:
                 self.netlink.batch(acknowledged([delete_link(self.name)]))
 
 
+def _links_differ(old: HostState, new: HostState) -> bool:
+    """Whether the links of tasks may have to be others."""
+    return (old.networks, old.macvlans, old.index) != (new.networks, new.macvlans, new.index)
+
+
 class Reconciler:
     def __init__(
         self,
@@ -81,10 +89,17 @@ class Reconciler:
         self._state: HostState | None = None
         self._complete = False
         """Whether `_state` was applied to its end."""
+        self.link_mtu_bytes = 0
+        """Of the link that has this node's data path address."""
         self._mtu_bytes = 0
+        """What the underlay takes: the link, and the path to each peer."""
+        self._paths: dict[str, int] = {}
+        """Peer's data path address -> MTU of the path to it, in bytes, as measured last."""
+        self._warned: set[tuple[str, int]] = set()
         self._sandboxes = Sandboxes(kernel, tag)
         self._tasks: dict[str, Attached] = {}
         self._audited_at_s = 0.0
+        self._last_given = ""
 
     # --- apply ---------------------------------------------------------------------------------------
 
@@ -98,6 +113,7 @@ class Reconciler:
             return
         self._complete = False
         old = self._state
+        self._sandboxes.want(state)
         if old is None:
             self._adopt()
         if old is None or (old.vtep, old.index, old.vxlan_port) != (state.vtep, state.index, state.vxlan_port):
@@ -105,15 +121,41 @@ class Reconciler:
         elif old.networks != state.networks:
             self._host_sysctls(state)
         self._state = state
+        resized = self._resize(state)
         # Before anything is made: a new network may have the VNI or the subnet of one that goes.
         self._remove_unused()
         self._sandboxes.apply(state, self._mtu_bytes)
         self._publish(state)
-        if old is None or old.networks != state.networks or old.index != state.index:
+        if resized or old is None or _links_differ(old, state):
             self._replan_tasks()
         for task_id, attached in self._tasks.items():
             self._guarded(f"task {task_id}", self._give, task_id, attached)
         self._complete = True
+
+    def _resize(self, state: HostState) -> bool:
+        """Decide on the underlay's MTU; True when it is another than before."""
+        before = self._mtu_bytes
+        paths = [self._paths[peer.vtep] for peer in state.peers if peer.vtep in self._paths]
+        self._mtu_bytes = min([self.link_mtu_bytes, *paths])
+        if before not in (0, self._mtu_bytes):
+            log.info("underlay_mtu_changed", bytes=self._mtu_bytes, before=before, link=self.link_mtu_bytes)
+        for network in state.networks:
+            option, left = network.mtu_bytes or 0, mtu_left(network, self._mtu_bytes)
+            if option > left and (network.network_id, left) not in self._warned:
+                self._warned.add((network.network_id, left))
+                log.warning("network_mtu_too_large", network=network.network_id, option=option, room=left)
+        return self._mtu_bytes != before
+
+    def learn_paths(self, paths: Mapping[str, int]) -> None:
+        """Peer's data path address -> MTU of the path to it, in bytes. A peer that does not answer keeps the last."""
+        state = self._state
+        if state is None:
+            return
+        peers = {peer.vtep for peer in state.peers}
+        self._paths = {peer: mtu for peer, mtu in {**self._paths, **paths}.items() if peer in peers}
+        if self._resize(state):
+            self._sandboxes.apply(state, self._mtu_bytes)
+            self._replan_tasks()
 
     def _guarded(self, what: str, action: Callable[..., object], *arguments: object) -> bool:
         """Failures of one object must not keep the others from being served. The audit tries it again."""
@@ -133,7 +175,7 @@ class Reconciler:
                 f"no interface of this host has the data path address {state.vtep}; restore it, or leave and join"
                 " again with --data-path-addr set to an address that this host has"
             )
-        self._mtu_bytes = mtu
+        self.link_mtu_bytes = mtu
         self._host_sysctls(state)
         self._publish(state)
         self._open_firewall()
@@ -152,13 +194,14 @@ class Reconciler:
     def _adopt(self) -> None:
         found = self._sandboxes.adopt()
         for task_id in self._kernel.task_ids() - self._tasks.keys():
-            balance = self._new_balance(task_id)
-            self._tasks[task_id] = Attached(found.get(task_id, ()), None, balance)
+            links = found.get(task_id, {}) | self._kernel.read_macvlans(task_id)
+            interfaces = tuple(links[name] for name in sorted(links, key=lambda name: (len(name), name)))
+            self._tasks[task_id] = Attached(interfaces, None, self._new_balance(task_id))
         log.info("overlay_adopted", networks=len(self._sandboxes.standing()), tasks=len(self._tasks))
 
     def _remove_unused(self) -> None:
         """A network that left the state stays until the last of its tasks has been detached."""
-        kept = {network.network_id for network in self._state.networks} if self._state else set()
+        kept = set(self._sandboxes.networks)
         kept |= {network_id for attached in self._tasks.values() for network_id in attached.network_ids()}
         for network_id in self._sandboxes.standing() - kept if self._state else ():
             self._guarded(f"network {network_id}", self._sandboxes.remove, network_id)
@@ -192,7 +235,11 @@ class Reconciler:
             fault = self._sandboxes.faults.get(interface.network_id)
             if fault is not None:
                 raise NetworkError(f"task {task_id} cannot be attached: {fault}")
-        return plan_task(task_id, interfaces, self._sandboxes.networks, state.index, self._mtu_bytes)
+        return plan_task(task_id, interfaces, self._networks(), state.index, self._mtu_bytes)
+
+    def _networks(self) -> dict[str, TaskNetwork]:
+        macvlans = self._state.macvlans if self._state else ()
+        return {**self._sandboxes.networks, **{network.network_id: network for network in macvlans}}
 
     def _replan_tasks(self) -> None:
         for task_id, attached in self._tasks.items():
@@ -214,7 +261,8 @@ class Reconciler:
 
     def attach(self, attachment: Attachment) -> Path:
         task_id = attachment.task_id
-        interfaces = attachment_interfaces(attachment)
+        check_interfaces(attachment)
+        interfaces = tuple(self._addressed(task_id, interface) for interface in attachment.interfaces)
         for name in attachment.sysctls:
             if not name.startswith("net."):
                 raise NetworkError(f"task {task_id}: sysctl {name} does not belong to a network namespace (net.*)")
@@ -228,6 +276,29 @@ class Reconciler:
         except OSError as error:
             raise NetworkError(f"task {task_id} cannot be attached: {error}") from error
         return path
+
+    def _addressed(self, task_id: str, interface: Interface) -> Interface:
+        """On the host's bridge: with the address that the host gave it, or gives it now. Raises NetworkError."""
+        if interface.address or not self._sandboxes.is_bridge(interface.network_id):
+            return interface
+        known = {
+            owner: item
+            for owner, attached in self._tasks.items()
+            for item in attached.interfaces
+            if item.network_id == interface.network_id
+        }
+        if task_id not in known:
+            network = self._sandboxes.networks[interface.network_id]
+            used = (item.address.partition("/")[0] for item in known.values())
+            self._last_given = free_address(network, used, self._last_given)
+            return replace(interface, address=self._last_given)
+        return known[task_id]
+
+    def given_address(self, task_id: str) -> str:
+        known = self._tasks.get(task_id)
+        interfaces = known.interfaces if known else ()
+        given = (item.address.partition("/")[0] for item in interfaces if self._sandboxes.is_bridge(item.network_id))
+        return next(given, "")
 
     def _attach_new(self, task: Task, interfaces: tuple[Interface, ...], sysctls: dict[str, str]) -> None:
         kernel, task_id = self._kernel, task.task_id
@@ -266,6 +337,11 @@ class Reconciler:
         paths = [path for path in self._sandboxes.paths() if not names or path.name in names]
         opened = [self._kernel.open_network(path) for path in paths]
         ports = [Port(netlink, port_name(task_id)) for netlink in opened if netlink is not None]
+        own = self._kernel.task_path(task_id)
+        for link in known.task.links if known and known.task else ():
+            netlink = self._kernel.open_network(own) if link.parent else None
+            if netlink is not None:
+                ports.append(Port(netlink, link.name))
         return [*ports, Port(known.balance.netlink, "")] if known else ports
 
     def end_detach(self, task_id: str) -> None:
@@ -290,7 +366,8 @@ class Reconciler:
             return
         self._audited_at_s = self._clock()
         host = read_host()
-        self._mtu_bytes = host.mtu_of(state.vtep) or self._mtu_bytes
+        self.link_mtu_bytes = host.mtu_of(state.vtep) or self.link_mtu_bytes
+        self._resize(state)
         self._guarded("host", self._audit_host, state)
         for network_id in self._sandboxes.standing() & self._sandboxes.networks.keys():
             self._guarded(f"network {network_id}", self._sandboxes.audit, network_id, host)
@@ -306,7 +383,7 @@ class Reconciler:
             self._open_firewall()
 
     def _works(self, network_id: str) -> bool:
-        return network_id in self._sandboxes.networks and network_id not in self._sandboxes.faults
+        return network_id in self._networks() and network_id not in self._sandboxes.faults
 
     def _audit_task(self, task_id: str, attached: Attached) -> None:
         path = self._kernel.task_path(task_id)

@@ -24,13 +24,14 @@ RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 IFF_UP = 1
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 10, 18, 20
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 5, 10, 18, 20
 IFLA_GROUP, IFLA_NET_NS_FD, IFLA_EXT_MASK = 27, 28, 29
 LINK_GROUP = 7901
 """Of all links that we put into a network's namespace: one message then deletes them all, and waits once (18 ms)
 for packets under way instead of once per link."""
 RTEXT_FILTER_SKIP_STATS = 8
 VETH_INFO_PEER = 1
+MACVLAN_MODE = 1
 VXLAN_ID, VXLAN_LOCAL, VXLAN_LEARNING, VXLAN_PROXY, VXLAN_PORT = 1, 4, 7, 11, 15
 BRIDGE_MULTICAST_SNOOPING = 23
 NTF_SELF, NTF_MASTER = 2, 4
@@ -115,6 +116,17 @@ def new_veth(near: VethEnd, far: VethEnd, mtu_bytes: int, far_namespace_fd: int,
     body = _info(near.index, up=True) + end(near) + (attribute(IFLA_MASTER, master) if master else b"")
     body += nested(IFLA_LINKINFO, attribute(1, "veth"), attribute(2, peer))
     return Message(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"make veth {near.name} - {far.name}")
+
+
+def new_macvlan(
+    name: str, parent: int, mode: int, mac: str, *, mtu_bytes: int, index: int, namespace_fd: int
+) -> Message:
+    """Sent in the namespace of `parent` (an ifindex), appears in that of `namespace_fd`. mtu_bytes 0: the parent's."""
+    body = _info(index) + attribute(IFLA_IFNAME, name) + attribute(IFLA_ADDRESS, _mac(mac))
+    body += (attribute(IFLA_MTU, mtu_bytes) if mtu_bytes else b"") + attribute(IFLA_LINK, parent)
+    body += attribute(IFLA_NET_NS_FD, namespace_fd)
+    body += nested(IFLA_LINKINFO, attribute(1, "macvlan"), nested(2, attribute(MACVLAN_MODE, mode)))
+    return Message(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"make macvlan link {name}")
 
 
 def set_link(

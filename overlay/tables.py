@@ -10,11 +10,13 @@ from overlay import nfnl, nft
 from overlay.elements import Element, ElementChange, Elements, Value, balancing, element_change
 from overlay.netlink import Message, Netlink
 from overlay.ruleset import NETDEV, Layout, layouts_text
+from overlay.template import Templates
 
 UNKNOWN = -1
 """A generation that the kernel never has: the tables must be read."""
 ALL_FAMILIES = (socket.AF_INET, socket.AF_INET6, NETDEV)
 ChainMaker = Callable[[int, str, str], list[Message]]
+TEMPLATES = Templates()
 Chains = frozenset[tuple[int, str]]
 """(family, balancing chain)"""
 
@@ -36,8 +38,17 @@ class Tables:
 
     def load(self, netlink: Netlink, elements: Mapping[Element, Value], fresh: bool) -> None:
         """Make them from nothing, replacing what stands unless the namespace is fresh."""
-        nft.run(layouts_text(self.layouts, replace=not fresh))
         self.chains = set()
+        template = TEMPLATES.get(self.layouts) if fresh else None
+        if template is None:
+            self._load_text(netlink, fresh)
+        else:
+            self.generation = nfnl.generation(netlink)
+            self._transact(netlink, list(template))
+        self.change(netlink, element_change({}, elements))
+
+    def _load_text(self, netlink: Netlink, fresh: bool) -> None:
+        nft.run(layouts_text(self.layouts, replace=not fresh))
         self.generation = nfnl.generation(netlink)
         raw = [
             nfnl.add_rule(layout.family, layout.table, chain.name, rule)
@@ -45,9 +56,9 @@ class Tables:
             for chain in layout.chains
             for rule in chain.raw
         ]
-        change = element_change({}, elements)
-        self._transact(netlink, [*raw, *self.messages(change)])
-        self.chains |= change.chains()
+        self._transact(netlink, raw)
+        if fresh:
+            TEMPLATES.learn(netlink, self.layouts)
 
     def _transact(self, netlink: Netlink, messages: list[Message]) -> None:
         if messages:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dns.interface import Sandbox
 from dns.names import NetworkView, TaskView
-from node import inputs, view
+from node import drivers, inputs, view
 from node.interface import ImageConfig, ResolvedImage, RuntimeFault
 from node.mirror import Mirror
 from node.templates import expand, values_for
-from overlay.interface import Interface, OverlayNetwork, Peer, PublishedPort, RemoteEndpoint, Vip
+from overlay.interface import (
+    Attachment,
+    BridgeNetwork,
+    Interface,
+    MacvlanNetwork,
+    OverlayNetwork,
+    Peer,
+    PublishedPort,
+    RemoteEndpoint,
+    Vip,
+)
 from proto.dispatch_pb2 import Item, NetworkEndpoint, NetworkPeer, NetworkService
 from proto.objects_pb2 import (
     DNSRR,
@@ -132,7 +143,7 @@ def test_ipv6_of_networks_and_endpoints() -> None:
 
 def test_the_mtu_of_a_network_is_its_option() -> None:
     items = net("net1")
-    items["network/net1"].network.spec.options[view.MTU_OPTION] = "1400"
+    items["network/net1"].network.spec.options[drivers.MTU_OPTIONS[0]] = "1400"
     assert view.host_state(mirror(items), LOCAL).networks[0].mtu_bytes == 1400
 
 
@@ -319,15 +330,62 @@ def test_a_hostname_of_its_own_is_expanded_and_global_tasks_have_the_node_as_slo
     assert request.spec.env[0] == "SLOT=n1"
 
 
+def attached(task: Task) -> Attachment:
+    found = drivers.attachment(task, [Network(id=net.network_id) for net in task.networks])
+    assert found is not None
+    return found
+
+
+def driven(network_id: str, driver: str, **options: str) -> Network:
+    made = Network(id=network_id)
+    made.spec.driver = driver
+    made.spec.options.update(options)
+    made.ipam.subnet, made.ipam.gateway = ("192.168.5.0/24", "192.168.5.1") if driver == "macvlan" else ("", "")
+    return made
+
+
+def test_drivers_decide_what_links_a_task_has() -> None:
+    host, none, bridge = driven("h", "host"), driven("n", "none"), driven("b", "bridge")
+    made = Task(id="t1")
+    made.networks.add(network_id="h")
+    assert drivers.attachment(made, [host, none, bridge]) is None
+    made.networks[0].network_id = "n"
+    assert drivers.attachment(made, [host, none, bridge]) == Attachment("t1", ())
+    made.networks[0].network_id = "b"
+    assert drivers.attachment(made, [host, none, bridge]) == Attachment("t1", (Interface("b", ""),))
+    assert drivers.bridges([host, none, bridge], [made]) == (BridgeNetwork("b"),)
+    assert drivers.bridges([host, none, bridge], []) == ()
+
+
+def test_a_macvlan_network_is_its_options() -> None:
+    lan = driven("m", "macvlan", parent="eth1", macvlan_mode="vepa")
+    assert drivers.macvlans([lan, driven("b", "bridge")]) == (
+        MacvlanNetwork("m", "eth1", "192.168.5.0/24", "192.168.5.1", mode="vepa"),
+    )
+    assert drivers.macvlans([driven("m", "macvlan", parent="eth1")])[0].mode == "bridge"
+    items = net("net1") | {"network/m": Item(network=lan), "network/b": Item(network=driven("b", "bridge"))}
+    state = view.host_state(mirror(items), LOCAL)
+    assert state.network_ids() == {"net1", "m"}, "no task of this host is on the bridge"
+
+
+def test_host_ports_of_a_task_on_the_bridge_lead_to_the_address_that_the_host_gave_it() -> None:
+    made = Task(id="t1")
+    made.networks.add(network_id="b")
+    made.endpoint.ports.append(port(8080, 80, mode=HOST))
+    items = {"network/b": Item(network=driven("b", "bridge")), "task/t1": Item(task=made)}
+    local = replace(LOCAL, states={"t1": TASK_RUNNING}, given={"t1": "172.17.0.2"})
+    assert view.host_state(mirror(items), local).published == (PublishedPort("tcp", 8080, (("172.17.0.2", 80),)),)
+
+
 def test_a_task_has_its_addresses_of_both_families() -> None:
     made = full_task()
     made.networks[1].address6 = "fd00::5/64"
-    assert inputs.attachment(made).interfaces[1] == Interface("net2", "10.0.2.5/24", "fd00::5/64")
+    assert attached(made).interfaces[1] == Interface("net2", "10.0.2.5/24", "fd00::5/64")
     assert inputs.addresses(made) == ("10.0.1.5", "10.0.2.5", "fd00::5")
 
 
 def test_the_attachment_keeps_the_order_of_networks_and_takes_only_net_sysctls() -> None:
-    attachment = inputs.attachment(full_task())
+    attachment = attached(full_task())
     assert attachment.interfaces == (Interface("net1", "10.0.1.5/24"), Interface("net2", "10.0.2.5/24"))
     assert attachment.sysctls == {"net.core.somaxconn": "512"}
 

@@ -133,11 +133,11 @@ def test_each_family_leaves_by_the_first_network_that_has_it() -> None:
     assert [destination for destination, _, _ in first.routes] == ["0.0.0.0", "198.18.0.0"]
     assert second.routes == (("::", 0, "fd00:1::1"), ("2001:2::", 48, ""))
     assert second.addresses == (("10.0.1.5", 24), ("fd00:1::5", 64))
-    assert [read_port_alias(port_alias("t1", link), link.network_id) for link in (first, second)] == [
+    assert [read_port_alias(port_alias("t1", link)) for link in (first, second)] == [
         ("t1", "eth0", interfaces[0]),
         ("t1", "eth1", Interface("n6", "10.0.1.5/24", "fd00:1::5/64")),
     ]
-    assert read_port_alias("a remark of somebody else", "n1") is None
+    assert read_port_alias("a remark of somebody else") is None
 
 
 def test_a_network_with_ipv6_has_its_addresses_beside_those_of_ipv4() -> None:
@@ -217,7 +217,9 @@ legs = st.builds(
     st.integers(1400, 1401),
     st.frozensets(st.tuples(st.sampled_from(["10.0.1.1", "198.18.0.1"]), st.integers(24, 25)), min_size=1),
 )
-wanteds = st.builds(Sandbox, st.just("n"), st.just(True), vxlans, st.none() | legs, tables, tables)
+wanteds = st.builds(Sandbox, st.just("n"), st.just(True), vxlans, st.none() | legs, tables, tables).map(
+    lambda box: replace(box, leg=replace(box.leg, mtu_bytes=box.mtu_bytes)) if box.leg else box
+)
 standings = st.builds(
     Sandbox,
     st.just("n"),
@@ -226,8 +228,14 @@ standings = st.builds(
     st.none() | legs,
     tables,
     tables,
-    st.frozensets(st.sampled_from([VXLAN_NAME, LEG_PORT_NAME, "t1"])),
+    st.dictionaries(st.sampled_from([VXLAN_NAME, LEG_PORT_NAME, "t1"]), st.integers(1400, 1401)).map(
+        lambda ports: frozenset(ports.items())
+    ),
 ).map(lambda box: box if box.vxlan else replace(box, forwarding=frozenset(), neighbours=frozenset()))
+
+
+def bridged(box: Sandbox, name: str, mtu_bytes: int) -> frozenset[tuple[str, int]]:
+    return frozenset(port for port in box.ports if port[0] != name) | {(name, mtu_bytes)}
 
 
 def run(box: Sandbox, operation: SandboxOperation) -> Sandbox:
@@ -238,23 +246,24 @@ def run(box: Sandbox, operation: SandboxOperation) -> Sandbox:
         case MakeVxlan(vxlan, replaces):
             assert (box.vxlan is not None) == replaces
             empty = frozenset[tuple[str, str]]()
-            return replace(box, vxlan=vxlan, forwarding=empty, neighbours=empty, ports=box.ports | {VXLAN_NAME})
+            ports = bridged(box, VXLAN_NAME, vxlan.mtu_bytes)
+            return replace(box, vxlan=vxlan, forwarding=empty, neighbours=empty, ports=ports)
         case SetVxlan(vxlan):
             assert box.bridge
-            return replace(box, vxlan=vxlan, ports=box.ports | {VXLAN_NAME})
+            return replace(box, vxlan=vxlan, ports=bridged(box, VXLAN_NAME, vxlan.mtu_bytes))
         case MakeLeg(leg):
             assert box.leg is None
-            return replace(box, leg=leg, ports=box.ports | {LEG_PORT_NAME})
+            return replace(box, leg=leg, ports=bridged(box, LEG_PORT_NAME, leg.mtu_bytes))
         case SetLeg(leg, stale):
             assert box.leg is not None
             return replace(box, leg=replace(leg, addresses=(box.leg.addresses - stale) | leg.addresses))
         case DeleteLeg(name):
             assert box.leg is not None
             assert box.leg.name == name
-            return replace(box, leg=None, ports=box.ports - {LEG_PORT_NAME})
-        case SetPort(name, _):
+            return replace(box, leg=None, ports=frozenset(port for port in box.ports if port[0] != LEG_PORT_NAME))
+        case SetPort(name, mtu_bytes):
             assert box.bridge
-            return replace(box, ports=box.ports | {name})
+            return replace(box, ports=bridged(box, name, mtu_bytes))
         case SetEntries(forward, unforward, know, forget):
             assert box.vxlan is not None
             forwarding = {key: value for key, value in box.forwarding if key not in unforward} | dict(forward)
@@ -269,7 +278,7 @@ def test_the_operations_lead_from_whatever_stands_to_what_is_wanted(wanted: Sand
     for operation in sandbox_operations(wanted, box, ["t1"]):
         box = run(box, operation)
     assert replace(box, ports=frozenset()) == wanted
-    assert box.ports >= settled(wanted).ports | {"t1"}
+    assert box.ports >= settled(wanted).ports | {("t1", wanted.mtu_bytes)}
     assert sandbox_operations(wanted, box, ["t1"]) == ()
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from overlay import namespaces, nft
+from overlay import namespaces, nfnl, nft
 from overlay.interface import Attachment, Interface, NetworkError, OverlayNetwork, PublishedPort, Vip
+from overlay.netlink import NETLINK_NETFILTER, Netlink
 from overlay.reconcile import AUDIT_PERIOD_S
-from overlay.ruleset import task_layouts
+from overlay.ruleset import TASK_TABLE, task_layouts
+from overlay.tables import TEMPLATES, Tables, delete_tables
 from tests.overlay_lab import INSIDE, NET, OTHER, OUTSIDE, OverlayLab, SimulatedHost, address6, interface
 
 pytestmark = pytest.mark.root
@@ -344,6 +346,26 @@ async def test_tasks_come_and_go_at_once_while_services_change(lab: OverlayLab) 
     assert len(ports) == 2  # the leg's and a1's
     await lab.apply((VIP,), (PORT,))
     assert works(lab)
+
+
+@pytest.mark.parametrize("families", [(socket.AF_INET,), (socket.AF_INET, socket.AF_INET6)])
+def test_the_messages_of_a_template_make_the_tables_that_the_text_makes(
+    shared: OverlayLab, families: tuple[int, ...]
+) -> None:
+    layouts = task_layouts("nftables", ("127.0.0.11", 42999), families, ("eth0",))  # a port of no other test
+
+    def load_and_list() -> str:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            Tables(TASK_TABLE, nfnl.vip_chain, nfnl.VIP_CHAIN_RULES, layouts).load(netlink, {}, fresh=True)
+            listing = subprocess.run(["nft", "list", "ruleset"], capture_output=True, check=True, text=True).stdout
+            delete_tables(netlink, TASK_TABLE)
+        return listing
+
+    assert TEMPLATES.get(layouts) is None
+    by_text = shared.sockets.inside(shared.client, load_and_list)
+    assert TEMPLATES.get(layouts) is not None
+    assert shared.sockets.inside(shared.client, load_and_list) == by_text
+    assert "dnat to" in by_text
 
 
 def test_without_libnftables_the_command_loads_the_same_table(shared: OverlayLab) -> None:
