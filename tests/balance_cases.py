@@ -116,6 +116,12 @@ def forget_connections(lab: OverlayLab, netns: Path) -> None:
     lab.sockets.inside(netns, flush)
 
 
+async def audit(lab: OverlayLab) -> None:
+    for host in lab.hosts:
+        host.now_s[0] += AUDIT_PERIOD_S
+    await lab.apply(VIPS, PORTS)
+
+
 # --- the client's address -------------------------------------------------------------------------------------
 
 
@@ -309,9 +315,12 @@ async def test_a_client_of_datagrams_leaves_a_backend_that_is_gone(lab: OverlayL
 # --- idle connections -------------------------------------------------------------------------------------------
 
 
-def test_idle_connections_are_remembered_as_long_as_any(lab: OverlayLab) -> None:
+async def test_idle_connections_are_remembered_for_five_days(lab: OverlayLab) -> None:
+    setting = "net.netfilter.nf_conntrack_tcp_timeout_established"
+    lab.sockets.run(lab.hosts[0].netns, "sysctl", "-qw", f"{setting}=600")
+    await audit(lab)
     for netns in (lab.path("c1"), lab.path("a2"), lab.hosts[0].netns):
-        found = lab.sockets.run(netns, "sysctl", "-n", "net.netfilter.nf_conntrack_tcp_timeout_established")
+        found = lab.sockets.run(netns, "sysctl", "-n", setting)
         assert int(found.stdout) >= 432_000
 
 
@@ -338,12 +347,6 @@ async def test_a_connection_that_was_forgotten_ends_or_goes_on_but_does_not_hang
 # --- repair -----------------------------------------------------------------------------------------------------
 
 
-async def audit(lab: OverlayLab) -> None:
-    for host in lab.hosts:
-        host.now_s[0] += AUDIT_PERIOD_S
-    await lab.apply(VIPS, PORTS)
-
-
 def works(lab: OverlayLab) -> bool:
     try:
         return (
@@ -364,6 +367,20 @@ async def test_flushed_virtual_services_are_back_with_the_next_audit(lab: Overla
     assert not works(lab)
     await audit(lab)
     assert works(lab)
+
+
+async def test_a_daemon_with_the_other_balancer_takes_over(lab: OverlayLab) -> None:
+    if lab.balancer != "ipvs":
+        pytest.skip("IPVS only")
+    host = lab.hosts[0]
+    balancers: tuple[Balancer, ...] = ("nftables", "ipvs")
+    for balancer in balancers:
+        host.balancer = balancer
+        host.again()
+        await lab.apply(VIPS, PORTS)
+        assert works(lab)
+        for netns in (host.netns, lab.path("c1")):
+            assert lab.sockets.inside(netns, ipvs.any_here) == (balancer == "ipvs")
 
 
 async def test_flushed_rules_are_back_with_the_next_audit_and_foreign_tables_are_left_alone(lab: OverlayLab) -> None:
