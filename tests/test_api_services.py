@@ -11,6 +11,7 @@ import pytest
 from proto import control_pb2 as pb
 from proto import objects_pb2 as objects
 from proto.objects_pb2 import Service, ServiceSpec, Task, UpdateStatus
+from swarm.api import services
 from swarm.store.changes import Remove, Update
 from tests.managing import Managers, a_cluster, a_network, a_node, a_spec, managing
 
@@ -254,3 +255,18 @@ async def test_filters() -> None:
         assert await names(labels={"tier": ""}) == ["api"]
         assert await names(labels={"tier": "back"}) == []
         assert await names(names=["web"], labels={"tier": ""}) == []
+
+
+@pytest.mark.parametrize(
+    ("attempts", "window_s", "delay_s", "warns"),
+    [(3, 10, 5, True), (3, 16, 5, False), (3, 15, None, True), (0, 1, 5, False), (3, 0, 5, False)],
+)
+def test_a_limit_of_restarts_that_is_out_of_reach_is_warned_of(
+    attempts: int, window_s: float, delay_s: float | None, warns: bool
+) -> None:
+    """The reference restarts such a task for ever and says nothing (swarmkit #2936)."""
+    spec = a_spec("web")
+    spec.task.restart.max_attempts, spec.task.restart.window_s = attempts, window_s
+    if delay_s is not None:
+        spec.task.restart.delay_s = delay_s
+    assert bool(services.warnings(spec)) is warns
