@@ -19,7 +19,7 @@ from overlay.addressing import (
     port_name,
 )
 from overlay.balance import TaskBalance
-from overlay.diff import TaskKernel, task_operations
+from overlay.diff import task_operations
 from overlay.hostbridge import free_address
 from overlay.interface import Attachment, HostState, Interface, NetworkError
 from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Netlink, acknowledged
@@ -35,6 +35,7 @@ from overlay.rtnl import delete_link
 from overlay.ruleset import Layout
 from overlay.sandboxes import FAILURES, Sandboxes
 from overlay.services import ServiceBalancer
+from overlay.spares import Spares
 from overlay.sysctls import set_host_sysctls
 from overlay.tables import UNKNOWN
 
@@ -85,6 +86,7 @@ class Reconciler:
         self._kernel = kernel
         self._tag = tag
         self._services = services
+        self._spares = Spares(services.open)
         self._clock = clock
         self._state: HostState | None = None
         self._complete = False
@@ -130,6 +132,7 @@ class Reconciler:
             self._replan_tasks()
         for task_id, attached in self._tasks.items():
             self._guarded(f"task {task_id}", self._give, task_id, attached)
+        self._spares.refill()
         self._complete = True
 
     def _resize(self, state: HostState) -> bool:
@@ -302,17 +305,18 @@ class Reconciler:
 
     def _attach_new(self, task: Task, interfaces: tuple[Interface, ...], sysctls: dict[str, str]) -> None:
         kernel, task_id = self._kernel, task.task_id
+        spare = self._spares.take(kernel.thread)
+        attached = self._tasks[task_id] = Attached(interfaces, task, spare.balance)
         try:
-            kernel.make_task_namespace(task_id, sysctls)
-            attached = Attached(interfaces, task, self._new_balance(task_id))
-            self._tasks[task_id] = attached
-            kernel.do_task(task, task_operations(task, TaskKernel()))
+            kernel.claim(task, spare, sysctls)
             with kernel.thread.inside(kernel.task_path(task_id)):
                 self._services.load(attached.balance, self._layouts(attached))
             self._give(task_id, attached)
         except FAILURES:
             self._discard(task_id)
             raise
+        finally:
+            spare.release()
 
     def _attach_again(self, task: Task, interfaces: tuple[Interface, ...]) -> None:
         known = self._tasks.get(task.task_id)
@@ -404,6 +408,8 @@ class Reconciler:
         """Close what is kept open; the kernel's state stays."""
         for attached in self._tasks.values():
             attached.balance.close()
+        self._spares.close()
+        self._kernel.close()
         self._services.close()
 
     # --- teardown ------------------------------------------------------------------------------------
@@ -425,6 +431,7 @@ class Reconciler:
             for path in directory.glob("task-*"):
                 path.unlink()
             directory.rmdir()
+        self._spares.clear()
         self._services.remove()
         self._state, self._complete = None, False
         self._sandboxes = Sandboxes(self._kernel, self._tag)
