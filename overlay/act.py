@@ -391,9 +391,6 @@ class NamespaceKernel:
         with self.thread.inside(path):
             return Netlink(NETLINK_ROUTE)
 
-    def remove_task(self, task_id: str) -> None:
-        namespaces.remove(self.task_path(task_id))
-
 
 def _turn_on_ipv6(links: Iterable[TaskLink]) -> None:
     """In the task's namespace, where it is off by default."""

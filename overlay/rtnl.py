@@ -29,6 +29,8 @@ IFLA_GROUP, IFLA_NET_NS_FD, IFLA_EXT_MASK = 27, 28, 29
 LINK_GROUP = 7901
 """Of all links that we put into a network's namespace: one message then deletes them all, and waits once (18 ms)
 for packets under way instead of once per link."""
+DOOMED_GROUP = 7902
+"""Of links that are deleted next, together."""
 RTEXT_FILTER_SKIP_STATS = 8
 VETH_INFO_PEER = 1
 MACVLAN_MODE = 1
@@ -141,9 +143,14 @@ def delete_link(name: str) -> Message:
     return Message(RTM_DELLINK, 0, _info() + attribute(IFLA_IFNAME, name), f"delete link {name}", _GONE)
 
 
-def delete_group() -> Message:
-    """All links of LINK_GROUP in this namespace."""
-    return Message(RTM_DELLINK, 0, _info() + attribute(IFLA_GROUP, LINK_GROUP), "delete a network's links", _GONE)
+def set_group(name: str, group: int) -> Message:
+    body = _info() + attribute(IFLA_IFNAME, name) + attribute(IFLA_GROUP, group)
+    return Message(RTM_SETLINK, 0, body, f"mark link {name}", _GONE)
+
+
+def delete_group(group: int = LINK_GROUP) -> Message:
+    """All its links in this namespace."""
+    return Message(RTM_DELLINK, 0, _info() + attribute(IFLA_GROUP, group), "delete a group of links", _GONE)
 
 
 # --- addresses, routes, neighbours -------------------------------------------------------------------
