@@ -1,5 +1,5 @@
-"""Deleting links: the kernel waits 18 ms for packets under way each time, and lets nobody make a link meanwhile. So what
-many tasks leave behind at once is deleted at once."""
+"""Deleting links: the kernel waits 18 ms for packets under way each time, and lets nobody make a link meanwhile. So
+what many tasks leave behind at once is deleted at once."""
 
 from __future__ import annotations
 
@@ -47,31 +47,34 @@ class Removal:
     def _run(self) -> None:
         with self._lock:
             taken, self._waiting = self._waiting, []
+        for _, done in taken:
+            done.set_running_or_notify_cancel()  # from here on nobody can give up waiting
         together: defaultdict[Path, list[tuple[Port, Future[None]]]] = defaultdict(list)
         for port, done in taken:
             together[port.namespace].append((port, done))
         for items in together.values():
-            try:
-                _delete([port for port, _ in items])
-            except OSError as error:
-                for _, done in items:
-                    done.set_exception(error)
-            else:
-                for _, done in items:
+            error = _delete([port for port, _ in items])
+            for _, done in items:
+                if done.cancelled():
+                    continue  # whoever waited gave up
+                if error is None:
                     done.set_result(None)
+                else:
+                    done.set_exception(error)
 
     def close(self) -> None:
         """After what waits is done."""
         self._executor.shutdown(wait=True)
 
 
-def _delete(ports: list[Port]) -> None:
-    """All in one namespace."""
+def _delete(ports: list[Port]) -> OSError | None:
+    """All in one namespace; returns what the kernel refused."""
+    marks = [set_group(port.name, DOOMED_GROUP) for port in ports]
     try:
-        netlink = ports[0].netlink
-        netlink.batch(
-            acknowledged([*(set_group(port.name, DOOMED_GROUP) for port in ports), delete_group(DOOMED_GROUP)])
-        )
+        ports[0].netlink.batch(acknowledged([*marks, delete_group(DOOMED_GROUP)]))
+    except OSError as error:
+        return error
     finally:
         for port in ports:
             port.netlink.close()
+    return None
