@@ -26,7 +26,7 @@ SLOTS_MAX = 512
 """Of one service, unless it has more backends than that: weights are scaled down to fit."""
 PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
 VIPS, BACKENDS, REFUSED = "vips", "backends", "refused"
-PUBLISHED, GATEWAYS, HIDDEN = "published", "gateways", "hidden"
+PUBLISHED, MARKS, GATEWAYS, HIDDEN = "published", "marks", "gateways", "hidden"
 AT = "_at"
 """Ends the names of sets, maps and chains for ports published at one address of the host."""
 FAMILIES = {4: socket.AF_INET, 16: socket.AF_INET6}

@@ -13,6 +13,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from overlay import namespaces
 from overlay.elements import FAMILIES, PROTOCOLS, packed
@@ -41,6 +42,7 @@ _CTRL_ID, _CTRL_GETFAMILY = 16, 3
 _MASQUERADE = 0
 _SH_FALLBACK = 8
 """Source hashing passes over destinations of weight 0."""
+_LISTING, _LISTING_HEADER_LINES = Path("/proc/thread-self/net/ip_vs"), 3
 _GONE = frozenset({errno.ENOENT, errno.ESRCH})
 
 Key = tuple[int, int]
@@ -248,6 +250,14 @@ def _read_destinations(netlink: Netlink, family: int, key: Key, standing: Standi
         standing.weights[item], standing.open[item] = counts[0], counts[1] + counts[2]
 
 
+def any_here() -> bool:
+    """Whether the current namespace has services of whatever kind."""
+    try:
+        return len(_LISTING.read_text().splitlines()) > _LISTING_HEADER_LINES
+    except OSError:
+        return False
+
+
 def flush() -> None:
     """Remove every service of the current namespace, whosever it is."""
     with Netlink(NETLINK_GENERIC) as netlink:
@@ -257,7 +267,7 @@ def flush() -> None:
 class VirtualServices:
     """Those of one namespace. Made inside it."""
 
-    def __init__(self, ours: Callable[[int], bool] = lambda mark: True) -> None:
+    def __init__(self, ours: Callable[[int], bool]) -> None:
         """`ours`: whether a service of this mark can be one of ours."""
         self._netlink = Netlink(NETLINK_GENERIC)
         self._family = family_id(self._netlink)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from overlay.addressing import leg_pattern
-from overlay.elements import AT, BACKENDS, GATEWAYS, HIDDEN, PUBLISHED, REFUSED, VIPS
+from overlay.elements import AT, BACKENDS, GATEWAYS, HIDDEN, MARKS, PUBLISHED, REFUSED, VIPS
 from overlay.expressions import Rule, answer_to_ingress, recall_ingress, remember_ingress
 from overlay.interface import Balancer
 
@@ -143,7 +143,12 @@ def _task_layout(family: int, balancer: Balancer, dns: tuple[str, int], answers:
         chains.append(Chain("arrive", (), hook, (remember_ingress(),)))
     if not nftables:
         give_mark = f"meta mark set {name} daddr . meta l4proto map @{VIPS}"
-        chains.append(Chain("give_mark", (give_mark,), "type filter hook output priority -150; policy accept;"))
+        # IPVS leaves a packet on the way to its VIP even if the chosen backend is this task itself: routed again.
+        route_again = "meta mark != 0 fib daddr type local meta mark set 0"
+        chains += [
+            Chain("give_mark", (give_mark,), "type filter hook output priority -150; policy accept;"),
+            Chain("hairpin", (route_again,), "type route hook output priority -90; policy accept;"),
+        ]
         sets: tuple[tuple[str, str], ...] = ((VIPS, f"map type {address} . inet_proto : mark"),)
     else:
         sets = (
@@ -181,11 +186,11 @@ Parts = tuple[tuple[tuple[str, str], ...], tuple[Chain, ...]]
 """(sets, chains)"""
 
 
-def _balance_ports(words: Words, legs: str) -> Parts:
+def _balance_ports(words: Words, legs: str, condition: str = "") -> Parts:
     name, address, service = words.name, words.address, "inet_proto . inet_service"
     rules = (
-        f"fib daddr type local {name} daddr . meta l4proto . th dport vmap @{PUBLISHED}{AT}",
-        f"fib daddr type local meta l4proto . th dport vmap @{PUBLISHED}",
+        f"{condition}fib daddr type local {name} daddr . meta l4proto . th dport vmap @{PUBLISHED}{AT}",
+        f"{condition}fib daddr type local meta l4proto . th dport vmap @{PUBLISHED}",
     )
     return (
         (PUBLISHED, f"map type {service} : verdict"),
@@ -200,18 +205,22 @@ def _balance_ports(words: Words, legs: str) -> Parts:
 
 def _mark_ports(words: Words, legs: str) -> Parts:
     name, address, service = words.name, words.address, "inet_proto . inet_service"
+    # IPVS drops what comes from 127.0.0.1 and leaves the host: that is balanced by nftables here, too.
+    sets, (_, balance_out) = _balance_ports(words, legs, f"{name} saddr {words.loopback} ")
     # "direction original": an answer to a connection of the host's own may carry a published port as its destination.
-    condition = "ct direction original fib daddr type local"
+    condition = f"ct direction original {name} saddr != {words.loopback} fib daddr type local"
     rules = (
-        f"{condition} meta mark set meta l4proto . th dport map @{PUBLISHED}",
-        f"{condition} meta mark set {name} daddr . meta l4proto . th dport map @{PUBLISHED}{AT}",
+        f"{condition} meta mark set meta l4proto . th dport map @{MARKS}",
+        f"{condition} meta mark set {name} daddr . meta l4proto . th dport map @{MARKS}{AT}",
     )
     # What IPVS sends on has no incoming link any more: the chain `source` knows tasks' own connections by this.
     from_task = f"iifname {legs} ct state new ct mark set {FROM_TASK_MARK:#x}"
     return (
-        (PUBLISHED, f"map type {service} : mark"),
-        (PUBLISHED + AT, f"map type {address} . {service} : mark"),
+        *sets,
+        (MARKS, f"map type {service} : mark"),
+        (MARKS + AT, f"map type {address} . {service} : mark"),
     ), (
+        balance_out,
         Chain("mark_in", (from_task, *rules), "type filter hook prerouting priority -150; policy accept;"),
         Chain("mark_out", rules, "type filter hook output priority -150; policy accept;"),
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from overlay import elements, ipvs
-from overlay.elements import AT, PROTOCOLS, PUBLISHED, REFUSED, VIPS, Elements, packed
+from overlay.elements import AT, MARKS, PROTOCOLS, REFUSED, VIPS, Elements, packed
 from overlay.interface import Balancer, PublishedPort, Vip
 from overlay.ipvs import Services
 from overlay.tables import Chains
@@ -73,13 +73,15 @@ class IpvsScheme:
         return frozenset()
 
     def port_elements(self, published: PublishedPort, families: Iterable[int]) -> Elements:
+        """With all that nftables alone would need: it balances what comes from 127.0.0.1."""
         families = tuple(families)
         at = AT if published.host_ip else ""
         key = (packed(published.host_ip) if at else b"") + elements.port_key(published.protocol, published.port)
-        served = self.port_services(published, families)
-        out: Elements = {(family, PUBLISHED + at, key): struct.pack("=I", mark) for family, mark in served}
-        refusing = {family for family in families if elements.listens(published, family)} - {item[0] for item in served}
-        return out | {(family, REFUSED + at, key): None for family in refusing}
+        marks = {
+            (family, MARKS + at, key): struct.pack("=I", mark)
+            for family, mark in self.port_services(published, families)
+        }
+        return elements.port_elements(published, families) | marks
 
     def port_services(self, published: PublishedPort, families: Iterable[int]) -> Services:
         return ipvs.port_services(published, [item for item in families if elements.listens(published, item)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from overlay import balance, ipvs
 from overlay.act import read_host
@@ -41,9 +41,8 @@ class ServiceBalancer:
         wanted = host_picture(self._scheme, state, [layout.family for layout in layouts])
         host = self._host
         if host is None:
-            host = HostBalance(host_tables(self._table), Netlink(NETLINK_NETFILTER), None, wanted)
-            host.ipvs = self._virtual_services(on_host=True)
-            self._host = host
+            virtual = self._virtual_services(ipvs.is_port_mark)
+            host = self._host = HostBalance(host_tables(self._table), Netlink(NETLINK_NETFILTER), virtual, wanted)
         if host.tables.layouts != layouts:
             host.given = wanted
             host.adopt(layouts, self._wanted.alive)
@@ -55,10 +54,15 @@ class ServiceBalancer:
     def _table(self) -> str:
         return host_table(self._tag)
 
-    def _virtual_services(self, on_host: bool = False) -> VirtualServices | None:
-        if self._scheme.name != "ipvs":
-            return None
-        return VirtualServices(ipvs.is_port_mark) if on_host else VirtualServices()
+    def _virtual_services(self, ours: Callable[[int], bool]) -> VirtualServices | None:
+        """In the current namespace. None under nftables; what a daemon with IPVS left is then taken away."""
+        if self._scheme.name == "ipvs":
+            return VirtualServices(ours)
+        if ipvs.any_here():
+            left = VirtualServices(ours)
+            left.audit({}, frozenset())
+            left.close()
+        return None
 
     def _host_layouts(self, state: HostState) -> tuple[Layout, ...]:
         own: dict[int, str] = {socket.AF_INET: node_address(state.index)}
@@ -88,7 +92,8 @@ class ServiceBalancer:
 
     def open(self) -> TaskBalance:
         """In the task's namespace."""
-        return TaskBalance(self._scheme, task_tables(TASK_TABLE), Netlink(NETLINK_NETFILTER), self._virtual_services())
+        virtual = self._virtual_services(lambda mark: True)
+        return TaskBalance(self._scheme, task_tables(TASK_TABLE), Netlink(NETLINK_NETFILTER), virtual)
 
     def layouts(self, task: Task | None, interfaces: Iterable[Interface]) -> tuple[Layout, ...]:
         """`task`: None = its links are not known yet."""
@@ -126,7 +131,7 @@ class ServiceBalancer:
 
     def remove(self) -> None:
         """From the host's namespace; tasks' namespaces go as wholes."""
-        virtual = self._virtual_services(on_host=True)
+        virtual = self._virtual_services(ipvs.is_port_mark)
         if virtual is not None:
             virtual.audit({}, frozenset())
             virtual.close()

@@ -34,12 +34,14 @@ IPV6_SYSCTLS = {
     "net.ipv6.conf.default.accept_redirects": "0",
 }
 """Of each namespace of ours; optional, since IPv6 may be absent from the kernel."""
-NEIGHBOUR_LIMITS = {
+HOST_MINIMA = {
     f"net.{family}.neigh.default.{name}": limit
     for family in ("ipv4", "ipv6")
     for name, limit in (("gc_thresh2", 16384), ("gc_thresh3", 32768))
-}
-"""The machine's neighbour tables are shared by all namespaces; the default of 1,024 is 10 tasks of 100 peers."""
+} | {"net.netfilter.nf_conntrack_tcp_timeout_established": 432_000}
+"""The machine's neighbour tables are shared by all namespaces; the default of 1,024 is 10 tasks of 100 peers. A
+connection by a published port is remembered for 5 days, the kernel's default: some hosts lower it below the two hours
+after which a TCP keepalive speaks."""
 FORWARD6 = "net.ipv6.conf.all.force_forwarding"
 """Linux 6.17: forwards without making the host a router, which would stop it from hearing router advertisements."""
 
@@ -62,10 +64,10 @@ def set_host_sysctls(ipv6: bool) -> None:
         log.info("ip_forward_enabled")
     if ipv6:
         _forward6()
-    for name, limit in NEIGHBOUR_LIMITS.items():
+    for name, least in HOST_MINIMA.items():
         value = namespaces.read_sysctl(name)
-        if value is not None and int(value) < limit:
-            set_optional(name, str(limit))
+        if value is not None and int(value) < least:
+            set_optional(name, str(least))
 
 
 def _forward6() -> None:

@@ -203,10 +203,11 @@ class Daemon:
 
     def _describe(self) -> NodeDescription:
         hostname = self._config.hostname or socket.gethostname()
-        described = describe(hostname, __version__, lambda link: link.startswith(LINK_PREFIX))
-        described.balancer = self._balancer
-        described.answers_through_ingress = probe.answers_through_ingress()
-        return described
+        description = describe(hostname, __version__, lambda link: link.startswith(LINK_PREFIX))
+        description.generic.extend(self._config.generic_resources)
+        description.balancer = self._balancer
+        description.answers_through_ingress = probe.answers_through_ingress()
+        return description
 
 
 def run(config: DaemonConfig) -> None:

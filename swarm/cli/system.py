@@ -29,6 +29,13 @@ def client_version() -> str:
 @click.option(
     "--insecure-registry", "insecure", multiple=True, metavar="HOST[:PORT]", help="Registry to be spoken to unverified."
 )
+@click.option(
+    "--node-generic-resource",
+    "generic",
+    multiple=True,
+    metavar="KIND=VALUE",
+    help="What tasks may reserve here: a number (licences=4), or each by name (gpu=GPU1).",
+)
 @click.option("--runtime", default="crun", show_default=True, help="OCI runtime: name or path.")
 @click.option(
     "--lb",
@@ -49,6 +56,7 @@ def daemon(
     cgroup_parent: str,
     image_stores: tuple[str, ...],
     insecure: tuple[str, ...],
+    generic: tuple[str, ...],
     runtime: str,
     lb: str,
     log_level: str,
@@ -59,6 +67,8 @@ def daemon(
     Example:
       pyswarm daemon --state-dir /srv/pyswarm --log-level debug
     """
+    from swarm.cli.generic import parse_offered
+
     config = DaemonConfig(
         state_dir=Path(state_dir).absolute(),
         run_dir=Path(run_dir).absolute(),
@@ -66,6 +76,7 @@ def daemon(
         cgroup_parent=cgroup_parent,
         image_stores=tuple(Path(store).absolute() for store in image_stores),
         insecure_registries=insecure,
+        generic_resources=tuple(parse_offered(generic, "node-generic-resource")),
         runtime=runtime,
         balancer=lb,
         log_level=log_level,
