@@ -159,7 +159,7 @@ def chains(netlink: Netlink, family: int = socket.AF_INET) -> frozenset[tuple[st
     return frozenset((text(item[1]), text(item[3])) for item in found)
 
 
-def rule_counts(netlink: Netlink, family: int, table: str) -> dict[str, int]:
+def rule_counts(netlink: Netlink, table: str, family: int = socket.AF_INET) -> dict[str, int]:
     """Chain -> its number of rules; {} when there is no such table."""
     standing = [name for owner, name in chains(netlink, family) if owner == table]
     if not standing:

@@ -116,7 +116,7 @@ class Tables:
         """Elements that stand; None when a fixed part is not as it should be."""
         found: set[tuple[int, str]] = set()
         for layout in self.layouts:
-            counts = nfnl.rule_counts(netlink, layout.family, self.name)
+            counts = nfnl.rule_counts(netlink, self.name, layout.family)
             balancers = {chain: count for chain, count in counts.items() if balancing(chain)}
             fixed = {chain: count for chain, count in counts.items() if chain not in balancers}
             if fixed != layout.rules() or any(count != self.chain_rules for count in balancers.values()):
