@@ -17,9 +17,6 @@ NODE_RANGE6_PREFIX = 48
 MAX_NODE_INDEX = 65534
 TAG_MAX_CHARS = 6
 """The name of a leg is "pys" + tag + "-" + VNI in base 36 (at most 5 digits): 15 characters, the kernel's limit."""
-TASK_LINK_INDEX = 100
-"""eth0 gets this ifindex in its namespace, eth1 the next: choosing it saves a look-up, and starting at 100
-keeps clear of the tunnel devices that some kernels put into each new namespace."""
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 

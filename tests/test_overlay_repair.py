@@ -18,7 +18,8 @@ from overlay.interface import Attachment, Interface, NetworkError, OverlayNetwor
 from overlay.netlink import NETLINK_NETFILTER, Netlink
 from overlay.reconcile import AUDIT_PERIOD_S
 from overlay.ruleset import TASK_TABLE, task_layouts
-from overlay.tables import TEMPLATES, Tables, delete_tables
+from overlay.tables import Tables, delete_tables
+from overlay.template import make_template
 from tests.overlay_lab import INSIDE, NET, OTHER, OUTSIDE, OverlayLab, SimulatedHost, address6, interface
 
 pytestmark = pytest.mark.root
@@ -354,31 +355,40 @@ def test_the_messages_of_a_template_make_the_tables_that_the_text_makes(
 ) -> None:
     layouts = task_layouts("nftables", ("127.0.0.11", 42999), families, ("eth0",))  # a port of no other test
 
-    def load_and_list() -> str:
+    def listed() -> str:
+        listing = subprocess.run(["nft", "list", "ruleset"], capture_output=True, check=True, text=True).stdout
         with Netlink(NETLINK_NETFILTER) as netlink:
-            Tables(TASK_TABLE, nfnl.vip_chain, nfnl.VIP_CHAIN_RULES, layouts).load(netlink, {}, fresh=True)
-            listing = subprocess.run(["nft", "list", "ruleset"], capture_output=True, check=True, text=True).stdout
             delete_tables(netlink, TASK_TABLE)
         return listing
 
-    assert TEMPLATES.get(layouts) is None
-    by_text = shared.sockets.inside(shared.client, load_and_list)
-    assert TEMPLATES.get(layouts) is not None
-    assert shared.sockets.inside(shared.client, load_and_list) == by_text
-    assert "dnat to" in by_text
+    def by_text() -> str:
+        make_template(layouts)
+        return listed()
+
+    def by_messages() -> str:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            tables = Tables(TASK_TABLE, nfnl.vip_chain, nfnl.VIP_CHAIN_RULES, layouts)
+            for fresh in (True, False):  # in place of itself, too
+                tables.load(netlink, {}, fresh)
+                assert tables.generation == nfnl.generation(netlink)
+        return listed()
+
+    made = shared.sockets.inside(shared.client, by_text)
+    assert shared.sockets.inside(shared.client, by_messages) == made
+    assert "dnat to" in made
 
 
 def test_without_libnftables_the_command_loads_the_same_table(shared: OverlayLab) -> None:
     (layout,) = task_layouts("nftables", ("127.0.0.11", 42053), (socket.AF_INET,), ())
 
-    def load_and_list(library: bool) -> str:
-        nft.run(layout.text(replace=True), library=library)
+    def load_and_list(library: bool, again: bool) -> str:
+        nft.run(f"delete table ip {layout.table}\n" * again + layout.text(), library=library)
         return subprocess.run(
             ["nft", "list", "table", "ip", layout.table], capture_output=True, check=True, text=True
         ).stdout
 
-    by_library = shared.sockets.inside(shared.client, lambda: load_and_list(True))
-    by_command = shared.sockets.inside(shared.client, lambda: load_and_list(False))
+    by_library = shared.sockets.inside(shared.client, lambda: load_and_list(True, again=False))
+    by_command = shared.sockets.inside(shared.client, lambda: load_and_list(False, again=True))
     assert by_library == by_command
     with pytest.raises(NetworkError, match="nftables refused a ruleset"):
         shared.sockets.inside(shared.client, lambda: nft.run("nonsense", library=False))
