@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -51,12 +51,12 @@ def change_of(event: Event) -> Change | None:
 
 
 class ChangeLog(threading.Thread):
-    """Changes of one service's endpoints, as a manager tells them. A task that never served tells no end."""
+    """Changes of one service's endpoints, as a manager tells them; `serving`: the tasks that serve now."""
 
-    def __init__(self, control: ControlStub, service: str) -> None:
+    def __init__(self, control: ControlStub, service: str, serving: Iterable[str]) -> None:
         super().__init__(name="changes", daemon=True)
         self.changes: list[Change] = []
-        self._serving: set[str] = set()
+        self._serving = set(serving)
         self._stream = control.Events(EventsRequest(types=["task"], refs=[service]))
 
     def run(self) -> None:
@@ -131,16 +131,13 @@ def _measured(cluster: Lab, control: ControlStub, steps: int) -> list[float]:
     nodes = control.ListNodes(ListRequest(), timeout=10).nodes
     with watched(cluster, nodes, _running(control, "probe"), ["tasks.web"]) as watchers:
         _wait_served(watchers, keys, frozenset(addresses.values()))
-        log = ChangeLog(control, "web")
-        log._serving |= addresses.keys()
+        log = ChangeLog(control, "web", addresses)
         log.start()
         try:
             for number in range(steps):
-                wanted = LEAST if number % 2 else MOST
-                _scale(control, wanted)
-                wait_for(lambda wanted=wanted: len(_running(control, "web")) == wanted, STEP_TIMEOUT_S, "scaled")
-                addresses |= {task.id: _address(task) for task in _running(control, "web")}
-                _wait_served(watchers, keys, frozenset(_address(task) for task in _running(control, "web")))
+                now = _scaled(control, LEAST if number % 2 else MOST)
+                _wait_served(watchers, keys, frozenset(now.values()))
+                addresses |= now
         finally:
             log.stop()
     return [_arrival_s(watchers, keys, addresses[each.task_id], each) * 1000 for each in log.changes]
@@ -158,21 +155,20 @@ def _wait_served(watchers: Sequence[Watcher], keys: Sequence[Key], wanted: froze
     wait_for(served, STEP_TIMEOUT_S, f"every host serves {sorted(wanted)}")
 
 
-def _scale(control: ControlStub, replicas: int) -> None:
+def _scaled(control: ControlStub, replicas: int) -> dict[str, str]:
+    """Task ID -> address, once so many run."""
     service = control.GetService(GetRequest(ref="web"))
     request = ServiceUpdateRequest(id=service.id, version=service.meta.version, spec=service.spec)
     request.spec.replicated.replicas = replicas
     control.UpdateService(request, timeout=10)
+    wait_for(lambda: len(_running(control, "web")) == replicas, STEP_TIMEOUT_S, f"{replicas} tasks run")
+    return {task.id: _address(task) for task in _running(control, "web")}
 
 
 def _running(control: ControlStub, service: str) -> list[Task]:
     found = control.GetService(GetRequest(ref=service))
     listing = control.ListTasks(ListRequest(filter=Filter(service_ids=[found.id])), timeout=10)
-    return [
-        task
-        for task in listing.tasks
-        if task.status.state == TASK_RUNNING and task.desired_state == TASK_RUNNING
-    ]
+    return [task for task in listing.tasks if task.status.state == TASK_RUNNING and task.desired_state == TASK_RUNNING]
 
 
 def _address(task: Task) -> str:

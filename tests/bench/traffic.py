@@ -7,7 +7,7 @@ is itself a task of host 1.
 |---|---|---|
 | published | outside | host 1's published port, over the overlay |
 | haproxy | outside | HAProxy on host 1, TCP mode, over the overlay |
-| outside direct | outside | the tasks' addresses by a plain router on host 1, over the overlay: as many hops, no translation |
+| outside direct | outside | the tasks' addresses, by a plain router on host 1: as many hops, no translation |
 | vip | task | the VIP, over the overlay |
 | inside direct | task | the tasks' addresses, over the overlay |
 
@@ -190,10 +190,9 @@ class Traffic:
         self._wait_for(self._lab.client, INGRESS, self._ports[-1] + len(self._ports))
 
     def _spawn(self, netns: Path, *words: str) -> None:
-        process = subprocess.Popen(
-            ["nsenter", f"--net={netns}", *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True
-        )
-        self._running.append(process)
+        with open(self._scratch / "servers.log", "a") as log:
+            command = ["nsenter", f"--net={netns}", *words]
+            self._running.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True))
 
     def _wait_for(self, netns: Path, address: str, port: int) -> None:
         def answers() -> bool:
