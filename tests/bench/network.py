@@ -15,7 +15,8 @@
 
 The sides of a comparison take turns; a ratio is the median of the rounds' ratios. `tests/bench/traffic.py` says what
 the ways are, `propagation.py` how the last row is seen. Load runs inside namespaces made for it, with 24 connections
-for a second at a time: many short rounds, since the machine may be busy with other things as well. What is missing of Debian's packages is installed.
+for a second at a time: many short rounds, since the machine may be busy with other things as well. What is missing of
+Debian's packages is installed.
 """
 
 from __future__ import annotations

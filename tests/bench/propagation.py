@@ -10,19 +10,20 @@ in all three.
 from __future__ import annotations
 
 import statistics
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import grpc
 
-from proto.control_pb2 import Event, EventsRequest, Filter, GetRequest, ListRequest, ServiceUpdateRequest
+from proto.control_pb2 import GetRequest, ListRequest, ServiceUpdateRequest
 from proto.control_pb2_grpc import ControlStub
 from proto.objects_pb2 import TASK_RUNNING, Node, Task
+from swarm.store.states import is_runnable
+from tests.endpoints import Change, EventReader, address_of, all_tasks, changes, delay_s
 from tests.labs import WEB_IMAGE, Lab, lab_up, wait_for
 from tests.overlay_lab import Sockets
-from tests.serving import HostView, Key, Sight, Watcher
+from tests.serving import HostView, Key, Watcher
 
 MANAGERS, WORKERS = 3, 2
 PORT = 8000
@@ -30,63 +31,6 @@ LEAST, MOST = 5, 7
 """Replicas, by turns: each step changes two endpoints."""
 PERIOD_S = 0.01
 STEP_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """The task's endpoint begins (or ends) to serve by an entry proposed at this time (Unix s)."""
-
-    at: float
-    task_id: str
-    serves: bool
-
-
-def change_of(event: Event) -> Change | None:
-    """The change of an endpoint that an event tells of; None: it tells of something else."""
-    if event.action == "running" and event.attributes.get("desired.new", "running") == "running":
-        return Change(event.at, event.id, True)
-    if event.attributes.get("desired.new") in ("shutdown", "remove"):
-        return Change(event.at, event.id, False)
-    return None
-
-
-class ChangeLog(threading.Thread):
-    """Changes of one service's endpoints, as a manager tells them; `serving`: the tasks that serve now."""
-
-    def __init__(self, control: ControlStub, service: str, serving: Iterable[str]) -> None:
-        super().__init__(name="changes", daemon=True)
-        self.changes: list[Change] = []
-        self._serving = set(serving)
-        self._stream = control.Events(EventsRequest(types=["task"], refs=[service]))
-
-    def run(self) -> None:
-        try:
-            for event in self._stream:
-                change = change_of(event)
-                if change is not None and change.serves != (change.task_id in self._serving):
-                    self._serving ^= {change.task_id}
-                    self.changes.append(change)
-        except grpc.RpcError:
-            return  # the lab goes down, or `stop`
-
-    def stop(self) -> None:
-        self._stream.cancel()
-        self.join(10)
-
-
-def delay_s(history: Sequence[Sight], address: str, change: Change) -> float | None:
-    """From the change until the host was seen to serve accordingly; None = never. 0: it did already, as a host does
-    that knows by itself that its own task has ended."""
-    state = False
-    for sight in history:
-        serves = address in sight.addresses
-        if sight.at >= change.at:
-            if state == change.serves:
-                return 0.0
-            if serves == change.serves:
-                return sight.at - change.at
-        state = serves
-    return 0.0 if state == change.serves else None
 
 
 @contextmanager
@@ -127,20 +71,20 @@ def _measured(cluster: Lab, control: ControlStub, steps: int) -> list[float]:
     wait_for(lambda: len(_running(control, "web")) == LEAST, 60, "tasks")
     vip = control.GetService(GetRequest(ref="web")).endpoint.virtual_ips[0].address.partition("/")[0]
     keys: tuple[Key, ...] = (("published", str(PORT)), ("vip", vip), ("name", "tasks.web"))
-    addresses = {task.id: _address(task) for task in _running(control, "web")}
+    addresses = {task.id: address_of(task) for task in _running(control, "web")}
     nodes = control.ListNodes(ListRequest(), timeout=10).nodes
     with watched(cluster, nodes, _running(control, "probe"), ["tasks.web"]) as watchers:
         _wait_served(watchers, keys, frozenset(addresses.values()))
-        log = ChangeLog(control, "web", addresses)
-        log.start()
-        try:
-            for number in range(steps):
-                now = _scaled(control, LEAST if number % 2 else MOST)
-                _wait_served(watchers, keys, frozenset(now.values()))
-                addresses |= now
-        finally:
-            log.stop()
-    return [_arrival_s(watchers, keys, addresses[each.task_id], each) * 1000 for each in log.changes]
+        reader = EventReader(control)
+        reader.start()
+        began_at = time.time()
+        for number in range(steps):
+            now = _scaled(control, LEAST if number % 2 else MOST)
+            _wait_served(watchers, keys, frozenset(now.values()))
+            addresses |= now
+        reader.stop()
+    found = [each for each in changes(reader.events) if each.service == "web" and each.at > began_at]
+    return [_arrival_s(watchers, keys, addresses[each.task_id], each) * 1000 for each in found]
 
 
 def _arrival_s(watchers: Sequence[Watcher], keys: Sequence[Key], address: str, change: Change) -> float:
@@ -162,17 +106,12 @@ def _scaled(control: ControlStub, replicas: int) -> dict[str, str]:
     request.spec.replicated.replicas = replicas
     control.UpdateService(request, timeout=10)
     wait_for(lambda: len(_running(control, "web")) == replicas, STEP_TIMEOUT_S, f"{replicas} tasks run")
-    return {task.id: _address(task) for task in _running(control, "web")}
+    return {task.id: address_of(task) for task in _running(control, "web")}
 
 
 def _running(control: ControlStub, service: str) -> list[Task]:
-    found = control.GetService(GetRequest(ref=service))
-    listing = control.ListTasks(ListRequest(filter=Filter(service_ids=[found.id])), timeout=10)
-    return [task for task in listing.tasks if task.status.state == TASK_RUNNING and task.desired_state == TASK_RUNNING]
-
-
-def _address(task: Task) -> str:
-    return task.networks[0].address.partition("/")[0]
+    tasks = all_tasks(control, [control.GetService(GetRequest(ref=service)).id])
+    return [task for task in tasks if task.status.state == TASK_RUNNING and is_runnable(task)]
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
