@@ -34,57 +34,97 @@ Addresses = frozenset[str]
 Served = Mapping[Key, Addresses]
 
 
-class HostView:
-    """Reads one host, from its own namespace and that of one of its tasks. May be used by one thread at a time."""
+class _Inside:
+    """Sockets in the namespace of one task."""
 
-    def __init__(self, sockets: Sockets, host: Host, node_id: str, task_netns: Path) -> None:
-        self.host = host
-        self._table = host_table(node_id[:TAG_CHARS])
-        self._host_netlink = sockets.inside(host.netns_path, lambda: Netlink(NETLINK_NETFILTER))
-        self._task_netlink = sockets.inside(task_netns, lambda: Netlink(NETLINK_NETFILTER))
-        self._udp = sockets.open(task_netns, socket.SOCK_DGRAM)
-        self._udp.settimeout(ANSWER_TIMEOUT_S)
-        self._udp.connect(RESOLVER)
-        self._questions: dict[str, bytes] = {}
-        self._generations = (-1, -1)
-        self._maps: dict[Key, Addresses] = {}
+    def __init__(self, sockets: Sockets, netns: Path) -> None:
+        self.netlink = sockets.inside(netns, lambda: Netlink(NETLINK_NETFILTER))
+        self.udp = sockets.open(netns, socket.SOCK_DGRAM)
+        self.udp.settimeout(ANSWER_TIMEOUT_S)
+        self.udp.connect(RESOLVER)
+        self.netns, self._inode = netns, netns.stat().st_ino
+
+    def exists(self) -> bool:
+        """Sockets keep a namespace alive whose task is long gone."""
+        try:
+            return self.netns.stat().st_ino == self._inode
+        except OSError:
+            return False
 
     def close(self) -> None:
-        self._host_netlink.close()
-        self._task_netlink.close()
-        self._udp.close()
+        self.netlink.close()
+        self.udp.close()
 
-    def maps(self) -> Served:
-        """Backends of every published port of the host and of every VIP that the task sees. Read again only when the
-        kernel says that something has changed."""
-        generations = (nfnl.generation(self._host_netlink), nfnl.generation(self._task_netlink))
-        if generations != self._generations:
+
+class HostView:
+    """Reads one host, from its own namespace and, after `look_from`, that of one of its tasks. One thread at a time."""
+
+    def __init__(self, sockets: Sockets, host: Host, node_id: str) -> None:
+        self.host = host
+        self._sockets = sockets
+        self._table = host_table(node_id[:TAG_CHARS])
+        self._netlink = sockets.inside(host.netns_path, lambda: Netlink(NETLINK_NETFILTER))
+        self._inside: _Inside | None = None
+        self._questions: dict[str, bytes] = {}
+        self._known: dict[str, tuple[int, dict[Key, Addresses]]] = {}
+        """Kind -> (generation, the map as it was then)."""
+
+    def close(self) -> None:
+        self._netlink.close()
+        self._leave()
+
+    def look_from(self, netns: Path) -> None:
+        self._leave()
+        self._inside = _Inside(self._sockets, netns)
+
+    def _leave(self) -> None:
+        if self._inside is not None:
+            self._inside.close()
+            self._inside = None
+        self._known.pop("vip", None)
+
+    def is_inside(self) -> bool:
+        """Whether the task from whose namespace it looks is still there."""
+        if self._inside is not None and not self._inside.exists():
+            self._leave()
+        return self._inside is not None
+
+    def published(self) -> Served:
+        """Port -> backends, in the host's kernel."""
+        return self._map("published", self._netlink, self._table, lambda key: str(int.from_bytes(key[4:6], "big")))
+
+    def vips(self) -> Served:
+        """VIP -> backends, in the namespace of the task."""
+        assert self._inside is not None
+        return self._map("vip", self._inside.netlink, TASK_TABLE, lambda key: socket.inet_ntoa(key[:4]))
+
+    def _map(self, kind: str, netlink: Netlink, table: str, name: Callable[[bytes], str]) -> Served:
+        """Read again only when the kernel says that something in the namespace has changed."""
+        generation = nfnl.generation(netlink)
+        if self._known.get(kind, (-1, {}))[0] != generation:
             found: dict[Key, set[str]] = defaultdict(set)
-            for key, address in (*self._published(), *self._vips()):
-                found[key].add(address)
-            self._maps = {key: frozenset(addresses) for key, addresses in found.items()}
-            self._generations = generations
-        return self._maps
+            for (_, key), value in nfnl.elements(netlink, table, ["backends"]).items():
+                assert isinstance(value, bytes)
+                found[kind, name(key)].add(socket.inet_ntoa(value[:4]))
+            self._known[kind] = generation, {key: frozenset(addresses) for key, addresses in found.items()}
+        return self._known[kind][1]
 
-    def _published(self) -> Iterable[tuple[Key, str]]:
-        for (_, key), value in nfnl.elements(self._host_netlink, self._table, ["backends"]).items():
-            assert isinstance(value, bytes)
-            yield ("published", str(int.from_bytes(key[4:6], "big"))), socket.inet_ntoa(value[:4])
-
-    def _vips(self) -> Iterable[tuple[Key, str]]:
-        for (_, key), value in nfnl.elements(self._task_netlink, TASK_TABLE, ["backends"]).items():
-            assert isinstance(value, bytes)
-            yield ("vip", socket.inet_ntoa(key[:4])), socket.inet_ntoa(value[:4])
+    def tcp_socket(self) -> socket.socket:
+        """A TCP socket in the task's namespace."""
+        assert self._inside is not None
+        return self._sockets.open(self._inside.netns, socket.SOCK_STREAM)
 
     def resolve(self, name: str) -> Addresses | None:
-        """A records; None when the name server is silent."""
+        """A records, as the task gets them; None when the name server is silent."""
+        assert self._inside is not None
+        udp = self._inside.udp
         question = self._questions.get(name)
         if question is None:
             question = self._questions[name] = bytes(DNSRecord.question(name).pack())
         try:
-            self._udp.send(question)
+            udp.send(question)
             while True:
-                answer = self._udp.recv(4096)
+                answer = udp.recv(4096)
                 if answer[:2] == question[:2] and answer[12 : len(question)] == question[12:]:
                     break
         except OSError:
@@ -107,8 +147,8 @@ class Watcher(threading.Thread):
         super().__init__(name=f"watch-{view.host.name}", daemon=True)
         self.view = view
         self.sights: dict[Key, list[Sight]] = defaultdict(list)
-        self.looked_at = 0.0
-        """When the last look ended."""
+        self.lock = threading.Lock()
+        """Held while it looks: whoever else uses the view takes it."""
         self._names = names
         self._period_s = period_s
         self._stopping = threading.Event()
@@ -116,7 +156,7 @@ class Watcher(threading.Thread):
     def run(self) -> None:
         while not self._stopping.wait(self._period_s):
             # A namespace that goes, a table that is being replaced: the next look tells.
-            with contextlib.suppress(OSError, NetlinkError):
+            with contextlib.suppress(OSError, NetlinkError), self.lock:
                 self._look()
 
     def stop(self) -> None:
@@ -125,14 +165,18 @@ class Watcher(threading.Thread):
         self.view.close()
 
     def _look(self) -> None:
-        seen: dict[Key, Addresses] = {key: frozenset() for key in self.sights if key[0] != "name"}
-        seen |= self.view.maps()
-        for name in self._names():
-            found = self.view.resolve(name)
-            if found is not None:
-                seen["name", name] = found
-        self.looked_at = now = time.time()
-        for key, addresses in seen.items():
+        self._note("published", self.view.published())
+        if not self.view.is_inside():
+            return
+        self._note("vip", self.view.vips())
+        names = ((name, self.view.resolve(name)) for name in self._names())
+        self._note("name", {("name", name): found for name, found in names if found is not None}, gone=False)
+
+    def _note(self, kind: str, seen: Served, gone: bool = True) -> None:
+        """`gone`: a key that is not there serves nothing."""
+        now = time.time()
+        missing: Served = {key: frozenset() for key in self.sights if key[0] == kind and key not in seen and gone}
+        for key, addresses in {**seen, **missing}.items():
             history = self.sights[key]
             if not history or history[-1].addresses != addresses:
                 history.append(Sight(now, addresses))

@@ -45,7 +45,8 @@ def watched(
         for node in nodes:
             host = cluster.host(node.description.hostname)
             task = next(task for task in probes if task.node_id == node.id)
-            view = HostView(sockets, host, node.id, host.run_dir / "netns" / f"task-{task.id}")
+            view = HostView(sockets, host, node.id)
+            view.look_from(host.run_dir / "netns" / f"task-{task.id}")
             watcher = Watcher(view, lambda: names, PERIOD_S)
             watcher.start()
             stack.callback(watcher.stop)

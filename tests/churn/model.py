@@ -89,6 +89,10 @@ class State:
     cut: frozenset[str] = frozenset()
 
 
+def start(services: int, tasks: int) -> State:
+    return State({f"s{number:02}": tasks for number in range(services)})
+
+
 def after(state: State, step: Step) -> State:
     match step:
         case Scale(service, replicas):
@@ -109,17 +113,20 @@ def disturbed(state: State) -> frozenset[str]:
     return state.dead | state.cut
 
 
-def walk(rng: random.Random, state: State, hosts: Sequence[str], tasks: int, steps: int) -> Iterator[tuple[Step, State]]:
-    """So many steps, each with the state after it. A pause is preceded by what puts the hosts in order; neither counts
-    as a step. `tasks`: around which number services are scaled."""
+def walk(
+    rng: random.Random, state: State, hosts: Sequence[str], tasks: int, steps: int
+) -> Iterator[tuple[int, Step, State]]:
+    """So many steps, each with its number and the state after it. A pause, and what puts the hosts in order before it,
+    bear the number of the step that they follow. `tasks`: around which number services are scaled."""
     for number in range(1, steps + 1):
         step = _drawn(rng, state, hosts, tasks)
         state = after(state, step)
-        yield step, state
+        yield number, step, state
         if number % STEPS_PER_PAUSE == 0 or number == steps:
-            for mended in (*map(Heal, sorted(state.cut)), *map(StartAgent, sorted(state.dead)), Pause()):
+            mending: list[Step] = [*map(Heal, sorted(state.cut)), *map(StartAgent, sorted(state.dead)), Pause()]
+            for mended in mending:
                 state = after(state, mended)
-                yield mended, state
+                yield number, mended, state
 
 
 def _drawn(rng: random.Random, state: State, hosts: Sequence[str], tasks: int) -> Step:
