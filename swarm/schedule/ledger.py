@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import Task
+from swarm.schedule.generic import Claim
 from swarm.store import states
 from swarm.store.store import Event, Store
 
@@ -30,6 +31,17 @@ class Account:
     nano_cpus: int = 0
     memory_bytes: int = 0
     host_ports: dict[HostPort, int] = field(default_factory=dict)
+    generic: dict[Claim, int] = field(default_factory=dict)
+
+    def reserve(self, task: Task, sign: int) -> None:
+        """Count what the task holds besides its place (1), or no longer (-1)."""
+        reserved = task.spec.resources.reservations
+        self.nano_cpus += sign * reserved.nano_cpus
+        self.memory_bytes += sign * reserved.memory_bytes
+        for port in host_ports_of(task):
+            _count(self.host_ports, port, sign)
+        for resource in task.assigned_generic:
+            _count(self.generic, (resource.kind, resource.id), sign * resource.count)
 
 
 class Ledger:
@@ -93,11 +105,7 @@ class Ledger:
             _count(self._tasks_on.setdefault(task.service_id, {}), node_id, sign)
             if not self._tasks_on[task.service_id]:
                 del self._tasks_on[task.service_id]
-        reserved = task.spec.resources.reservations
-        account.nano_cpus += sign * reserved.nano_cpus
-        account.memory_bytes += sign * reserved.memory_bytes
-        for port in host_ports_of(task):
-            _count(account.host_ports, port, sign)
+        account.reserve(task, sign)
         if not account.holding:
             del self._accounts[node_id]
 
