@@ -149,6 +149,9 @@ class Watcher(threading.Thread):
         self.sights: dict[Key, list[Sight]] = defaultdict(list)
         self.lock = threading.Lock()
         """Held while it looks: whoever else uses the view takes it."""
+        self.silences: list[tuple[float, float]] = []
+        """From when until when the name server did not answer; Unix s."""
+        self._silent_since = 0.0
         self._names = names
         self._period_s = period_s
         self._stopping = threading.Event()
@@ -169,8 +172,17 @@ class Watcher(threading.Thread):
         if not self.view.is_inside():
             return
         self._note("vip", self.view.vips())
-        names = ((name, self.view.resolve(name)) for name in self._names())
-        self._note("name", {("name", name): found for name, found in names if found is not None}, gone=False)
+        found: dict[Key, Addresses] = {}
+        for name in self._names():
+            addresses = self.view.resolve(name)
+            if addresses is None:  # the others would only keep the maps from being looked at
+                self._silent_since = self._silent_since or time.time()
+                return
+            found["name", name] = addresses
+        if self._silent_since:
+            self.silences.append((self._silent_since, time.time()))
+            self._silent_since = 0.0
+        self._note("name", found, gone=False)
 
     def _note(self, kind: str, seen: Served, gone: bool = True) -> None:
         """`gone`: a key that is not there serves nothing."""

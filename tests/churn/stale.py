@@ -8,8 +8,22 @@ from dataclasses import dataclass, field
 from tests.endpoints import Change, delay_s
 from tests.serving import Key, Sight
 
-Disturbances = dict[str, list[tuple[float, float]]]
-"""Host -> from when until when it was cut off or had no agent; Unix s."""
+Spans = Sequence[tuple[float, float]]
+"""From when until when; Unix s."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one host was seen to serve."""
+
+    sights: Mapping[Key, Sequence[Sight]]
+    disturbed: Spans
+    """It was cut off, or had no agent."""
+    silent: Spans
+    """Its name server did not answer."""
+
+    def excuses(self, kind: str) -> Spans:
+        return [*self.disturbed, *(self.silent if kind == "name" else ())]
 
 
 @dataclass(slots=True)
@@ -20,11 +34,13 @@ class Staleness:
     longest_s: dict[str, float] = field(default_factory=dict)
     """From the manager's commit, on hosts that nothing was done to meanwhile."""
     mended_s: dict[str, float] = field(default_factory=dict)
-    """On hosts that were cut off or had no agent: from when that was over."""
+    """On hosts that were cut off, or had no agent or name server: from when that was over."""
     late: int = 0
     """Delays of more than LATE_S among the former."""
     worst: str = ""
     """The longest of the former, in words."""
+    silent_s: float = 0.0
+    """Longest time without an answer of a host's name server."""
 
     def __str__(self) -> str:
         def told(longest: Mapping[str, float]) -> str:
@@ -32,7 +48,8 @@ class Staleness:
 
         return (
             f"{self.changes} changes; longest delay in s: {told(self.longest_s)} ({self.late} over {LATE_S:g} s);"
-            f" once cut off or without agent, from its end: {told(self.mended_s)}; worst: {self.worst or 'none'}"
+            f" on hosts disturbed, from the disturbance's end: {told(self.mended_s)};"
+            f" names silent for {self.silent_s:.2f}; worst: {self.worst or 'none'}"
         )
 
 
@@ -44,11 +61,11 @@ def staleness(
     changes: Sequence[Change],
     addresses: Mapping[str, str],
     keys: Mapping[str, Sequence[Key]],
-    sights: Mapping[str, Mapping[Key, Sequence[Sight]]],
-    disturbances: Disturbances,
+    hosts: Mapping[str, Seen],
 ) -> Staleness:
     """Of every change, on every host. A task whose address nobody knows was gone before anyone could look."""
-    found = Staleness()
+    spans = [span for seen in hosts.values() for span in seen.silent]
+    found = Staleness(silent_s=max((end - start for start, end in spans), default=0.0))
     next_at: dict[str, float] = {}
     for change in reversed(changes):
         until = next_at.get(change.task_id)
@@ -57,26 +74,24 @@ def staleness(
         if address is None:
             continue
         found.changes += 1
-        for host, seen in sights.items():
+        for host, seen in hosts.items():
             for key in keys[change.service]:
-                delay = delay_s(seen.get(key, ()), address, change, until)
+                delay = delay_s(seen.sights.get(key, ()), address, change, until)
                 if delay:
-                    _count(found, change, host, key, delay, disturbances.get(host, ()))
+                    _count(found, change, delay, f"{host} {key[1]}", key[0], seen.excuses(key[0]))
     return found
 
 
-def _count(
-    found: Staleness, change: Change, host: str, key: Key, delay: float, disturbed: Sequence[tuple[float, float]]
+def _count(  # noqa: PLR0917  # one observation
+    found: Staleness, change: Change, delay: float, where: str, kind: str, excuses: Spans
 ) -> None:
-    kind, at = key[0], change.at
-    ends = [end for start, end in disturbed if start < at + delay and end > at]
+    at = change.at
+    ends = [end for start, end in excuses if start < at + delay and end > at]
     if ends:
         found.mended_s[kind] = max(found.mended_s.get(kind, 0.0), at + delay - max(ends))
         return
     if delay > max(found.longest_s.values(), default=0.0):
         what = "serves" if change.serves else "serves no more"
-        found.worst = (
-            f"{change.service}'s task {change.task_id} {what} at {at:.3f}, {host} {key[1]} {delay:.2f} s later"
-        )
+        found.worst = f"{change.service}'s task {change.task_id} {what} at {at:.3f}, {where} {delay:.2f} s later"
     found.longest_s[kind] = max(found.longest_s.get(kind, 0.0), delay)
     found.late += delay > LATE_S
