@@ -25,7 +25,7 @@ from proto.objects_pb2 import START_FIRST, STOP_FIRST, TASK_RUNNING, Service, Ta
 from swarm.lab import hosts, lab
 from swarm.store.states import is_runnable
 from tests.churn import model
-from tests.churn.stale import Disturbances, Staleness, staleness
+from tests.churn.stale import Seen, Staleness, staleness
 from tests.endpoints import EventReader, address_of, all_tasks, changes, merged, serving
 from tests.labs import WEB_IMAGE, Lab, wait_for
 from tests.overlay_lab import Sockets
@@ -65,7 +65,8 @@ class Churn:
     """Of each manager."""
     readers: list[EventReader] = field(default_factory=list)
     watchers: dict[str, Watcher] = field(default_factory=dict)
-    disturbances: Disturbances = field(default_factory=lambda: defaultdict(list))
+    disturbed: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    """Host -> from when until when it was cut off or had no agent; Unix s."""
     addresses: dict[str, str] = field(default_factory=dict)
     """Task ID -> address, of all tasks that were seen."""
     done: int = 0
@@ -129,11 +130,11 @@ class Churn:
                 self.check()
 
     def disturb(self, host: str) -> None:
-        self.disturbances[host].append((time.time(), float("inf")))
+        self.disturbed[host].append((time.time(), float("inf")))
 
     def mend(self, host: str) -> None:
-        began_at, _ = self.disturbances[host][-1]
-        self.disturbances[host][-1] = (began_at, time.time())
+        began_at, _ = self.disturbed[host][-1]
+        self.disturbed[host][-1] = (began_at, time.time())
 
     def partition(self, cut: list[str]) -> None:
         plan = self.cluster.plan
@@ -230,9 +231,12 @@ class Churn:
     def verdict(self) -> Staleness:
         """Of the whole run."""
         found = [each for each in changes(merged(self.readers)) if each.service in self.ports]
-        sights = {name: watcher.sights for name, watcher in self.watchers.items()}
+        seen = {
+            name: Seen(watcher.sights, self.disturbed[name], watcher.silences)
+            for name, watcher in self.watchers.items()
+        }
         keys = {service: self.keys(service) for service in self.ports}
-        return staleness(found, self.addresses, keys, sights, self.disturbances)
+        return staleness(found, self.addresses, keys, seen)
 
 
 def _words(pid: int) -> set[str]:
@@ -291,9 +295,7 @@ def begin(cluster: Lab, seed: int, state: model.State, say: Say, stack: ExitStac
         churn.watchers[view.host.name] = watcher
         watcher.start()
     churn.check()
-    say(
-        f"{len(names)} services, {sum(state.replicas.values())} tasks on {len(cluster.hosts)} hosts; every host serves them"
-    )
+    say(f"{len(names)} services, {sum(state.replicas.values())} tasks: served by all {len(cluster.hosts)} hosts")
     return churn
 
 
