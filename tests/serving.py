@@ -10,7 +10,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dnslib import DNSRecord
@@ -74,6 +74,9 @@ class HostView:
         self._leave()
 
     def look_from(self, netns: Path) -> None:
+        """Nothing happens if it does already. Raises OSError when there is no such namespace."""
+        if self.is_inside() and self._inside is not None and self._inside.netns == netns:
+            return
         self._leave()
         self._inside = _Inside(self._sockets, netns)
 
@@ -140,6 +143,22 @@ class Sight:
     addresses: Addresses
 
 
+@dataclass(slots=True)
+class Spans:
+    """When something was the case: (from, until), Unix s."""
+
+    ended: list[tuple[float, float]] = field(default_factory=list)
+    since: float | None = None
+
+    def note(self, holds: bool) -> None:
+        """As it is now."""
+        if holds and self.since is None:
+            self.since = time.time()
+        elif not holds and self.since is not None:
+            self.ended.append((self.since, time.time()))
+            self.since = None
+
+
 class Watcher(threading.Thread):
     """Looks at one host again and again and remembers what changed. `names`: which names to resolve each time."""
 
@@ -149,9 +168,10 @@ class Watcher(threading.Thread):
         self.sights: dict[Key, list[Sight]] = defaultdict(list)
         self.lock = threading.Lock()
         """Held while it looks: whoever else uses the view takes it."""
-        self.silences: list[tuple[float, float]] = []
-        """From when until when the name server did not answer; Unix s."""
-        self._silent_since = 0.0
+        self.blind = Spans()
+        """No task to look from."""
+        self.silent = Spans()
+        """The name server did not answer."""
         self._names = names
         self._period_s = period_s
         self._stopping = threading.Event()
@@ -169,20 +189,20 @@ class Watcher(threading.Thread):
 
     def _look(self) -> None:
         self._note("published", self.view.published())
+        self.blind.note(not self.view.is_inside())
         if not self.view.is_inside():
             return
         self._note("vip", self.view.vips())
         found: dict[Key, Addresses] = {}
+        addresses: Addresses | None = frozenset()
         for name in self._names():
             addresses = self.view.resolve(name)
-            if addresses is None:  # the others would only keep the maps from being looked at
-                self._silent_since = self._silent_since or time.time()
-                return
+            if addresses is None:
+                break  # each further name would cost ANSWER_TIMEOUT_S
             found["name", name] = addresses
-        if self._silent_since:
-            self.silences.append((self._silent_since, time.time()))
-            self._silent_since = 0.0
-        self._note("name", found, gone=False)
+        else:
+            self._note("name", found, gone=False)
+        self.silent.note(addresses is None)
 
     def _note(self, kind: str, seen: Served, gone: bool = True) -> None:
         """`gone`: a key that is not there serves nothing."""

@@ -29,7 +29,7 @@ from tests.churn.stale import Seen, Staleness, staleness
 from tests.endpoints import EventReader, address_of, all_tasks, changes, merged, serving
 from tests.labs import WEB_IMAGE, Lab, wait_for
 from tests.overlay_lab import Sockets
-from tests.serving import Addresses, HostView, Key, Watcher
+from tests.serving import Addresses, HostView, Key, Spans, Watcher
 
 PROBE = "probe"
 """A global service on every network: each host is looked at from its task."""
@@ -65,8 +65,8 @@ class Churn:
     """Of each manager."""
     readers: list[EventReader] = field(default_factory=list)
     watchers: dict[str, Watcher] = field(default_factory=dict)
-    disturbed: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
-    """Host -> from when until when it was cut off or had no agent; Unix s."""
+    disturbed: dict[str, Spans] = field(default_factory=lambda: defaultdict(Spans))
+    """Host -> when it was cut off or had no agent."""
     addresses: dict[str, str] = field(default_factory=dict)
     """Task ID -> address, of all tasks that were seen."""
     done: int = 0
@@ -117,24 +117,17 @@ class Churn:
                 self.kill(host, "daemon", str(self.cluster.host(host).run_dir))
             case model.StartAgent(host):
                 lab.start(self.cluster.plan, self.cluster.host(host))
-                self.mend(host)
+                self.disturbed[host].note(False)
             case model.KillNameServer(host):
                 self.kill(host, "dns.server")
             case model.Cut(host):
-                self.disturb(host)
+                self.disturbed[host].note(True)
                 self.partition([host])
             case model.Heal(host):
                 self.partition([])
-                self.mend(host)
+                self.disturbed[host].note(False)
             case model.Pause():
                 self.check()
-
-    def disturb(self, host: str) -> None:
-        self.disturbed[host].append((time.time(), float("inf")))
-
-    def mend(self, host: str) -> None:
-        began_at, _ = self.disturbed[host][-1]
-        self.disturbed[host][-1] = (began_at, time.time())
 
     def partition(self, cut: list[str]) -> None:
         plan = self.cluster.plan
@@ -144,7 +137,7 @@ class Churn:
     def kill(self, host: str, *words: str) -> None:
         """The host's process that was started with these words."""
         if "daemon" in words:
-            self.disturb(host)
+            self.disturbed[host].note(True)
         found = self.cluster.host(host)
         pids = [pid for pid in hosts.host_pids(found) if set(words) <= _words(pid)]
         hosts.kill(pids, signal.SIGKILL)
@@ -167,7 +160,6 @@ class Churn:
     def check(self) -> None:
         """Wait until the managers have done what was asked; then every host must serve just that."""
         self.settle()
-        self.look_from_probes()
         truth = serving(self.control())
         for name, watcher in self.watchers.items():
             wait_for(partial(self.agrees, watcher, truth), AGREE_S, f"{name} serves what it should")
@@ -185,9 +177,10 @@ class Churn:
                 if any(service.update_status.state == UpdateStatus.UPDATING for service in services):
                     return False
                 tasks = all_tasks(control)
+                self.look_from_probes()
                 self.addresses.update({task.id: address_of(task) for task in tasks if task.networks})
                 found = serving(control)
-            except grpc.RpcError:
+            except (grpc.RpcError, OSError):  # OSError: that probe has just gone
                 return False
             counts = {service: len(found.get(service, ())) for service in self.ports}
             probed = len(found.get(PROBE, ())) == len(self.cluster.hosts)
@@ -232,7 +225,7 @@ class Churn:
         """Of the whole run."""
         found = [each for each in changes(merged(self.readers)) if each.service in self.ports]
         seen = {
-            name: Seen(watcher.sights, self.disturbed[name], watcher.silences)
+            name: Seen(watcher.sights, self.disturbed[name], watcher.blind, watcher.silent)
             for name, watcher in self.watchers.items()
         }
         keys = {service: self.keys(service) for service in self.ports}
@@ -336,7 +329,7 @@ def _make_services(churn: Churn, names: list[str]) -> None:
 
 
 def run(churn: Churn, tasks: int, steps: int, seconds: float = float("inf")) -> Staleness:
-    """So many steps, or what of them fits in the time (then up to the next pause). `tasks`: around which number services
+    """So many steps, or those that fit in the time (then up to the next pause). `tasks`: around which number services
     are scaled. Raises AssertionError naming the seed and the step."""
     end = time.monotonic() + seconds
     rng, names = random.Random(churn.seed), churn.cluster.hosts

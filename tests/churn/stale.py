@@ -6,10 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tests.endpoints import Change, delay_s
-from tests.serving import Key, Sight
-
-Spans = Sequence[tuple[float, float]]
-"""From when until when; Unix s."""
+from tests.serving import Key, Sight, Spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +16,13 @@ class Seen:
     sights: Mapping[Key, Sequence[Sight]]
     disturbed: Spans
     """It was cut off, or had no agent."""
+    blind: Spans
     silent: Spans
-    """Its name server did not answer."""
 
-    def excuses(self, kind: str) -> Spans:
-        return [*self.disturbed, *(self.silent if kind == "name" else ())]
+    def excuses(self, kind: str) -> list[tuple[float, float]]:
+        """When nothing could be expected, or seen, of its answers of this kind."""
+        spans = (*self.disturbed.ended, *(self.blind.ended if kind != "published" else ()))
+        return [*spans, *(self.silent.ended if kind == "name" else ())]
 
 
 @dataclass(slots=True)
@@ -64,7 +63,7 @@ def staleness(
     hosts: Mapping[str, Seen],
 ) -> Staleness:
     """Of every change, on every host. A task whose address nobody knows was gone before anyone could look."""
-    spans = [span for seen in hosts.values() for span in seen.silent]
+    spans = [span for seen in hosts.values() for span in seen.silent.ended]
     found = Staleness(silent_s=max((end - start for start, end in spans), default=0.0))
     next_at: dict[str, float] = {}
     for change in reversed(changes):
@@ -83,7 +82,7 @@ def staleness(
 
 
 def _count(  # noqa: PLR0917  # one observation
-    found: Staleness, change: Change, delay: float, where: str, kind: str, excuses: Spans
+    found: Staleness, change: Change, delay: float, where: str, kind: str, excuses: Sequence[tuple[float, float]]
 ) -> None:
     at = change.at
     ends = [end for start, end in excuses if start < at + delay and end > at]
