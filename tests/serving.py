@@ -92,14 +92,19 @@ class HostView:
             self._leave()
         return self._inside is not None
 
+    def _there(self) -> _Inside:
+        """Raises OSError when there is no task to look from."""
+        if self._inside is None:
+            raise OSError(f"{self.host.name} has no task to look from")
+        return self._inside
+
     def published(self) -> Served:
         """Port -> backends, in the host's kernel."""
         return self._map("published", self._netlink, self._table, lambda key: str(int.from_bytes(key[4:6], "big")))
 
     def vips(self) -> Served:
         """VIP -> backends, in the namespace of the task."""
-        assert self._inside is not None
-        return self._map("vip", self._inside.netlink, TASK_TABLE, lambda key: socket.inet_ntoa(key[:4]))
+        return self._map("vip", self._there().netlink, TASK_TABLE, lambda key: socket.inet_ntoa(key[:4]))
 
     def _map(self, kind: str, netlink: Netlink, table: str, name: Callable[[bytes], str]) -> Served:
         """Read again only when the kernel says that something in the namespace has changed."""
@@ -114,13 +119,11 @@ class HostView:
 
     def tcp_socket(self) -> socket.socket:
         """A TCP socket in the task's namespace."""
-        assert self._inside is not None
-        return self._sockets.open(self._inside.netns, socket.SOCK_STREAM)
+        return self._sockets.open(self._there().netns, socket.SOCK_STREAM)
 
     def resolve(self, name: str) -> Addresses | None:
         """A records, as the task gets them; None when the name server is silent."""
-        assert self._inside is not None
-        udp = self._inside.udp
+        udp = self._there().udp
         question = self._questions.get(name)
         if question is None:
             question = self._questions[name] = bytes(DNSRecord.question(name).pack())
