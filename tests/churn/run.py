@@ -39,8 +39,8 @@ LOOK_S = 0.25
 """Between two looks at a host: what is found late is late by up to so much less."""
 SETTLE_S = 240.0
 """Until the managers have carried out all steps since the last pause; hundreds of containers on one small machine."""
-AGREE_S = 10.0
-"""Then until every host serves it."""
+AGREE_S = 30.0
+"""Then until every host serves it: a machine that is busy with hundreds of starts may need some of it."""
 CALL_S = 30.0
 """A change is tried for so long: the leader may just have been cut off."""
 SAMPLE = 3
@@ -172,8 +172,11 @@ class Churn:
                 return
 
     def compare(self, truth: dict[str, Addresses]) -> None:
-        for name, watcher in self.watchers.items():
-            wait_for(partial(self.agrees, watcher, truth), AGREE_S, f"{name} serves what it should")
+        deadline = time.monotonic() + AGREE_S
+        for watcher in self.watchers.values():
+            while found := self.differences(watcher, truth):
+                assert time.monotonic() < deadline, f"after {AGREE_S:g} s {len(found)} answers differ: {found[:3]}"
+                time.sleep(LOOK_S)
         for service in self.rng.sample(sorted(self.ports), min(SAMPLE, len(self.ports))):
             for watcher in self.watchers.values():
                 with watcher.lock:
@@ -201,12 +204,17 @@ class Churn:
         found: dict[str, Addresses] = wait_for(settled, SETTLE_S, "the services have the tasks that were asked for")
         return found
 
-    def agrees(self, watcher: Watcher, truth: dict[str, Addresses]) -> bool:
-        return all(
-            watcher.serves(key) == truth.get(service, frozenset())
-            for service in self.ports
-            for key in self.keys(service)
-        )
+    def differences(self, watcher: Watcher, truth: dict[str, Addresses]) -> list[str]:
+        """In words, of what the host was seen to serve last."""
+        found = []
+        for service in self.ports:
+            expected = truth.get(service, frozenset())
+            for key in self.keys(service):
+                served = watcher.serves(key)
+                if served != expected:
+                    lacks, keeps = sorted(expected - served), sorted(served - expected)
+                    found.append(f"{watcher.view.host.name} {key[1]} lacks {lacks} and still has {keeps}")
+        return found
 
     def look_from_probes(self) -> None:
         nodes = {
