@@ -3,7 +3,6 @@ its tasks gets them. Nothing is asked of the agent."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 import socket
 import threading
@@ -175,15 +174,21 @@ class Watcher(threading.Thread):
         """No task to look from."""
         self.silent = Spans()
         """The name server did not answer."""
+        self.failure = ""
+        """Of the last look; "" = it could see everything."""
         self._names = names
         self._period_s = period_s
         self._stopping = threading.Event()
 
     def run(self) -> None:
         while not self._stopping.wait(self._period_s):
-            # A namespace that goes, a table that is being replaced: the next look tells.
-            with contextlib.suppress(OSError, NetlinkError), self.lock:
-                self._look()
+            try:
+                with self.lock:
+                    self._look()
+            except (OSError, NetlinkError) as error:
+                self.failure = str(error)  # a namespace that goes, a table that is being replaced: the next look tells
+            else:
+                self.failure = ""
 
     def stop(self) -> None:
         self._stopping.set()
@@ -215,6 +220,11 @@ class Watcher(threading.Thread):
             history = self.sights[key]
             if not history or history[-1].addresses != addresses:
                 history.append(Sight(now, addresses))
+
+    def sees(self) -> str:
+        """In words, how well."""
+        state = "has no task to look from" if self.blind.since else "gets no names" if self.silent.since else "sees all"
+        return f"{self.view.host.name} {state}{self.failure and ': '}{self.failure}"
 
     def serves(self, key: Key) -> Addresses:
         """As seen last."""

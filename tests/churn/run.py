@@ -175,7 +175,8 @@ class Churn:
         deadline = time.monotonic() + AGREE_S
         for watcher in self.watchers.values():
             while found := self.differences(watcher, truth):
-                assert time.monotonic() < deadline, f"after {AGREE_S:g} s {len(found)} answers differ: {found[:3]}"
+                late = f"after {AGREE_S:g} s {len(found)} answers differ: {found[:3]} ({watcher.sees()})"
+                assert time.monotonic() < deadline, late
                 time.sleep(LOOK_S)
         for service in self.rng.sample(sorted(self.ports), min(SAMPLE, len(self.ports))):
             for watcher in self.watchers.values():
