@@ -10,7 +10,7 @@ import grpc
 
 from proto.control_pb2 import Event, EventsRequest, Filter, ListRequest
 from proto.control_pb2_grpc import ControlStub
-from proto.objects_pb2 import TASK_RUNNING, NodeStatus, Task
+from proto.objects_pb2 import TASK_RUNNING, Node, NodeStatus, Task
 from swarm.store.states import is_runnable
 from tests.serving import Addresses, Sight
 
@@ -125,16 +125,24 @@ def address_of(task: Task) -> str:
     return task.networks[0].address.partition("/")[0]
 
 
+def all_nodes(control: ControlStub) -> list[Node]:
+    return list(control.ListNodes(ListRequest(), timeout=30).nodes)
+
+
 def all_tasks(control: ControlStub, service_ids: Iterable[str] = ()) -> list[Task]:
     return list(control.ListTasks(ListRequest(filter=Filter(service_ids=service_ids)), timeout=30).tasks)
 
 
-def serving(control: ControlStub) -> dict[str, Addresses]:
-    """Service -> addresses of its tasks that should be served, by the store as it is now."""
-    nodes = control.ListNodes(ListRequest(), timeout=30).nodes
+def serving(tasks: Iterable[Task], nodes: Iterable[Node]) -> dict[str, Addresses]:
+    """Service -> addresses of its tasks that should be served."""
     down = {node.id for node in nodes if node.status.state == NodeStatus.DOWN}
     found: dict[str, set[str]] = {}
-    for task in all_tasks(control):
-        if task.status.state == TASK_RUNNING and is_runnable(task) and task.node_id not in down:
+    for task in tasks:
+        if is_wanted(task) and task.node_id not in down:
             found.setdefault(task.service_annotations.name, set()).add(address_of(task))
     return {service: frozenset(addresses) for service, addresses in found.items()}
+
+
+def is_wanted(task: Task) -> bool:
+    """It runs, and is meant to."""
+    return task.status.state == TASK_RUNNING and is_runnable(task)

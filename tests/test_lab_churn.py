@@ -17,8 +17,8 @@ def test_whatever_comes_and_goes_every_host_serves_what_the_store_says(web_image
     with lab_up("churn", 3, 2) as cluster, ExitStack() as stack:
         try:
             churn = begin(cluster, 4, start(services=4, tasks=3), print, stack)
-            verdict = run(churn, tasks=3, steps=60)
+            verdict = run(churn, tasks=3, steps=40)
         except Exception:
             print(f"logs: {keep_logs(cluster)}")
             raise
-    assert verdict.changes > 100, verdict
+    assert verdict.changes > 30, verdict

@@ -16,11 +16,10 @@ from contextlib import ExitStack, contextmanager
 
 import grpc
 
-from proto.control_pb2 import GetRequest, ListRequest, ServiceUpdateRequest
+from proto.control_pb2 import GetRequest, ServiceUpdateRequest
 from proto.control_pb2_grpc import ControlStub
-from proto.objects_pb2 import TASK_RUNNING, Node, Task
-from swarm.store.states import is_runnable
-from tests.endpoints import Change, EventReader, address_of, all_tasks, changes, delay_s
+from proto.objects_pb2 import Node, Task
+from tests.endpoints import Change, EventReader, address_of, all_nodes, all_tasks, changes, delay_s, is_wanted
 from tests.labs import WEB_IMAGE, Lab, lab_up, wait_for
 from tests.overlay_lab import Sockets
 from tests.serving import HostView, Key, Watcher
@@ -73,8 +72,7 @@ def _measured(cluster: Lab, control: ControlStub, steps: int) -> list[float]:
     vip = control.GetService(GetRequest(ref="web")).endpoint.virtual_ips[0].address.partition("/")[0]
     keys: tuple[Key, ...] = (("published", str(PORT)), ("vip", vip), ("name", "tasks.web"))
     addresses = {task.id: address_of(task) for task in _running(control, "web")}
-    nodes = control.ListNodes(ListRequest(), timeout=10).nodes
-    with watched(cluster, nodes, _running(control, "probe"), ["tasks.web"]) as watchers:
+    with watched(cluster, all_nodes(control), _running(control, "probe"), ["tasks.web"]) as watchers:
         _wait_served(watchers, keys, frozenset(addresses.values()))
         reader = EventReader(control)
         reader.start()
@@ -112,7 +110,7 @@ def _scaled(control: ControlStub, replicas: int) -> dict[str, str]:
 
 def _running(control: ControlStub, service: str) -> list[Task]:
     tasks = all_tasks(control, [control.GetService(GetRequest(ref=service)).id])
-    return [task for task in tasks if task.status.state == TASK_RUNNING and is_runnable(task)]
+    return [task for task in tasks if is_wanted(task)]
 
 
 def percentile(values: Sequence[float], percent: int) -> float:

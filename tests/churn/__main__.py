@@ -41,7 +41,7 @@ def main() -> int:
         except Exception as error:
             print(f"FAILED {error}\nlogs: {keep_logs(cluster)}")
             raise
-    print(f"seed {chosen.seed}, {churn.done} steps: {verdict}")
+    print(f"seed {chosen.seed}, {churn.done} steps, {churn.slow} slow connections: {verdict}")
     return 0
 
 
