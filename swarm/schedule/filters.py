@@ -69,20 +69,21 @@ class Need:
     generic: tuple[GenericResource, ...]
     host_ports: frozenset[HostPort]
     max_per_node: int
+    is_plain: bool
+    """Nothing of this counts: a node that takes one takes any number."""
 
     @classmethod
     def of(cls, task: Task) -> Need:
         spec = task.spec
         reserved = spec.resources.reservations
-        return cls(
-            task.service_id,
-            spec,
+        counted = (
             reserved.nano_cpus,
             reserved.memory_bytes,
             tuple(reserved.generic),
             host_ports_of(task),
             spec.placement.max_replicas_per_node,
         )
+        return cls(task.service_id, spec, *counted, is_plain=not any(counted))
 
     @property
     def shape(self) -> tuple[bytes, bytes, frozenset[HostPort]]:
@@ -149,11 +150,11 @@ def accepts_any(need: Need, load: Load) -> bool:
 
 def has_room(need: Need, load: Load) -> bool:
     """A node that passed every filter would take one more task, of a service that it has none of."""
-    return _has_resources(need, load) and _has_ports_free(need, load)
+    return need.is_plain or (_has_resources(need, load) and _has_ports_free(need, load))
 
 
 def still_accepts(need: Need, load: Load) -> bool:
-    return has_room(need, load) and _is_below_max(need, load)
+    return need.is_plain or (has_room(need, load) and _is_below_max(need, load))
 
 
 def explain(refusals: Iterable[str]) -> str:
