@@ -16,6 +16,7 @@ from dnslib import DNSRecord
 
 from overlay import nfnl
 from overlay.addressing import host_table
+from overlay.elements import BACKENDS
 from overlay.netlink import NETLINK_NETFILTER, Netlink, NetlinkError
 from overlay.ruleset import TASK_TABLE
 from swarm.daemon import TAG_CHARS
@@ -110,7 +111,7 @@ class HostView:
         generation = nfnl.generation(netlink)
         if self._known.get(kind, (-1, {}))[0] != generation:
             found: dict[Key, set[str]] = defaultdict(set)
-            for (_, key), value in nfnl.elements(netlink, table, ["backends"]).items():
+            for (_, _, key), value in nfnl.elements(netlink, socket.AF_INET, table, [BACKENDS]).items():
                 assert isinstance(value, bytes)
                 found[kind, name(key)].add(socket.inet_ntoa(value[:4]))
             self._known[kind] = generation, {key: frozenset(addresses) for key, addresses in found.items()}

@@ -68,13 +68,13 @@ class Sizes:
     """Times in s. The first round of traffic warms up and is not counted."""
 
     rounds: int
-    load_s: float
+    load_s: int
     steps: int
     """Of the propagation: two changes each."""
 
 
-FULL = Sizes(rounds=16, load_s=1.0, steps=110)
-QUICK = Sizes(rounds=4, load_s=1.0, steps=12)
+FULL = Sizes(rounds=16, load_s=1, steps=110)
+QUICK = Sizes(rounds=4, load_s=1, steps=12)
 LOADS_PER_ROUND = 7
 
 

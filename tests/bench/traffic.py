@@ -23,7 +23,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -31,6 +31,7 @@ from overlay.interface import PublishedPort, Vip
 from tests.overlay_lab import NET, OverlayLab
 from tests.waiting import wait_until
 
+NETWORK = replace(NET, subnet6="", gateway6="")
 BACKENDS = ("10.77.1.11", "10.77.1.12", "10.77.1.13")
 CALLER, ROUTER, VIP = "10.77.1.10", "10.77.1.250", "10.77.1.200"
 INGRESS = "192.168.99.1"
@@ -103,15 +104,20 @@ class Traffic:
     async def _wire(self) -> None:
         lab = self._lab
         first, *others = lab.hosts
-        await lab.apply()
+        await self._apply()
         for number, address in enumerate(BACKENDS):
-            await lab.task(others[number % len(others)], f"web{number}", (NET, address))
-        await lab.task(first, "caller", (NET, CALLER))
-        await lab.task(first, "router", (NET, ROUTER))
-        published = tuple(PublishedPort("tcp", port, tuple((each, port) for each in BACKENDS)) for port in self._ports)
-        await lab.apply((Vip(NET.network_id, VIP, BACKENDS),), published)
+            await lab.task(others[number % len(others)], f"web{number}", (NETWORK, address))
+        await lab.task(first, "caller", (NETWORK, CALLER))
+        await lab.task(first, "router", (NETWORK, ROUTER))
+        await self._apply()
         self._wire_router()
         self._wire_plain_bridge()
+
+    async def _apply(self) -> None:
+        published = tuple(PublishedPort("tcp", port, tuple((each, port) for each in BACKENDS)) for port in self._ports)
+        for host in self._lab.hosts:
+            state = self._lab.state(host, (NETWORK,), (Vip(NETWORK.network_id, VIP, BACKENDS),), published)
+            await host.network.apply(state)
 
     def _wire_router(self) -> None:
         """The client outside reaches the tasks through the task `router`, and they answer the same way."""
@@ -120,7 +126,7 @@ class Traffic:
         self._run(lab.path("router"), "sysctl", "-qw", "net.ipv4.ip_forward=1")
         self._run(lab.client, "ip", "addr", "add", f"{CLIENT_ROUTED}/24", "dev", "eth0")
         way = ("via", ROUTER_OUTSIDE, "src", CLIENT_ROUTED)
-        self._run(lab.client, "ip", "route", "add", NET.subnet, *way)
+        self._run(lab.client, "ip", "route", "add", NETWORK.subnet, *way)
         for number in range(len(BACKENDS)):
             self._run(lab.path(f"web{number}"), "ip", "route", "add", CLIENT_ROUTED, "via", ROUTER)
 
@@ -203,29 +209,29 @@ class Traffic:
 
     # ---- loads
 
-    def published(self, seconds: float, keep: bool = False) -> Load:
+    def published(self, seconds: int, keep: bool = False) -> Load:
         port = next(self._next)
         return self._load(self._lab.client, (INGRESS,), port, seconds, keep)
 
-    def haproxy(self, seconds: float) -> Load:
+    def haproxy(self, seconds: int) -> Load:
         port = next(self._next) + len(self._ports)
         return self._load(self._lab.client, (INGRESS,), port, seconds)
 
-    def outside_direct(self, seconds: float, keep: bool = False) -> Load:
+    def outside_direct(self, seconds: int, keep: bool = False) -> Load:
         return self._load(self._lab.client, BACKENDS, next(self._next), seconds, keep)
 
-    def vip(self, seconds: float) -> Load:
+    def vip(self, seconds: int) -> Load:
         return self._load(self._lab.path("caller"), (VIP,), next(self._next), seconds)
 
-    def inside_direct(self, seconds: float) -> Load:
+    def inside_direct(self, seconds: int) -> Load:
         return self._load(self._lab.path("caller"), BACKENDS, next(self._next), seconds)
 
-    def _load(self, netns: Path, targets: Sequence[str], port: int, seconds: float, keep: bool = False) -> Load:
+    def _load(self, netns: Path, targets: Sequence[str], port: int, seconds: int, keep: bool = False) -> Load:
         """A connection per request unless `keep`."""
         script = self._scratch / "load.lua"
         script.write_text(LUA)
         words = ["nsenter", f"--net={netns}", "wrk", "-t", str(len(BACKENDS)), "-c", str(CONNECTIONS)]
-        words += ["-d", f"{seconds:g}s", "--timeout", "5s", "-s", str(script)]
+        words += ["-d", f"{seconds}s", "--timeout", "5s", "-s", str(script)]
         words += [] if keep else ["-H", "Connection: close"]
         done = subprocess.run(
             [*words, f"http://{targets[0]}:{port}/"],
@@ -238,14 +244,14 @@ class Traffic:
         found = json.loads(done.stdout.splitlines()[-1])
         return Load(found["requests"] / found["us"] * 1e6, found["p99_us"] / 1000, found["failed"])
 
-    def overlay_gbit_s(self, seconds: float) -> float:
+    def overlay_gbit_s(self, seconds: int) -> float:
         return self._iperf(BACKENDS[0], seconds)
 
-    def bridge_gbit_s(self, seconds: float) -> float:
+    def bridge_gbit_s(self, seconds: int) -> float:
         return self._iperf(PLAIN["b"], seconds)
 
-    def _iperf(self, address: str, seconds: float) -> float:
-        words = ("iperf3", "-c", address, "-p", str(IPERF_PORT), "-t", f"{seconds:g}", "-J")
+    def _iperf(self, address: str, seconds: int) -> float:
+        words = ("iperf3", "-c", address, "-p", str(IPERF_PORT), "-t", f"{seconds}", "-J")
         measured: list[float] = []
 
         def tried() -> bool:
