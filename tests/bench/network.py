@@ -143,9 +143,12 @@ def ratios(rounds: Sequence[Sequence[Load]], over: int = 1, under: int = 0) -> l
 
 
 def arm_row(name: str, arms: Sequence[Load]) -> Row:
-    per_s, p99_ms = statistics.median(arm.per_s for arm in arms), statistics.median(arm.p99_ms for arm in arms)
+    per_s, p99_ms, cpu_us = (
+        statistics.median(values) for values in zip(*((arm.per_s, arm.p99_ms, arm.cpu_us) for arm in arms), strict=True)
+    )
     failed = sum(arm.failed for arm in arms)
-    return f"  {name}", f"{per_s:,.0f}/s, p99 {p99_ms:.1f} ms", f"{failed} failed" if failed else ""
+    figures = f"{per_s:,.0f}/s, p99 {p99_ms:.1f} ms, CPU {cpu_us:.0f} us"
+    return f"  {name}", figures, f"{failed} failed" if failed else ""
 
 
 def traffic_rows(results: Results, sizes: Sizes) -> list[Row]:

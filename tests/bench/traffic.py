@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from pathlib import Path
 from types import TracebackType
 
 from overlay.interface import PublishedPort, Vip
+from tests.bench.measure import cpu_ticks_s
 from tests.overlay_lab import NET, OverlayLab
 from tests.waiting import wait_until
 
@@ -66,6 +68,9 @@ class Load:
     per_s: float
     p99_ms: float
     failed: int
+    cpu_us: float
+    """Of client and servers, per request: the kernel's work for their packets is mostly done in their name. It depends
+    less on what else the machine does than rates do."""
 
 
 class Traffic:
@@ -233,6 +238,7 @@ class Traffic:
         words = ["nsenter", f"--net={netns}", "wrk", "-t", str(len(BACKENDS)), "-c", str(CONNECTIONS)]
         words += ["-d", f"{seconds}s", "--timeout", "5s", "-s", str(script)]
         words += [] if keep else ["-H", "Connection: close"]
+        before = self._cpu_s()
         done = subprocess.run(
             [*words, f"http://{targets[0]}:{port}/"],
             env={**os.environ, "TARGETS": " ".join(targets), "PORT": str(port)},
@@ -242,7 +248,16 @@ class Traffic:
             check=True,
         )
         found = json.loads(done.stdout.splitlines()[-1])
-        return Load(found["requests"] / found["us"] * 1e6, found["p99_us"] / 1000, found["failed"])
+        requests = max(1, found["requests"])
+        cpu_us = (self._cpu_s() - before) / requests * 1e6
+        return Load(requests / found["us"] * 1e6, found["p99_us"] / 1000, found["failed"], cpu_us)
+
+    def _cpu_s(self) -> float:
+        """Of the servers with their workers, and of all loads that have ended."""
+        pids = [process.pid for process in self._running]
+        workers = [int(word) for pid in pids for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return cpu_ticks_s([*pids, *workers]) + ended.ru_utime + ended.ru_stime
 
     def overlay_gbit_s(self, seconds: int) -> float:
         return self._iperf(BACKENDS[0], seconds)
