@@ -142,6 +142,12 @@ def ratios(rounds: Sequence[Sequence[Load]], over: int = 1, under: int = 0) -> l
     return [arms[over].per_s / arms[under].per_s for arms in rounds]
 
 
+def cpu_row(rounds: Sequence[Sequence[Load]], over: int = 1, under: int = 0) -> Row:
+    """The same by what a request costs: what the ratio of rates comes to where nothing else runs."""
+    spent = [statistics.median(arms[arm].cpu_us for arms in rounds) for arm in (under, over)]
+    return "  by CPU per request", f"{spent[0] / spent[1]:.2f}", ""
+
+
 def arm_row(name: str, arms: Sequence[Load]) -> Row:
     per_s, p99_ms, cpu_us = (
         statistics.median(values) for values in zip(*((arm.per_s, arm.p99_ms, arm.cpu_us) for arm in arms), strict=True)
@@ -166,11 +172,15 @@ def traffic_rows(results: Results, sizes: Sizes) -> list[Row]:
         ("iperf3, overlay / plain bridge", spread(compared["overlay_ratio"]), ">= 0.90"),
         ("  overlay; bridge", f"{over:.1f}; {bridge:.1f} Gbit/s", ""),
         ("new connections, published / direct", spread(compared["published_cps_ratio"]), ">= 0.85"),
+        cpu_row(outside),
         ("new connections, published / HAProxy", spread(compared["haproxy_cps_ratio"]), ">= 2"),
+        cpu_row(outside, 1, 2),
         *(arm_row(name, [arms[i] for arms in outside]) for i, name in enumerate(("direct", "published", "HAProxy"))),
         ("new connections, VIP / direct", spread(compared["vip_cps_ratio"]), ">= 0.90"),
+        cpu_row(inside),
         *(arm_row(name, [arms[i] for arms in inside]) for i, name in enumerate(("direct", "VIP"))),
         ("keep-alive, published / direct", spread(compared["published_keepalive_ratio"]), ">= 0.90"),
+        cpu_row(kept),
         *(arm_row(name, [arms[i] for arms in kept]) for i, name in enumerate(("direct", "published"))),
     ]
 
