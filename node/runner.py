@@ -225,6 +225,7 @@ class TaskRunner:
             netns_path=str(self._netns),
             network_ids=tuple(net.network_id for net in self.task.networks),
             upstreams=tuple(self.task.spec.container.dns_nameservers),
+            search=tuple(self.task.spec.container.dns_search),
         )
         return self._netns
 

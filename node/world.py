@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dns.interface import Picture, Sandbox
 from node import view
 from node.mirror import Mirror
+from node.pictures import Pictures
 from node.steps import State
 from overlay.interface import HostState
 from proto.objects_pb2 import Node, NodeDescription
@@ -27,6 +28,7 @@ class World:
         self.sandboxes: dict[str, Sandbox] = {}
         self.states: dict[str, State] = {}
         self._describe = describe
+        self._pictures = Pictures()
         self._upstreams = upstreams
 
     def describe(self) -> NodeDescription:
@@ -45,7 +47,7 @@ class World:
     def picture(self) -> Picture | None:
         if not self.mirror.known:
             return None
-        return view.picture(self.mirror, self.local(), self.sandboxes.values(), self._upstreams())
+        return self._pictures.draw(self.mirror, self.local(), self.sandboxes.values(), self._upstreams())
 
     def ingress_ids(self) -> frozenset[str]:
         return view.ingress_network_ids(self.mirror)
