@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Iterator
 
 from dns.message import (
+    A_BYTES,
     AAAA,
     ANY,
     BADVERS,
@@ -31,14 +32,15 @@ from dns.message import (
     parse,
     record,
 )
-from dns.names import Target, TaskView
+from dns.names import Holder, Target, TaskView
 
 __all__ = ["CacheBudget", "NotAQuestion", "Responder"]
 
 ROTATIONS = 8
-"""Orders in which a list of addresses is handed out, in turn."""
-ADDRESSES_MAX = 2000
-"""Per answer; 28 bytes each, they fit in 65,535 bytes of TCP."""
+"""Orders of a list of addresses that are packed ahead."""
+A_RECORD_BYTES, AAAA_RECORD_BYTES = 16, 28
+ADDRESSES_MAX = 1400
+"""Per answer and family: both together fit in 65,535 bytes of TCP."""
 CACHE_BYTES_MAX = 32 << 20
 """Of all views of a host: some 70,000 entries. A task that fills it on purpose costs the others a few us a question."""
 ENTRY_BYTES = 400
@@ -81,15 +83,18 @@ class CacheBudget:
 class _Kept:
     """Records of one name and type, and whose turn it is."""
 
-    __slots__ = ("asked", "records", "turns")
+    __slots__ = ("records", "rotates", "turn")
 
-    def __init__(self, records: Records) -> None:
+    def __init__(self, records: Records, rotates: bool, turn: int) -> None:
         self.records = records
-        self.turns = min(ROTATIONS, records.answer_count) if records.stride else 1
-        self.asked = 0
+        self.rotates = rotates
+        self.turn = turn
 
-    def in_turn(self, number: int) -> Records:
-        return self.records.turned(number % self.turns * self.records.answer_count // self.turns)
+    def next(self) -> Records:
+        if not self.rotates:
+            return self.records
+        self.turn += 1
+        return self.records.turned(self.turn)
 
 
 class Responder:
@@ -133,19 +138,22 @@ class Responder:
                 if self.view.may_forward:
                     return None
                 return packet[:2] + pack(question, _NOTHING, NXDOMAIN, tcp=tcp, cookie=cookie)
-            kept = _Kept(records)
+            rotates = records.answer_count > 1 and qtype in (A, AAAA)
+            kept = _Kept(records, rotates, self._random.getrandbits(16) if rotates else 0)
             if qtype in KEPT_TYPES:
                 self._take(len(name) + len(records.answers) + len(records.additional))
                 self._records[name, qtype] = kept
         elif not tcp and section.startswith(name) and (edns is None or edns.plain):
             self._keep_replies(packet[2:], question, kept)
-        kept.asked += 1
-        return packet[:2] + pack(question, kept.in_turn(kept.asked), tcp=tcp, cookie=cookie)
+        return packet[:2] + pack(question, kept.next(), tcp=tcp, cookie=cookie)
 
     def _keep_replies(self, key: bytes, question: Question, kept: _Kept) -> None:
-        bodies = [pack(question, kept.in_turn(number)) for number in range(kept.turns)]
-        self._take(len(key) + sum(map(len, bodies)))
-        self.replies[key] = itertools.cycle(bodies)
+        """All orders of the addresses, or the next few: once those are handed out the question comes here again."""
+        orders = kept.records.answer_count if kept.rotates else 1
+        bodies = [pack(question, kept.next()) for _ in range(min(orders, ROTATIONS))]
+        if key not in self.replies:
+            self._take(len(key) + sum(map(len, bodies)))
+        self.replies[key] = itertools.cycle(bodies) if orders <= ROTATIONS else iter(bodies)
 
     def _take(self, size_bytes: int) -> None:
         self._budget.take(size_bytes + ENTRY_BYTES)
@@ -159,7 +167,7 @@ class Responder:
         """None: nothing of ours has this name. Without answers: it exists, but not with this type (NODATA)."""
         found = self.view.lookup(name)
         if found is not None:
-            return self._address_records(found.addresses(), qtype)
+            return _address_records(found[1], qtype)
         targets = self.view.targets(name)
         if targets is not None:
             return _srv_records(targets) if qtype in (SRV, ANY) else _NOTHING
@@ -168,22 +176,27 @@ class Responder:
             return None
         return Records(record(PTR, target), 1) if qtype in (PTR, ANY) else _NOTHING
 
-    def _address_records(self, addresses: tuple[bytes, ...], qtype: int) -> Records:
-        wanted = [address for address in addresses if qtype in (ANY, _type_of(address))]
-        if len(wanted) > 1:
-            self._random.shuffle(wanted)
-        packed = [record(_type_of(address), address) for address in wanted[:ADDRESSES_MAX]]
-        stride = 0 if qtype == ANY or not packed else len(packed[0])
-        return Records(b"".join(packed), len(packed), stride=stride)
 
-
-def _type_of(address: bytes) -> int:
-    return A if len(address) == 4 else AAAA
+def _address_records(holders: tuple[Holder, ...], qtype: int) -> Records:
+    if len(holders) == 1:
+        a, aaaa = holders[0].a, holders[0].aaaa
+    else:
+        addresses = dict.fromkeys(address for holder in holders for address in holder.addresses)
+        a = b"".join(record(A, address) for address in addresses if len(address) == A_BYTES)
+        aaaa = b"".join(record(AAAA, address) for address in addresses if len(address) != A_BYTES)
+    if qtype == A:
+        aaaa = b""
+    elif qtype == AAAA:
+        a = b""
+    elif qtype != ANY:
+        return _NOTHING
+    a, aaaa = a[: ADDRESSES_MAX * A_RECORD_BYTES], aaaa[: ADDRESSES_MAX * AAAA_RECORD_BYTES]
+    return Records(a + aaaa, len(a) // A_RECORD_BYTES + len(aaaa) // AAAA_RECORD_BYTES)
 
 
 def _srv_records(targets: tuple[Target, ...]) -> Records:
     """With the addresses of the targets as additional records, so that one question is enough."""
     answers = [record(SRV, _SRV_DATA.pack(SRV_PRIORITY, SRV_WEIGHT, port) + name) for name, port, _ in targets]
     glue = {(name, address) for name, _, addresses in targets for address in addresses}
-    additional = [record(_type_of(address), address, name) for name, address in sorted(glue)]
+    additional = [record(A if len(address) == A_BYTES else AAAA, address, name) for name, address in sorted(glue)]
     return Records(b"".join(answers), len(answers), b"".join(additional), len(additional))

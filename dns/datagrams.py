@@ -19,6 +19,8 @@ Client = tuple[str, int]
 Slow = Callable[[bytes, int], bytes | None]
 """(question, number for `Datagrams.client`) -> reply, or None: none, or later."""
 
+_EXHAUSTED: Iterator[bytes] = iter(())
+
 
 class _Iovec(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
@@ -91,14 +93,11 @@ class Datagrams:
         for number in range(received):
             start = number * QUESTION_BYTES_MAX
             packet = bytes(questions[start : start + lengths[number * _WORDS + _LENGTH_AT]])
-            known = replies.get(packet[2:])
-            if known is not None:
-                reply = packet[:2] + next(known)
-            else:
-                found = slow(packet, number)
-                if found is None:
-                    continue
-                reply = found
+            known = replies.get(packet[2:], _EXHAUSTED)
+            body = next(known, None)
+            reply = slow(packet, number) if body is None else packet[:2] + body
+            if reply is None:
+                continue
             at = count * REPLY_BYTES_MAX
             out[at : at + len(reply)] = reply
             self._out_names[count * _MESSAGE_BYTES // 8] = self._name_of[number]

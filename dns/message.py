@@ -22,6 +22,7 @@ LABEL_BYTES_MAX = 63
 A, PTR, TXT, AAAA, SRV, OPT, ANY = 1, 12, 16, 28, 33, 41, 255
 IN = 1
 NOERROR, SERVFAIL, NXDOMAIN, REFUSED, BADVERS = 0, 2, 3, 5, 16
+A_BYTES = 4
 COOKIE_OPTION, COOKIE_BYTES, COOKIE_BYTES_MAX = 10, 8, 40  # RFC 7873
 
 _QR, _OPCODE, _AA, _TC, _RD, _RA, _CD = 0x8000, 0x7800, 0x0400, 0x0200, 0x0100, 0x0080, 0x0010
@@ -68,12 +69,10 @@ class Records(NamedTuple):
     answer_count: int = 0
     additional: bytes = b""
     additional_count: int = 0
-    stride: int = 0
-    """Bytes of each answer where all are of one size, so that they can be rotated; else 0."""
 
-    def turned(self, turn: int) -> Records:
-        """The same with the answer number `turn` (of `answer_count`) first."""
-        at = turn * self.stride
+    def turned(self, number: int) -> Records:
+        """The same with another answer first; all have to be of one size."""
+        at = number % self.answer_count * (len(self.answers) // self.answer_count)
         return self._replace(answers=self.answers[at:] + self.answers[:at]) if at else self
 
 
@@ -160,7 +159,7 @@ def pack(
     authority = _AA if rcode in (NOERROR, NXDOMAIN) else 0
     flags = _QR | _RA | authority | question.flags & (_RD | _CD) | rcode & 0xF
     room = limit - HEADER_BYTES - len(question.section) - len(opt)
-    answers, count, additional, more, _ = records
+    answers, count, additional, more = records
     if len(answers) + len(additional) > room:
         additional, more = b"", 0
         if len(answers) > room:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from dns.interface import NetworkNames, ServiceNames, TaskNames
-from dns.message import labels_of, to_wire
+from dns.message import A_BYTES, AAAA, A, labels_of, record, to_wire
 
 _IN_ADDR = b"\x07in-addr\x04arpa\x00"
 _IP6 = b"\x03ip6\x04arpa\x00"
@@ -27,11 +27,17 @@ class Holder(NamedTuple):
 
     addresses: tuple[bytes, ...]
     """Packed: 4 or 16 bytes each."""
+    a: bytes
+    aaaa: bytes
+    """The same as records, ready to be sent."""
     ports: tuple[tuple[Service, int], ...] = ()
 
 
-def _packed(addresses: Iterable[str | None]) -> tuple[bytes, ...]:
-    return tuple(ipaddress.ip_address(address).packed for address in addresses if address)
+def _holder(texts: Iterable[str | None], ports: tuple[tuple[Service, int], ...] = ()) -> Holder:
+    addresses = tuple(ipaddress.ip_address(text).packed for text in texts if text)
+    a = b"".join(record(A, address) for address in addresses if len(address) == A_BYTES)
+    aaaa = b"".join(record(AAAA, address) for address in addresses if len(address) != A_BYTES)
+    return Holder(addresses, a, aaaa, ports)
 
 
 def _ports(service: ServiceNames) -> tuple[tuple[Service, int], ...]:
@@ -45,17 +51,17 @@ def _ports(service: ServiceNames) -> tuple[tuple[Service, int], ...]:
 
 
 def _of_task(task: TaskNames) -> tuple[dict[str, Holder], tuple[bytes, ...]]:
-    holder = Holder(_packed((task.address, task.address6)))
+    holder = _holder((task.address, task.address6))
     return dict.fromkeys(task.names, holder), holder.addresses
 
 
 def _of_service(service: ServiceNames) -> tuple[dict[str, Holder], tuple[bytes, ...]]:
     """Its names with what they mean, and the addresses that are its own."""
     ports = _ports(service)
-    tasks = Holder(_packed(service.task_addresses), ports)
-    own = _packed((service.vip, service.vip6))
-    itself = Holder(own, ports) if own else tasks
-    return dict.fromkeys(service.names, itself) | {f"tasks.{name}": tasks for name in service.names}, own
+    tasks = _holder(service.task_addresses, ports)
+    own = _holder((service.vip, service.vip6), ports)
+    held = dict.fromkeys(service.names, own if own.addresses else tasks)
+    return held | {f"tasks.{name}": tasks for name in service.names}, own.addresses
 
 
 class NetworkView:
@@ -129,14 +135,6 @@ class NetworkView:
         return self._reverse.get(address)
 
 
-class Found(NamedTuple):
-    network: NetworkView
-    holders: tuple[Holder, ...]
-
-    def addresses(self) -> tuple[bytes, ...]:
-        return tuple(dict.fromkeys(address for holder in self.holders for address in holder.addresses))
-
-
 class Target(NamedTuple):
     """One answer to an SRV question."""
 
@@ -154,24 +152,25 @@ class TaskView:
         """A task that is on internal networks only has no business outside: its questions stay here."""
         self._search = tuple(wire for domain in search if (wire := to_wire(domain)) is not None)
 
-    def lookup(self, name: bytes) -> Found | None:
+    def lookup(self, name: bytes) -> tuple[NetworkView, tuple[Holder, ...]] | None:
+        """Who holds this name, in the network that knows it."""
         found = self._lookup(name)
         for domain in self._search:
             if found is None and name.endswith(domain):
                 found = self._lookup(name[: -len(domain)] + b"\0")
         return found
 
-    def _lookup(self, name: bytes) -> Found | None:
+    def _lookup(self, name: bytes) -> tuple[NetworkView, tuple[Holder, ...]] | None:
         for network in self.networks:
             holders = network.lookup(name)
             if holders is not None:
-                return Found(network, holders)
+                return network, holders
         for network in self.networks:
             # A suffix in the middle of a label leaves no name that anybody holds.
             if name.endswith(network.suffix):
                 holders = network.lookup(name[: -len(network.suffix)] + b"\0")
                 if holders is not None:
-                    return Found(network, holders)
+                    return network, holders
         return None
 
     def targets(self, name: bytes) -> tuple[Target, ...] | None:
@@ -182,12 +181,13 @@ class TaskView:
         found = self.lookup(name[len(labels[0]) + len(labels[1]) + 2 :])
         if found is None:
             return None
+        network, holders = found
         wanted = (labels[0], labels[1])
         offers: dict[tuple[bytes, int], list[bytes]] = {}
-        for holder in found.holders:
+        for holder in holders:
             for service, port in holder.ports:
                 for address in holder.addresses if service == wanted else ():
-                    target = found.network.reverse(address)
+                    target = network.reverse(address)
                     if target is not None:
                         offers.setdefault((target, port), []).append(address)
         return tuple(Target(target, port, tuple(addresses)) for (target, port), addresses in offers.items())
