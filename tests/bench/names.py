@@ -1,6 +1,6 @@
 """Name lookups beside unbound and dnsmasq: `python -m tests.bench.names [--json]` (root; installs them from Debian).
 
-All servers listen in one namespace, each pinned to the second core; dnsperf asks from the first. Rounds are interleaved,
+All servers listen in one namespace, each pinned to the second core; dnsperf asks from the first. Rounds take turns,
 figures are medians. Hits: 2,000 names that were asked before. First-time names: 40,000 names, each asked once since the
 last change of the picture, so that no cache of ours has them; dnsmasq answers them from its hosts file.
 """
@@ -25,8 +25,8 @@ from dns.interface import LISTEN_ADDRESS, LISTEN_PORT, NetworkNames, Picture, Sa
 from tests.bench import measure
 from tests.waiting import until
 
-ROUNDS = 5
-ROUND_S = 2
+ROUNDS = 9
+ROUND_S = 1
 HIT_SERVICES, MISS_SERVICES = 1_000, 20_000
 TASKS = 5
 PACKAGES = {"dnsperf": "dnsperf", "unbound": "unbound", "dnsmasq": "dnsmasq-base", "dig": "dnsutils"}
@@ -74,16 +74,18 @@ class Bench:
     def inside(self, core: int, *argv: str) -> list[str]:
         return ["taskset", "-c", str(core), "ip", "netns", "exec", self.netns, *argv]
 
-    def ask(self, server: str, *options: str) -> float:
-        """Queries per second of one dnsperf run."""
+    def ask(self, server: str, pid: int, *options: str) -> tuple[float, float]:
+        """Queries per second of one dnsperf run, and CPU us per query of the server, which is `pid`."""
         argv = ["dnsperf", "-s", LISTEN_ADDRESS, "-p", str(PORTS[server]), "-d", str(self.directory / "questions")]
         argv += ["-c", "8", "-T", "1", "-q", "100", *options]
+        used_s = measure.cpu_ticks_s([pid])
         out = subprocess.run(self.inside(0, *argv), capture_output=True, text=True, check=True, timeout=120).stdout
+        used_s = measure.cpu_ticks_s([pid]) - used_s
         answered = re.search(r"Response codes: +NOERROR (\d+) \(100.00%\)", out)
         rate = re.search(r"Queries per second: +([\d.]+)", out)
         if answered is None or rate is None:
             raise RuntimeError(f"{server} did not answer everything:\n{out}")
-        return float(rate[1])
+        return float(rate[1]), used_s / int(answered[1]) * 1e6
 
 
 def service(number: int) -> ServiceNames:
@@ -126,44 +128,48 @@ def dnsmasq(made: Bench) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(made: Bench, argv: Sequence[str]) -> Iterator[None]:
+def running(made: Bench, argv: Sequence[str]) -> Iterator[int]:
+    """Gives its process ID."""
     process = subprocess.Popen(
         made.inside(1, *argv), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        yield
+        yield process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(20)
 
 
-async def compare(services: int, others: Sequence[str], fresh: bool, rounds: int) -> dict[str, float]:
-    """Median queries per second of each server. `fresh`: our caches are emptied before each round, by a change."""
+async def compare(services: int, others: Sequence[str], fresh: bool, rounds: int) -> dict[str, tuple[float, float]]:
+    """Medians of each server: queries per second, CPU us per query. `fresh`: our caches are emptied before each round,
+    by a change."""
     install()
     starts = {UNBOUND: unbound, DNSMASQ: dnsmasq}
     options = ("-n", "1") if fresh else ("-l", str(ROUND_S))
-    rates: dict[str, list[float]] = {name: [] for name in (OURS, *others)}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in (OURS, *others)}
     with bench(services) as made, contextlib.ExitStack() as stack:
-        for name in others:
-            stack.enter_context(running(made, starts[name](made)))
+        pids = {name: stack.enter_context(running(made, starts[name](made))) for name in others}
         ours = NameServerProcess(made.directory, made.directory / "dns.log")
         try:
             await ours.apply(made.picture())
+            pids[OURS] = ours.pid
             os.sched_setaffinity(ours.pid, {1})
             for name in others:
                 await until(lambda name=name: answers(made, name), 60, f"{name} answers")  # type: ignore[misc]
+            for name in () if fresh else found:
+                await asyncio.to_thread(made.ask, name, pids[name], "-n", "2")
             for number in range(rounds):
-                if not number and not fresh:
-                    for name in rates:
-                        await asyncio.to_thread(made.ask, name, "-n", "2")
-                for name, found in rates.items():
+                for name, rates in found.items():
                     if fresh:
                         changed = replace(service(0), names=("fresh",), vip=f"10.98.0.{number + 1}")
                         await ours.apply(made.picture(changed))
-                    found.append(await asyncio.to_thread(made.ask, name, *options))
+                    rates.append(await asyncio.to_thread(made.ask, name, pids[name], *options))
         finally:
             await ours.stop()
-    return {name: statistics.median(found) for name, found in rates.items()}
+    return {
+        name: (statistics.median(rate for rate, _ in rates), statistics.median(cost for _, cost in rates))
+        for name, rates in found.items()
+    }
 
 
 def answers(made: Bench, server: str) -> bool:
@@ -172,24 +178,24 @@ def answers(made: Bench, server: str) -> bool:
     return done.stdout.strip() == service(0).vip
 
 
-def hits(rounds: int = ROUNDS) -> dict[str, float]:
+def hits(rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
     return asyncio.run(compare(HIT_SERVICES, (UNBOUND, DNSMASQ), False, rounds))
 
 
-def misses(rounds: int = ROUNDS) -> dict[str, float]:
+def misses(rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
     return asyncio.run(compare(MISS_SERVICES, (DNSMASQ,), True, rounds))
 
 
 def hit_ratio() -> float:
     """Ours to unbound."""
-    rates = hits()
-    return rates[OURS] / rates[UNBOUND]
+    found = hits()
+    return found[OURS][0] / found[UNBOUND][0]
 
 
 def miss_ratio() -> float:
     """Ours to dnsmasq."""
-    rates = misses()
-    return rates[OURS] / rates[DNSMASQ]
+    found = misses()
+    return found[OURS][0] / found[DNSMASQ][0]
 
 
 def main() -> None:
@@ -197,14 +203,15 @@ def main() -> None:
     print(", ".join(f"{program} {version}" for program, version in install().items()))
     known, new = hits(), misses()
     ratios = {
-        "dns_hit_vs_unbound": known[OURS] / known[UNBOUND],
-        "dns_hit_vs_dnsmasq": known[OURS] / known[DNSMASQ],
-        "dns_miss_vs_dnsmasq": new[OURS] / new[DNSMASQ],
+        "dns_hit_vs_unbound": known[OURS][0] / known[UNBOUND][0],
+        "dns_hit_vs_dnsmasq": known[OURS][0] / known[DNSMASQ][0],
+        "dns_miss_vs_dnsmasq": new[OURS][0] / new[DNSMASQ][0],
     }
+    rows = [(f"hits, {name}", *each) for name, each in known.items()]
+    rows += [(f"first-time names, {name}", *each) for name, each in new.items()]
     measure.table(
         [
-            *((f"hits/s {name}", f"{rate:,.0f}", "") for name, rate in known.items()),
-            *((f"first-time names/s {name}", f"{rate:,.0f}", "") for name, rate in new.items()),
+            *((what, f"{rate:,.0f}/s {cost:.1f} us", "") for what, rate, cost in rows),
             ("hits, to unbound", f"{ratios['dns_hit_vs_unbound']:.2f}", ">= 1.0"),
             ("hits, to dnsmasq", f"{ratios['dns_hit_vs_dnsmasq']:.2f}", ""),
             ("first-time names, to dnsmasq", f"{ratios['dns_miss_vs_dnsmasq']:.2f}", ">= 0.5"),
