@@ -149,6 +149,8 @@ class SandboxListener:
                     await writer.drain()
         except (OSError, TimeoutError, EOFError, NotAQuestion):
             return  # idle, gone, or not speaking DNS
+        except asyncio.CancelledError:
+            return  # by `close`; up to Python 3.11 asyncio logs the cancelled handler of a stream as a fault
         finally:
             self._connections.discard(task)
             writer.close()

@@ -109,11 +109,12 @@ class Pictures:
         item = self._items.get(f"service/{service_id}")
         names = _service_names(item.service, self._serving[service_id]) if item is not None else {}
         for network_id in {*self._serving[service_id], *names, *self._on.get(service_id, ())}:
-            if network_id in names:
-                self._services[network_id][service_id] = names[network_id]
-            else:
-                self._services[network_id].pop(service_id, None)
-            self._drawn.pop(network_id, None)
+            here = self._services[network_id]
+            if here.get(service_id) != names.get(network_id):
+                self._drawn.pop(network_id, None)
+                here.pop(service_id, None)
+                if network_id in names:
+                    here[service_id] = names[network_id]
         self._on[service_id] = tuple(names)
 
 
