@@ -6,7 +6,7 @@ The digest is the sum of the hashes of all parts, so that a change costs what it
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -41,12 +41,26 @@ class Changes:
     upstreams: tuple[str, ...] = ()
 
 
-def hash_of(part: Part, network_id: str = "") -> int:
+def fields_of(part: Part) -> tuple[object, ...]:
     """Of a network only what is its own: services and tasks are parts of their own."""
-    if isinstance(part, NetworkNames):
-        part = replace(part, services=(), tasks=())
-    text = f"{network_id} {part!r}".encode()
+    match part:
+        case ServiceNames():
+            return part.names, part.vip, part.task_addresses, part.vip6, part.ports
+        case TaskNames():
+            return part.names, part.address, part.address6
+        case NetworkNames():
+            return part.network_id, part.name, part.internal
+        case Sandbox():
+            return part.task_id, part.netns_path, part.network_ids, part.upstreams, part.search
+    return part
+
+
+def hash_of(part: Part, network_id: str = "") -> int:
+    text = f"{type(part).__name__} {network_id} {fields_of(part)}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=DIGEST_BYTES).digest(), "big")
+
+
+EMPTY_DIGEST = hash_of(Picture().upstreams)
 
 
 def moved(digest: int, gone: Iterable[int], come: Iterable[int]) -> int:
@@ -54,11 +68,13 @@ def moved(digest: int, gone: Iterable[int], come: Iterable[int]) -> int:
 
 
 def digest_of(picture: Picture) -> int:
-    return difference(Picture(), picture, moved(0, (), (hash_of(()),))).digest
+    return difference(Picture(), picture, EMPTY_DIGEST).digest
 
 
-def whole(picture: Picture) -> Changes:
-    return replace(difference(Picture(), picture, moved(0, (), (hash_of(()),))), base=None)
+def whole(picture: Picture, digest: int) -> Changes:
+    """`digest`: of this picture."""
+    networks = tuple(NetworkChange(network.network_id, network) for network in picture.networks)
+    return Changes(None, digest, networks, sandboxes=picture.sandboxes, upstreams=picture.upstreams)
 
 
 def difference(before: Picture, after: Picture, digest: int) -> Changes:
@@ -109,8 +125,7 @@ def _moves(
     before: Iterable[T], after: Iterable[T], network_id: str, gone: list[int], come: list[int]
 ) -> tuple[tuple[T, ...], tuple[str, ...]]:
     """(new or changed, first names of those gone); their hashes are appended to `gone` and `come`."""
-    known: Mapping[str, T] = {part.names[0]: part for part in before}
-    left = dict(known)
+    left = {part.names[0]: part for part in before}
     changed: list[T] = []
     for part in after:
         old = left.pop(part.names[0], None)

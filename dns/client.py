@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dns.changes import Changes, difference, digest_of, whole
+from dns.changes import EMPTY_DIGEST, Changes, difference, digest_of, whole
 from dns.interface import DnsError, Picture
 from dns.wire import encode
 
@@ -71,8 +71,8 @@ class NameServerProcess:
         self._lock = asyncio.Lock()
         self._pid = 0
         self._wanted: Picture | None = None
-        self._known: tuple[Picture, int] | None = None
-        """What the server has, and its digest; None = not known."""
+        self._told: tuple[Picture, int] | None = None
+        """The last picture, and its digest. Whether the server still has it, it says itself."""
         self._reviving: asyncio.Task[None] | None = None
         self._pause_s = REVIVE_MIN_S
         self._connected_at_s = 0.0
@@ -93,7 +93,7 @@ class NameServerProcess:
         async with self._lock:
             if not self._pid and self._socket_path.exists():
                 with contextlib.suppress(OSError, EOFError, TimeoutError):
-                    await self._exchange(whole(Picture()), start=False)
+                    await self._exchange(whole(Picture(), EMPTY_DIGEST), start=False)
             self._forget()
             if self._pid:
                 with contextlib.suppress(ProcessLookupError):
@@ -102,19 +102,17 @@ class NameServerProcess:
 
     async def _tell(self, picture: Picture) -> None:
         """What changed; where the server does not know the picture before, the whole. Raises DnsError."""
-        if self._known is not None:
-            before, digest = self._known
-            changes = difference(before, picture, digest)
-        else:
-            digest = digest_of(picture)  # the server of an earlier agent may have just this picture
-            changes = difference(picture, picture, digest)
+        if self._told is None:  # the server of an earlier agent may have just this picture
+            self._told = picture, digest_of(picture)
+        before, base = self._told
+        changes = difference(before, picture, base)
+        self._told = picture, changes.digest
         reply = await self._exchange_surely(changes)
         if reply["digest"] != changes.digest:
-            reply = await self._exchange_surely(whole(picture))
+            reply = await self._exchange_surely(whole(picture, changes.digest))
         if reply["digest"] != changes.digest:
-            self._known = None
+            self._told = None
             raise DnsError(f"the name server refused: {reply.get('error', 'its picture is another one')}")
-        self._known = picture, changes.digest
         if "error" in reply:
             raise DnsError(f"the name server {reply['error']}")
 
@@ -175,7 +173,6 @@ class NameServerProcess:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        self._known = None
 
     def _lost(self) -> None:
         """The server is gone: names must not wait for the next change or audit."""

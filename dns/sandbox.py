@@ -11,7 +11,6 @@ import ctypes
 import os
 import socket
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from dns.answer import NotAQuestion, Responder
@@ -33,9 +32,24 @@ TCP_BACKLOG = 32
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _sockets_in(netns_path: str) -> tuple[socket.socket, socket.socket, int]:
-    """UDP and listening TCP socket on LISTEN_ADDRESS in that namespace, and its inode. Runs in the hopping thread.
-    Raises OSError."""
+Sockets = tuple[socket.socket, socket.socket, int]
+"""UDP, listening TCP, and the inode of the namespace that they are in."""
+
+
+def sockets_in_each(netns_paths: Sequence[str]) -> list[Sockets | OSError]:
+    """Sockets on LISTEN_ADDRESS in these namespaces, or why there are none: the namespace is gone or has no loopback
+    up. Runs in the hopping thread."""
+    found: list[Sockets | OSError] = []
+    for path in netns_paths:
+        try:
+            found.append(_sockets_in(path))
+        except OSError as error:
+            found.append(error)
+    return found
+
+
+def _sockets_in(netns_path: str) -> Sockets:
+    """Raises OSError."""
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         there = os.open(netns_path, os.O_RDONLY | os.O_CLOEXEC)
@@ -87,12 +101,9 @@ class SandboxListener:
         self._inode = 0
         self._connections: set[asyncio.Task[None]] = set()
 
-    async def open(self, hopper: ThreadPoolExecutor) -> None:
-        """Raises OSError when the namespace is gone or has no loopback up."""
-        loop = asyncio.get_running_loop()
-        udp, tcp, self._inode = await loop.run_in_executor(hopper, _sockets_in, self._netns_path)
-        self._udp = udp
-        loop.add_reader(udp, self._readable)
+    async def open(self, sockets: Sockets) -> None:
+        self._udp, tcp, self._inode = sockets
+        asyncio.get_running_loop().add_reader(self._udp, self._readable)
         self._server = await asyncio.start_server(self._serve_tcp, sock=tcp)
 
     def is_in(self, netns_path: str) -> bool:

@@ -24,7 +24,7 @@ from dns.datagrams import Datagrams
 from dns.forward import Forwarder
 from dns.interface import Sandbox
 from dns.names import TaskView
-from dns.sandbox import SandboxListener
+from dns.sandbox import SandboxListener, sockets_in_each
 from dns.wire import LINE_BYTES_MAX, decode
 from dns.zones import OutOfStep, Zones
 
@@ -86,19 +86,20 @@ class Server:
             if task_id not in zones.sandboxes or not listener.is_in(zones.sandboxes[task_id].netns_path):
                 listener.close()
                 del self._listeners[task_id]
-        for task_id, sandbox in zones.sandboxes.items():
-            responder = self._responder(sandbox)
-            listener = self._listeners.get(task_id) or SandboxListener(
-                task_id, sandbox.netns_path, responder, self._forwarder, self._datagrams
+        missing = [sandbox for task_id, sandbox in zones.sandboxes.items() if task_id not in self._listeners]
+        paths = [sandbox.netns_path for sandbox in missing]
+        opened = await asyncio.get_running_loop().run_in_executor(self._hopper, sockets_in_each, paths)
+        for sandbox, sockets in zip(missing, opened, strict=True):
+            if isinstance(sockets, OSError):
+                failed.append(f"{sandbox.task_id} ({sandbox.netns_path}): {sockets.strerror or sockets}")
+                continue
+            listener = self._listeners[sandbox.task_id] = SandboxListener(
+                sandbox.task_id, sandbox.netns_path, self._responder(sandbox), self._forwarder, self._datagrams
             )
-            listener.responder, listener.upstreams = responder, sandbox.upstreams or zones.upstreams
-            if task_id not in self._listeners:
-                try:
-                    await listener.open(self._hopper)
-                except OSError as error:
-                    failed.append(f"{task_id} ({sandbox.netns_path}): {error.strerror or error}")
-                else:
-                    self._listeners[task_id] = listener
+            await listener.open(sockets)
+        for task_id, listener in self._listeners.items():
+            sandbox = zones.sandboxes[task_id]
+            listener.responder, listener.upstreams = self._responder(sandbox), sandbox.upstreams or zones.upstreams
         return failed
 
     def _drop_unused(self) -> None:

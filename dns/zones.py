@@ -3,11 +3,9 @@ then tells the whole picture."""
 
 from __future__ import annotations
 
-from dns.changes import Changes, NetworkChange, Part, hash_of, moved
+from dns.changes import EMPTY_DIGEST, Changes, NetworkChange, Part, hash_of, moved
 from dns.interface import Sandbox
 from dns.names import NetworkView
-
-EMPTY_DIGEST = hash_of(())
 
 
 class OutOfStep(Exception):

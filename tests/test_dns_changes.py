@@ -72,7 +72,7 @@ def test_changes_lead_where_the_whole_picture_leads(history: list[Picture]) -> N
     for picture in history:
         zones.apply(decode(encode(difference(before, picture, zones.digest))))
         afresh = Zones()
-        afresh.apply(decode(encode(whole(picture))))
+        afresh.apply(decode(encode(whole(picture, zones.digest))))
         assert content(zones) == content(afresh)
         assert zones.digest == digest_of(picture)
         before = picture
@@ -90,7 +90,7 @@ def test_pictures_with_one_digest_are_one_picture(one: Picture, other: Picture) 
 
 @given(pictures)
 def test_a_picture_survives_the_wire(picture: Picture) -> None:
-    assert decode(encode(whole(picture))) == whole(picture)
+    assert decode(encode(whole(picture, 7))) == whole(picture, 7)
 
 
 NETWORK = NetworkNames(
@@ -113,7 +113,7 @@ def test_one_changed_service_is_all_that_is_said() -> None:
 
 def test_a_change_of_another_picture_is_refused_and_changes_nothing() -> None:
     zones = Zones()
-    zones.apply(whole(Picture((NETWORK,), (), ())))
+    zones.apply(whole(Picture((NETWORK,), (), ()), 7))
     before = content(zones)
     with pytest.raises(OutOfStep):
         zones.apply(difference(Picture(), Picture(), digest_of(Picture())))
@@ -122,7 +122,7 @@ def test_a_change_of_another_picture_is_refused_and_changes_nothing() -> None:
 
 def test_a_change_says_which_networks_it_touches() -> None:
     zones, before = Zones(), Picture((NETWORK, replace(NETWORK, network_id="n2")), (), ())
-    assert zones.apply(whole(before)) is None
+    assert zones.apply(whole(before, 7)) is None
     after = replace(before, networks=(replace(NETWORK, tasks=()), before.networks[1]))
     assert zones.apply(difference(before, after, zones.digest)) == frozenset({"n1"})
     assert zones.apply(difference(after, replace(after, networks=after.networks[:1]), zones.digest)) is None
