@@ -194,7 +194,9 @@ class Daemon:
 
     def _describe(self) -> NodeDescription:
         hostname = self._config.hostname or socket.gethostname()
-        return describe(hostname, __version__, lambda link: link.startswith(LINK_PREFIX))
+        description = describe(hostname, __version__, lambda link: link.startswith(LINK_PREFIX))
+        description.generic.extend(self._config.generic_resources)
+        return description
 
 
 def run(config: DaemonConfig) -> None:
