@@ -131,7 +131,6 @@ def create_request(
         addresses=addresses(task),
         limits=task.spec.resources.limits,
         reservations=task.spec.resources.reservations,
-        search=tuple(spec.dns_search),
         dns_options=tuple(spec.dns_options) or ("ndots:0",),
         labels=labels,
         log_max_bytes=max_bytes,

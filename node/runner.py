@@ -16,6 +16,7 @@ from node import shell as limits
 from node.health import HEALTHY, UNHEALTHY, Check, Health, check_of, complaint, merged
 from node.interface import ContainerStatus, ImageFault, Phase, RuntimeFault
 from node.prober import Prober
+from node.resolvers import search_domains
 from node.shell import Shell
 from node.steps import Action, Facts, Outcome
 from overlay.interface import NetworkError
@@ -225,7 +226,7 @@ class TaskRunner:
             netns_path=str(self._netns),
             network_ids=tuple(net.network_id for net in self.task.networks),
             upstreams=tuple(self.task.spec.container.dns_nameservers),
-            search=tuple(self.task.spec.container.dns_search),
+            search=search_domains(self.task.spec.container.dns_search),
         )
         return self._netns
 

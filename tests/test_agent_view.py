@@ -212,7 +212,7 @@ def test_the_request_to_the_runtime() -> None:
     assert request.name == "web.3.abcdefghijklmnopqrstuvwxy"
     assert request.hostname == "abcdefghijkl"
     assert request.addresses == ("10.0.1.5", "10.0.2.5")
-    assert (request.nameservers, request.search, request.dns_options) == (("127.0.0.11",), (), ("ndots:0",))
+    assert (request.nameservers, request.dns_options) == (("127.0.0.11",), ("ndots:0",))
     assert (request.log_max_bytes, request.log_max_files) == (2 << 20, 5)
     assert request.labels["com.docker.swarm.task.name"] == request.name
     assert made.spec.container.env[0] == "SLOT={{.Task.Slot}}", "the assigned task is not changed"
