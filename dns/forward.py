@@ -73,8 +73,10 @@ class _Port:
     def close(self) -> None:
         self._resolver.loop.remove_reader(self.socket)
         self.socket.close()
-        for _, timer in self.pending.values():
+        pending, self.pending = self.pending, {}
+        for flight, timer in pending.values():
             timer.cancel()
+            self._resolver.ended(flight, None)
 
     def send(self, flight: _Flight) -> None:
         """Raises OSError."""
@@ -126,6 +128,7 @@ class _Resolver:
         self.loop = loop
         self.dead_until_s = 0.0
         self.answered_at_s = 0.0
+        self._closed = False
         self._ports: list[_Port] = []
         self._idle: list[_Port] = []
         self._ended = ended
@@ -140,6 +143,8 @@ class _Resolver:
 
     def send(self, flight: _Flight) -> None:
         """Raises OSError."""
+        if self._closed:
+            raise OSError("this resolver is asked no more")
         if self._idle:
             port = self._idle.pop(random.randrange(len(self._idle)))
         elif len(self._ports) < PORTS_MAX:
@@ -174,6 +179,8 @@ class _Resolver:
                 writer.close()
 
     def close(self) -> None:
+        """Whoever waits goes on to the next resolver."""
+        self._closed = True
         for port in self._ports:
             port.close()
 

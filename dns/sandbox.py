@@ -16,7 +16,7 @@ from functools import partial
 from dns.answer import NotAQuestion, Responder
 from dns.datagrams import Client, Datagrams
 from dns.forward import Forwarder
-from dns.interface import LISTEN_ADDRESS, LISTEN_PORT
+from dns.interface import LISTEN_ADDRESS, LISTEN_PORT, Sandbox
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h
@@ -88,12 +88,17 @@ class SandboxListener:
     """Serves one namespace until closed."""
 
     def __init__(
-        self, task_id: str, netns_path: str, responder: Responder, forwarder: Forwarder, datagrams: Datagrams
+        self,
+        sandbox: Sandbox,
+        responder: Responder,
+        upstreams: Sequence[str],
+        forwarder: Forwarder,
+        datagrams: Datagrams,
     ) -> None:
         self.responder = responder
-        self.upstreams: Sequence[str] = ()
-        self._task_id = task_id
-        self._netns_path = netns_path
+        self.upstreams = upstreams
+        self._task_id = sandbox.task_id
+        self._netns_path = sandbox.netns_path
         self._forwarder = forwarder
         self._datagrams = datagrams
         self._udp: socket.socket | None = None
@@ -161,7 +166,7 @@ class SandboxListener:
         except (OSError, TimeoutError, EOFError, NotAQuestion):
             return  # idle, gone, or not speaking DNS
         except asyncio.CancelledError:
-            return  # by `close`; up to Python 3.11 asyncio logs the cancelled handler of a stream as a fault
+            return  # `close`; see server.py
         finally:
             self._connections.discard(task)
             writer.close()

@@ -86,6 +86,8 @@ class Server:
             if task_id not in zones.sandboxes or not listener.is_in(zones.sandboxes[task_id].netns_path):
                 listener.close()
                 del self._listeners[task_id]
+        for task_id in self._listeners:
+            self._listener(zones.sandboxes[task_id])
         missing = [sandbox for task_id, sandbox in zones.sandboxes.items() if task_id not in self._listeners]
         paths = [sandbox.netns_path for sandbox in missing]
         opened = await asyncio.get_running_loop().run_in_executor(self._hopper, sockets_in_each, paths)
@@ -93,14 +95,19 @@ class Server:
             if isinstance(sockets, OSError):
                 failed.append(f"{sandbox.task_id} ({sandbox.netns_path}): {sockets.strerror or sockets}")
                 continue
-            listener = self._listeners[sandbox.task_id] = SandboxListener(
-                sandbox.task_id, sandbox.netns_path, self._responder(sandbox), self._forwarder, self._datagrams
-            )
+            listener = self._listeners[sandbox.task_id] = self._listener(sandbox)
             await listener.open(sockets)
-        for task_id, listener in self._listeners.items():
-            sandbox = zones.sandboxes[task_id]
-            listener.responder, listener.upstreams = self._responder(sandbox), sandbox.upstreams or zones.upstreams
         return failed
+
+    def _listener(self, sandbox: Sandbox) -> SandboxListener:
+        """For this task, not yet listening; one that listens already is told what may be new."""
+        responder = self._responder(sandbox)
+        upstreams = sandbox.upstreams or self._zones.upstreams
+        listener = self._listeners.get(sandbox.task_id)
+        if listener is None:
+            return SandboxListener(sandbox, responder, upstreams, self._forwarder, self._datagrams)
+        listener.responder, listener.upstreams = responder, upstreams
+        return listener
 
     def _drop_unused(self) -> None:
         """Views that no sandbox has, resolvers that no sandbox asks."""
@@ -135,6 +142,8 @@ async def _control(server: Server, reader: asyncio.StreamReader, writer: asyncio
             await writer.drain()
     except (ConnectionError, ValueError):
         return  # the agent went away, or sent a line beyond the limit
+    except asyncio.CancelledError:
+        return  # the end; up to Python 3.11 asyncio logs the cancelled handler of a stream as a fault
     finally:
         writer.close()
 
