@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from dns.interface import NetworkNames, Picture, Sandbox, ServiceNames, TaskNames
+from node import drivers
 from node.inputs import HOSTNAME_LENGTH
 from node.mirror import Mirror
 from node.view import Local
@@ -33,7 +34,8 @@ class Pictures:
         self._services: dict[str, dict[str, ServiceNames]] = defaultdict(dict)
         """Network ID -> service ID -> names."""
         self._named: set[str] = set()
-        """IDs of the networks on which there are names: not the ingress network, whose tasks belong to strangers."""
+        """IDs of the networks on which there are names: not the ingress network, whose tasks belong to strangers, nor a host's
+        own bridge, where nobody of another host can be reached."""
         self._on: dict[str, tuple[str, ...]] = {}
         """Service ID -> IDs of the networks on which it has names."""
         self._drawn: dict[str, NetworkNames] = {}
@@ -101,7 +103,7 @@ class Pictures:
             return end.service_id
         if item.HasField("network"):
             self._drawn.pop(item.network.id, None)
-            if not item.network.spec.ingress:
+            if not item.network.spec.ingress and drivers.driver(item.network) != drivers.BRIDGE:
                 self._named.add(item.network.id)
         return item.service.service_id
 
