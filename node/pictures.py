@@ -34,8 +34,8 @@ class Pictures:
         self._services: dict[str, dict[str, ServiceNames]] = defaultdict(dict)
         """Network ID -> service ID -> names."""
         self._named: set[str] = set()
-        """IDs of the networks on which there are names: not the ingress network, whose tasks belong to strangers, nor a host's
-        own bridge, where nobody of another host can be reached."""
+        """IDs of the networks on which there are names: not the ingress network, whose tasks belong to strangers, nor a
+        host's own bridge, where nobody of another host can be reached."""
         self._on: dict[str, tuple[str, ...]] = {}
         """Service ID -> IDs of the networks on which it has names."""
         self._drawn: dict[str, NetworkNames] = {}

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from dns.interface import DnsError, Sandbox
+from dns.interface import DnsError
 from node import drain, inputs, steps
 from node import shell as limits
 from node.health import HEALTHY, UNHEALTHY, Check, Health, check_of, complaint, merged
@@ -235,13 +235,8 @@ class TaskRunner:
             )
             shell.networks.poke()
         if attachment.interfaces:
-            world.sandboxes[self.task.id] = Sandbox(
-                task_id=self.task.id,
-                netns_path=str(self._netns),
-                network_ids=tuple(interface.network_id for interface in attachment.interfaces),
-                upstreams=tuple(self.task.spec.container.dns_nameservers),
-                search=search_domains(self.task.spec.container.dns_search),
-            )
+            search = search_domains(self.task.spec.container.dns_search)
+            world.sandboxes[self.task.id] = inputs.sandbox(self.task, self._netns, attachment, search)
         return self._netns
 
     async def _wire_in_slot(self) -> Path | None:
