@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from dns.interface import Sandbox
 from node.interface import CreateRequest, ResolvedImage, RuntimeFault
 from node.templates import expanded, task_name, values_for
-from overlay.interface import Attachment, Interface
+from overlay.interface import Attachment
 from proto.objects_pb2 import TCP, VIP, ContainerSpec, Mount, NodeDescription, Task
 
 DEFAULT_STOP_GRACE_S = 10.0
@@ -22,18 +23,21 @@ _SIZE = re.compile(r"(\d+)\s*([kmg]?)b?", re.IGNORECASE)
 _UNIT_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
-def attachment(task: Task) -> Attachment:
-    """eth0, eth1, ... in the order of the service's networks."""
-    return Attachment(
-        task_id=task.id,
-        interfaces=tuple(Interface(net.network_id, net.address) for net in task.networks),
-        sysctls={k: v for k, v in task.spec.container.sysctls.items() if k.startswith("net.")},
-    )
-
-
 def addresses(task: Task) -> tuple[str, ...]:
-    """Without prefix lengths."""
-    return tuple(net.address.partition("/")[0] for net in task.networks)
+    """Those that the swarm gave, without prefix lengths."""
+    given = (address for net in task.networks for address in (net.address, net.address6) if address)
+    return tuple(address.partition("/")[0] for address in given)
+
+
+def sandbox(task: Task, netns: Path, attachment: Attachment, search: tuple[str, ...]) -> Sandbox:
+    """What the name server is told of the task; `search`: its domains, or the host's."""
+    return Sandbox(
+        task_id=task.id,
+        netns_path=str(netns),
+        network_ids=tuple(interface.network_id for interface in attachment.interfaces),
+        upstreams=tuple(task.spec.container.dns_nameservers),
+        search=search,
+    )
 
 
 def network_ids(task: Task) -> frozenset[str]:
@@ -108,7 +112,8 @@ def create_request(
     node: NodeDescription,
     node_labels: Mapping[str, str],
 ) -> CreateRequest:
-    """Everything the runtime needs to make the task's container. Raises RuntimeFault (permanent) for a
+    """Everything the runtime needs to make the task's container; `netns` None: it has the host's network, and as in
+    Docker the host's name. Raises RuntimeFault (permanent) for a
     template or an option that cannot be understood."""
     spec = container_spec(task, node, node_labels)
     max_bytes, max_files = log_limits(task.spec.log_options)
@@ -127,11 +132,10 @@ def create_request(
         spec=spec,
         image=image,
         netns=netns,
-        hostname=spec.hostname or task.id[:HOSTNAME_LENGTH],
+        hostname=spec.hostname or (task.id[:HOSTNAME_LENGTH] if netns is not None else node.hostname),
         addresses=addresses(task),
         limits=task.spec.resources.limits,
         reservations=task.spec.resources.reservations,
-        search=tuple(spec.dns_search),
         dns_options=tuple(spec.dns_options) or ("ndots:0",),
         labels=labels,
         log_max_bytes=max_bytes,

@@ -37,5 +37,7 @@ class DaemonConfig:
     """Told to the managers as engine.labels.KEY, for constraints and spread preferences."""
     runtime: str = "crun"
     """Name or path of the OCI runtime."""
+    balancer: str = "auto"
+    """auto | ipvs | nftables: what shares out connections to services. auto = IPVS where the kernel has it."""
     log_level: str = "info"
     """debug | info | warning | error"""

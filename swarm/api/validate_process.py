@@ -3,7 +3,6 @@ node/monitor.py), but only task after task. Pure."""
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import signal
 from collections.abc import Callable, Iterable
@@ -40,7 +39,6 @@ def process(spec: ContainerSpec) -> None:
     _all_known("capability", (*spec.capability_add, *spec.capability_drop), _is_capability, "see capabilities(7)")
     _all_known("ulimit", (u.name for u in spec.ulimits), lambda name: name.lower() in ULIMITS, ", ".join(ULIMITS))
     _all_known("sysctl", spec.sysctls, _is_sysctl, "a container has net.*, fs.mqueue.* and kernel's msg*, sem, shm*")
-    _all_known("dns server", spec.dns_nameservers, _is_address, "write an IP address")
     _all_known("supplementary group", spec.groups, bool, "write a name or a number")
     if spec.dir and not spec.dir.startswith("/"):
         raise Invalid(f"working directory {spec.dir!r}: it must be an absolute path in the container")
@@ -72,14 +70,6 @@ def _is_capability(name: str) -> bool:
 
 def _is_sysctl(name: str) -> bool:
     return _SYSCTL.fullmatch(name) is not None
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _is_hostname(text: str) -> bool:
