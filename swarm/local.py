@@ -46,7 +46,7 @@ from swarm.recovery import cluster_of_backup
 from swarm.security.bootstrap import NewCluster, create_cluster, join_cluster, restored_manager
 from swarm.security.certificates import NodeCredentials
 from swarm.security.unlock_key import locked, random_key, text_of
-from swarm.supervise import Supervisor, keep_running
+from swarm.supervise import Runs, Supervisor, keep_running
 from swarm.unlocking import HostLock
 from swarm.version import __version__
 
@@ -67,10 +67,8 @@ DEFAULT_VXLAN_PORT = 4789
 log = structlog.get_logger()
 
 
-class RunningAgent(Protocol):
+class RunningAgent(Runs, Protocol):
     """The part of `node.agent.Agent` that membership needs."""
-
-    async def run(self) -> None: ...
 
     async def stop(self) -> None: ...
 
