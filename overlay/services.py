@@ -60,7 +60,7 @@ class ServiceBalancer:
             return VirtualServices(ours)
         if ipvs.any_here():
             left = VirtualServices(ours)
-            left.audit({}, frozenset())
+            left.adopt({}, frozenset())
             left.close()
         return None
 
@@ -133,7 +133,7 @@ class ServiceBalancer:
         """From the host's namespace; tasks' namespaces go as wholes."""
         virtual = self._virtual_services(ipvs.is_port_mark)
         if virtual is not None:
-            virtual.audit({}, frozenset())
+            virtual.adopt({}, frozenset())
             virtual.close()
         with Netlink(NETLINK_NETFILTER) as netlink:
             delete_tables(netlink, self._table)
