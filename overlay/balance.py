@@ -30,7 +30,7 @@ from overlay.tables import UNKNOWN, Chains, Tables
 Vips = Mapping[str, Vip]
 """By address, of one network."""
 NO_VIPS: Vips = {}
-Service = TypeVar("Service", Vip, PublishedPort)
+Balanced = TypeVar("Balanced", Vip, PublishedPort)
 
 
 def vips_by_network(state: HostState) -> dict[str, dict[str, Vip]]:
@@ -40,7 +40,7 @@ def vips_by_network(state: HostState) -> dict[str, dict[str, Vip]]:
     return dict(found)
 
 
-def distinct(service: Service) -> Service:
+def distinct(service: Balanced) -> Balanced:
     """Each backend named once, with the weight that it has first."""
     backends = tuple(dict.fromkeys(service.backends))
     if len(backends) == len(service.backends):
@@ -270,14 +270,15 @@ class HostBalance:
 
     def give(self, wanted: HostPicture, alive: frozenset[bytes], local_addresses: frozenset[str]) -> None:
         """Bring it up to date, in the host's namespace."""
-        old, self.given = self.given, wanted
+        old = self.given
         try:
             if self.ipvs is not None:
                 services: dict[Key, ipvs.Service | None] = dict.fromkeys(old.services)
                 self.ipvs.change(services | dict(wanted.services), alive)
             self.tables.change(self.netlink, element_change(old.elements, wanted.elements))
+            self.given = wanted
         except NetlinkError:
-            self.adopt(self.tables.layouts, alive)
+            self.adopt(self.tables.layouts, wanted, alive)
         if self.ipvs is None:
             self._forget_flows(old.udp, wanted.udp, local_addresses)
 
@@ -302,10 +303,12 @@ class HostBalance:
                 ),
             )
 
-    def adopt(self, layouts: tuple[Layout, ...], alive: frozenset[bytes]) -> None:
+    def adopt(self, layouts: tuple[Layout, ...], wanted: HostPicture, alive: frozenset[bytes]) -> None:
+        """Whatever stands, make it as wanted."""
         if self.ipvs is not None:
-            self.ipvs.adopt(self.given.services, alive)
-        self.tables.adopt(self.netlink, layouts, self.given.elements)
+            self.ipvs.adopt(wanted.services, alive)
+        self.tables.adopt(self.netlink, layouts, wanted.elements)
+        self.given = wanted
 
     def audit(self, alive: frozenset[bytes]) -> bool:
         """True when something had to be repaired."""

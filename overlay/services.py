@@ -43,9 +43,8 @@ class ServiceBalancer:
         if host is None:
             virtual = self._virtual_services(ipvs.is_port_mark)
             host = self._host = HostBalance(host_tables(self._table), Netlink(NETLINK_NETFILTER), virtual, wanted)
-        if host.tables.layouts != layouts:
-            host.given = wanted
-            host.adopt(layouts, self._wanted.alive)
+        if host.tables.layouts != layouts or host.tables.generation == UNKNOWN:
+            host.adopt(layouts, wanted, self._wanted.alive)
         elif host.given != wanted:
             own = frozenset(address for _, address, _ in read_host().addresses) | {"127.0.0.1"}
             host.give(wanted, self._wanted.alive, own)
