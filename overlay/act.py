@@ -5,6 +5,7 @@ All of it runs on the namespace thread, synchronously.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,6 @@ from overlay.plan import Leg, Sandbox, Task, TaskLink, Vxlan, port_alias, read_p
 from overlay.spares import Spare
 from overlay.sysctls import IPV6_SYSCTLS, set_all_optional, set_leg_sysctls, set_optional
 
-NO_ADDRESS = "1"
-"""addr_gen_mode "none": no link-local address, so nothing that is sent by itself."""
-
 
 @dataclass(frozen=True, slots=True)
 class HostKernel:
@@ -53,12 +51,13 @@ class HostKernel:
     routes: tuple[rtnl.Route, ...]
 
     def legs(self, tag: str) -> dict[str, Leg]:
+        whole = connected(self.addresses, self.routes)
         return {
             name: Leg(
                 name,
                 link.mac,
                 link.mtu_bytes,
-                frozenset((address, prefix) for index, address, prefix in self.addresses if index == link.index),
+                frozenset((address, prefix) for index, address, prefix in whole if index == link.index),
                 link.ipv6,
                 link.routing,
             )
@@ -86,6 +85,20 @@ class HostKernel:
             if route.prefix and route.link not in ours
         ]
         return out
+
+
+def connected(
+    addresses: Iterable[tuple[int, str, int]], routes: Iterable[rtnl.Route]
+) -> frozenset[tuple[int, str, int]]:
+    """(link, address, prefix) of those whose subnet is reachable: the kernel adds the route with the address, and does
+    not miss it later."""
+    reachable = {(route.link, route.destination, route.prefix) for route in routes if not route.gateway}
+
+    def has_route(link: int, address: str, prefix: int) -> bool:
+        subnet = ipaddress.ip_network(f"{address}/{prefix}", strict=False)
+        return subnet.num_addresses == 1 or (link, str(subnet.network_address), prefix) in reachable
+
+    return frozenset(item for item in addresses if has_route(*item))
 
 
 def read_host() -> HostKernel:
@@ -138,9 +151,9 @@ class NamespaceKernel:
             entries = rtnl.forwardings(netlink)
         device, bridge = links.get(VXLAN_NAME), links.get(BRIDGE_NAME)
         index = device.index if device else 0
-        bridged = {entry.mac for entry in entries if not entry.vtep}
+        bridged = {entry.mac for entry in entries if not entry.vtep} if bridge and bridge.up else set()
         info = device.vxlan if device and device.vxlan and device.vxlan.proxy else None
-        master = bridge.index if bridge else -1
+        master = bridge.index if bridge and bridge.up else -1  # one that is down is made anew
         picture = Sandbox(
             network_id=network_id,
             bridge=bridge is not None and bridge.up,
@@ -231,7 +244,6 @@ class NamespaceKernel:
 
     def _set_vxlan(self, inner: Netlink, vxlan: Vxlan) -> None:
         # The kernel refuses IPv6 neighbours to a device without IPv6.
-        set_optional(f"net.ipv6.conf.{VXLAN_NAME}.addr_gen_mode", NO_ADDRESS)
         set_optional(f"net.ipv6.conf.{VXLAN_NAME}.disable_ipv6", "0" if vxlan.ipv6 else "1")
         self._enslave(inner, VXLAN_NAME, vxlan.mtu_bytes)
 
@@ -285,7 +297,7 @@ class NamespaceKernel:
         if any(link.ipv6 for link in task.links):
             with self.thread.inside(path):
                 _turn_on_ipv6(task.links)
-        _set_links(spare.route, task.links)
+        _set_links(spare.route, (SetLink(link, frozenset()) for link in task.links))
 
     def read_task(self, task_id: str) -> TaskKernel:
         with self.thread.inside(self.task_path(task_id)), Netlink(NETLINK_ROUTE) as netlink:
@@ -295,7 +307,9 @@ class NamespaceKernel:
         names = {link.index: link.name for link in links.values()}
         return TaskKernel(
             links=frozenset((link.name, link.mac, link.mtu_bytes) for link in links.values() if link.up),
-            addresses=frozenset((names.get(index, ""), address, prefix) for index, address, prefix in addresses),
+            addresses=frozenset(
+                (names.get(index, ""), address, prefix) for index, address, prefix in connected(addresses, routes)
+            ),
             routes=frozenset(
                 (names.get(route.link, ""), route.destination, route.prefix, route.gateway) for route in routes
             ),
@@ -306,7 +320,7 @@ class NamespaceKernel:
 
     def do_task(self, task: Task, operations: Iterable[TaskOperation]) -> None:
         """Raises OSError, NetworkError."""
-        settings: list[TaskLink] = []
+        settings: list[SetLink] = []
         with self.thread.inside(self.task_path(task.task_id)) as descriptor, Netlink(NETLINK_ROUTE) as inner:
             for operation in operations:
                 match operation:
@@ -314,10 +328,12 @@ class NamespaceKernel:
                         if replaces:
                             inner.batch(acknowledged([rtnl.delete_link(link.name)]))
                         self._make_link(task, link, descriptor, inner)
-                    case SetLink(link):
-                        settings.append(link)
-            _turn_on_ipv6(settings)
-            inner.batch(acknowledged([rtnl.set_link("lo")]))
+                    case SetLink():
+                        settings.append(operation)
+            # A link has no IPv6 at all while its MTU is too small for it.
+            sized = [rtnl.set_link(setting.link.name, mtu_bytes=setting.link.mtu_bytes) for setting in settings]
+            inner.batch(acknowledged([rtnl.set_link("lo"), *sized]))
+            _turn_on_ipv6(setting.link for setting in settings)
             _set_links(inner, settings)
 
     def _make_link(self, task: Task, link: TaskLink, descriptor: int, inner: Netlink) -> None:
@@ -399,15 +415,19 @@ def _turn_on_ipv6(links: Iterable[TaskLink]) -> None:
             namespaces.sysctl(f"net.ipv6.conf.{link.name}.disable_ipv6", "0")
 
 
-def _set_links(inner: Netlink, links: Iterable[TaskLink]) -> None:
-    messages = [message for link in links for message in _link_settings(link, rtnl.link_index(inner, link.name))]
+def _set_links(inner: Netlink, settings: Iterable[SetLink]) -> None:
+    messages: list[Message] = []
+    for setting in settings:
+        index = rtnl.link_index(inner, setting.link.name)
+        messages += [rtnl.delete_address(index, address, prefix) for address, prefix in sorted(setting.stale)]
+        messages += _link_settings(setting.link, index)
     inner.batch(acknowledged(messages))
 
 
 def _link_settings(link: TaskLink, index: int) -> list[Message]:
     return [
         rtnl.set_link(index=index, mtu_bytes=link.mtu_bytes),
-        *(rtnl.add_address(index, address, prefix) for address, prefix in link.addresses),
+        *(rtnl.add_address(index, address, prefix) for address, prefix in link.all_addresses),
         *(rtnl.add_neighbour(index, gateway, link.gateway_mac) for gateway in link.gateways),
         *(rtnl.add_route(index, destination, prefix, gateway or None) for destination, prefix, gateway in link.routes),
     ]

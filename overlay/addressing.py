@@ -42,6 +42,13 @@ def canonical(address: str) -> str:
     return str(ipaddress.ip_address(address))
 
 
+def link_local(mac: str) -> str:
+    """fe80::... of the link with this MAC (EUI-64, RFC 4291): who forwards looks for neighbours by it."""
+    octets = bytes.fromhex(mac.replace(":", ""))
+    interface = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
+    return str(ipaddress.IPv6Address(bytes([0xFE, 0x80, *bytes(6)]) + interface))
+
+
 def leg_mac(index: int) -> str:
     return f"02:43:c6:12:{index // 256:02x}:{index % 256:02x}"
 

@@ -324,12 +324,12 @@ def links(netlink: Netlink) -> dict[str, Link]:
 
 
 def addresses(netlink: Netlink) -> frozenset[tuple[int, str, int]]:
-    """(link, address, prefix) of both families, but IPv6's link-local ones: each link makes its own."""
+    """(link, address, prefix) of both families."""
     out = set()
     body = struct.pack("=BBBBi", socket.AF_UNSPEC, 0, 0, 0, 0)
     for answer in netlink.dump(RTM_GETADDR, body, "read addresses"):
-        family, prefix, _, scope, index = struct.unpack_from("=BBBBi", answer)
-        if family in _FAMILIES and not (family == socket.AF_INET6 and scope == RT_SCOPE_LINK):
+        family, prefix, _, _, index = struct.unpack_from("=BBBBi", answer)
+        if family in _FAMILIES:
             found = attributes(answer, 8)
             out.add((index, _text_ip(family, found.get(2, found.get(1))), prefix))
     return frozenset(out)
@@ -345,8 +345,6 @@ def routes(netlink: Netlink) -> list[Route]:
             continue
         found = attributes(answer, 12)
         destination = _text_ip(family, found.get(1))
-        if destination.startswith("fe80:"):
-            continue  # each link makes its own
         gateway = _text_ip(family, found[5]) if 5 in found else ""
         link = struct.unpack("=I", found[4])[0] if 4 in found else 0
         out.append(Route(destination, prefix, gateway, link))

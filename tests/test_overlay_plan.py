@@ -151,6 +151,7 @@ def test_a_network_with_ipv6_has_its_addresses_beside_those_of_ipv4() -> None:
         ("198.18.0.1", 32),
         ("fd00:1::1", 64),
         ("2001:2::1", 128),
+        ("fe80::43:c6ff:fe12:1", 64),
     }
     assert wanted.neighbours >= {("fd00:1::9", "02:42:0a:00:01:09"), ("2001:2::12c", leg_mac(300))}
     with pytest.raises(NetworkError, match="network n6: an MTU of 1279 bytes"):
