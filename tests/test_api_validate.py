@@ -30,6 +30,9 @@ def full_spec() -> ServiceSpec:
     container.stop_grace_period_s = 0
     container.ulimits.add(name="nofile", soft=1024, hard=-1)
     container.hosts.append("10.0.0.1 db")
+    container.dns_nameservers.extend(["10.0.0.1", "fd00::1"])
+    container.dns_search.append("corp.example")
+    container.dns_options.append("timeout:3")
     container.health.test[:] = ["CMD-SHELL", "true"]
     container.health.interval_s = 0.001
     container.devices.add(host_path="/dev/fuse", permissions="rw")
@@ -139,6 +142,10 @@ BAD: list[tuple[Change, str]] = [
     (lambda s: setattr(s.task.resources.reservations, "memory_swap_bytes", -1), "needs a memory limit"),
     (lambda s: setattr(s.task.resources.limits, "memory_swappiness", 101), "memory swappiness value 101"),
     (lambda s: s.task.resources.reservations.generic.add(kind="gpu"), "generic resources: this version"),
+    (lambda s: s.task.container.dns_nameservers.append("dns.example"), "dns 'dns.example' is not an IP address"),
+    (lambda s: s.task.container.dns_nameservers.append("127.0.0.11"), "dns 127.0.0.11: this is the server that"),
+    (lambda s: s.task.container.dns_search.append("a b"), "dns search 'a b' is not a domain"),
+    (lambda s: s.task.container.dns_options.append("a b"), "dns option 'a b': write one option"),
     (global_with_a_budget, "for replicated services only"),
     (lambda s: setattr(s, "max_unavailable", 10**9), "max unavailable 1000000000"),
 ]

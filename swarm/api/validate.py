@@ -58,6 +58,9 @@ _HEALTH_TESTS = ("CMD", "CMD-SHELL", "NONE")
 _PROPAGATIONS = ("", "private", "rprivate", "shared", "rshared", "slave", "rslave")
 _PROTOCOL = {pb.TCP: "tcp", pb.UDP: "udp", pb.SCTP: "sctp"}
 
+EMBEDDED_NAME_SERVER = "127.0.0.11"
+_DOMAIN = re.compile(r"(?!-)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?", re.IGNORECASE)
+
 
 def service_spec(spec: ServiceSpec) -> None:
     """Raises Invalid for the first thing that is wrong."""
@@ -171,6 +174,7 @@ def container_spec(spec: ContainerSpec) -> None:
         "device", (device.container_path or device.host_path for device in spec.devices), "give each a path of its own"
     )
     _templates(spec)
+    _name_resolution(spec)
     for host in spec.hosts:
         if len(host.split()) < 2:
             raise Invalid(f"host {host!r}: write an address and a name")
@@ -198,6 +202,22 @@ def _device(device: Device) -> None:
             raise Invalid(f"device {path!r}: it must be an absolute path")
     if not re.fullmatch("[rwm]*", device.permissions):
         raise Invalid(f"device {device.host_path}: permissions {device.permissions!r}: use letters of rwm")
+
+
+def _name_resolution(spec: ContainerSpec) -> None:
+    for server in spec.dns_nameservers:
+        try:
+            ipaddress.ip_address(server)
+        except ValueError:
+            raise Invalid(f"dns {server!r} is not an IP address: name servers are asked by address") from None
+        if server == EMBEDDED_NAME_SERVER:
+            raise Invalid(f"dns {server}: this is the server that tasks ask already: leave it out")
+    for domain in spec.dns_search:
+        if domain != "." and not _DOMAIN.fullmatch(domain):
+            raise Invalid(f"dns search {domain!r} is not a domain: write one such as example.com, or . for none")
+    for option in spec.dns_options:
+        if len(option.split()) != 1:
+            raise Invalid(f"dns option {option!r}: write one option without white space, such as timeout:3")
 
 
 def _templates(spec: ContainerSpec) -> None:

@@ -117,7 +117,7 @@ LISTS: tuple[Flag, ...] = (
     _list("device", "PATH", "Give access to a device of the node: HOST[:CONTAINER[:rwm]]", removal="PATH"),
     _list("host", "NAME:IP", "Line for /etc/hosts"),
     _list("dns", "IP", "Name server used instead of the node's"),
-    _list("dns-search", "DOMAIN", "DNS search domain"),
+    _list("dns-search", "DOMAIN", "DNS search domain (default: the node's; . for none)"),
     _list("dns-option", "OPTION", "DNS option, such as timeout:3"),
     _list("group", "GROUP", "Supplementary group of the process"),
     _list("ulimit", "NAME=SOFT[:HARD]", "Resource limit of the process, such as nofile=1024", removal="NAME"),
