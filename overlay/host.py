@@ -8,12 +8,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
+from overlay import namespaces
 from overlay.act import NamespaceKernel
 from overlay.addressing import TAG_MAX_CHARS
-from overlay.interface import Attachment, HostState, NetworkError
+from overlay.interface import Attachment, HostState, Inspection, NetworkError
 from overlay.namespaces import NamespaceThread
 from overlay.reconcile import Reconciler
+
+T = TypeVar("T")
 
 DELETIONS_AT_ONCE = 8
 """Deleting a link is 18 ms of waiting in the kernel; eight at once take hardly longer than one."""
@@ -41,9 +45,9 @@ class KernelNetwork:
         if not re.fullmatch(rf"[a-z0-9]{{1,{TAG_MAX_CHARS}}}", tag):
             raise NetworkError(f"tag {tag!r} is not 1 to {TAG_MAX_CHARS} characters of a-z and 0-9")
         self._thread = NamespaceThread(host_netns)
-        kernel = NamespaceKernel(self._thread, run_dir / "netns")
+        self._kernel = NamespaceKernel(self._thread, run_dir / "netns")
         self._deleting = ThreadPoolExecutor(max_workers=DELETIONS_AT_ONCE, thread_name_prefix="unlink")
-        self._reconciler = Reconciler(kernel, tag, dns_address, dns_port, clock)
+        self._reconciler = Reconciler(self._kernel, tag, dns_address, dns_port, clock)
 
     async def apply(self, state: HostState) -> None:
         """Make the kernel equal to `state`. Raises NetworkError when the host itself cannot serve (its data path
@@ -68,6 +72,24 @@ class KernelNetwork:
 
     async def attached(self) -> frozenset[str]:
         return await self._thread.run(self._reconciler.attached)
+
+    async def inspect(self) -> Inspection:
+        try:
+            return await self._thread.run(self._reconciler.inspect)
+        except OSError as error:
+            raise NetworkError(f"this host's networking cannot be read: {error}") from error
+
+    async def inside(self, task_id: str, function: Callable[[], T]) -> T:
+        def run() -> T:
+            if not task_id:
+                return function()
+            path = self._kernel.task_path(task_id)
+            if not namespaces.exists(path):
+                raise NetworkError(f"task {task_id} has no network namespace on this host")
+            with self._thread.inside(path):
+                return function()
+
+        return await self._thread.run(run)
 
     async def teardown(self) -> None:
         try:

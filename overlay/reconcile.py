@@ -35,7 +35,8 @@ from overlay.balance import (
     wanted_elements,
 )
 from overlay.diff import TaskKernel, task_operations
-from overlay.interface import Attachment, HostState, Interface, NetworkError
+from overlay.inspection import inspect
+from overlay.interface import Attachment, HostState, Inspection, Interface, NetworkError
 from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Netlink, acknowledged
 from overlay.plan import (
     Task,
@@ -364,6 +365,10 @@ class Reconciler:
             log.warning("overlay_repaired", object="host table")
             self._open_firewall()
         balance.table.sweep(balance.netlink, chains_of(balance.elements))
+
+    def inspect(self) -> Inspection:
+        vtep = self._state.vtep if self._state is not None else ""
+        return inspect(self._kernel, self._tag, vtep, self._sandboxes.pictures(), self._tasks)
 
     def _works(self, network_id: str) -> bool:
         return network_id in self._sandboxes.networks and network_id not in self._sandboxes.faults

@@ -1016,7 +1016,7 @@ class HostFacts(_message.Message):
     names_error: _builtins.str
     names_pid: _builtins.int
     underlay_link: _builtins.str
-    """that of the VTEP's address; "" = no link has it"""
+    """that of the data path address; "" = no link has it"""
     underlay_mtu_bytes: _builtins.int
     error: _builtins.str
     """what could not be read"""
