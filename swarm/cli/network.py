@@ -20,6 +20,7 @@ from swarm.cli.command import (
 )
 from swarm.cli.completing import network_names
 from swarm.cli.docker_shape import network_json
+from swarm.cli.doctor import doctor
 from swarm.cli.failure import Failure
 from swarm.cli.rows import NETWORK_COLUMNS, natural_key, network_row
 from swarm.cli.spec import parse_pairs
@@ -36,6 +37,9 @@ def network() -> None:
     Example:
       pyswarm network create --subnet 10.5.0.0/24 wpnet
     """
+
+
+network.add_command(doctor)
 
 
 @command(network, "create")

@@ -1,0 +1,415 @@
+"""Which checks follow from the state that managers share, for one service or for the whole swarm (pure).
+
+Every check is one attempt of one node; what it should give is known beforehand, so that results can be judged
+without looking at the state again. Numbers are bounded: a node of a large swarm checks some of the others, not all.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from proto.dispatch_pb2 import Connect, Lookup, Ping, Probe
+from proto.objects_pb2 import (
+    DNSRR,
+    INGRESS,
+    TASK_RUNNING,
+    TCP,
+    Network,
+    Node,
+    PortConfig,
+    Protocol,
+    Service,
+    Task,
+)
+from swarm.dispatch.items import ingress_network_of, is_down, is_live, predefined_network
+from swarm.store.states import is_runnable
+from swarm.store.store import Store
+
+PEERS_MAX = 50
+"""Other nodes that each node checks: in a swarm of 1,000 each pair would be a million probes."""
+BACKENDS_MAX = 20
+"""Tasks of one service that each node connects to; what ails fifty ails the first twenty."""
+PROBES_MAX = 500
+"""Of one node: about 16 s when all of them fail (node/doctor.py); the others are told as not tried."""
+SMALL_BYTES = 84
+PATH_BYTES = (SMALL_BYTES, 576, 1280, 1350, 1400, 1420, 1450, 1472, 1492, 1500)
+"""Usual sizes of packets that fit through something: tunnels, PPPoE, Ethernet."""
+CLOSED_PORT = 9
+"""discard: whether it answers or refuses, TCP comes through."""
+
+
+class Kind(enum.Enum):
+    """In the order in which they are tried and shown."""
+
+    HOST = "host"
+    UNDERLAY = "underlay"
+    PATH = "path MTU"
+    OVERLAY = "overlay"
+    FULL = "full packets"
+    TCP = "TCP on overlay"
+    EGRESS = "way out"
+    NAMES = "names"
+    BACKEND = "tasks listen"
+    VIP = "virtual IP"
+    PUBLISHED = "published port"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    kind: Kind
+    node_id: str
+    """Who tries."""
+    task_id: str = ""
+    """From this task's namespace; "" = from the host itself."""
+    peer_id: str = ""
+    """The node at the other end, if one node is."""
+    network_id: str = ""
+    service_id: str = ""
+    backend_id: str = ""
+    """The task at the other end."""
+    address: str = ""
+    port: int = 0
+    protocol: Protocol.ValueType = TCP
+    name: str = ""
+    expected: frozenset[str] = frozenset()
+    """Addresses that the name has."""
+
+    def probe(self, number: int) -> Probe:
+        probe = Probe(number=number, task_id=self.task_id)
+        match self.kind:
+            case Kind.UNDERLAY | Kind.OVERLAY | Kind.EGRESS:
+                probe.ping.CopyFrom(Ping(address=self.address, sizes=[SMALL_BYTES]))
+            case Kind.PATH:
+                probe.ping.CopyFrom(Ping(address=self.address, sizes=PATH_BYTES, full=True))
+            case Kind.FULL:
+                probe.ping.CopyFrom(Ping(address=self.address, full=True))
+            case Kind.NAMES:
+                probe.lookup.CopyFrom(Lookup(name=self.name))
+            case _:
+                probe.connect.CopyFrom(Connect(address=self.address, port=self.port, protocol=self.protocol))
+        return probe
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    checks: tuple[Check, ...]
+    left_out: int = 0
+    """Checks beyond PROBES_MAX of a node."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """ID -> what people call the node, network, service or task."""
+    endpoints: Mapping[tuple[str, str], frozenset[str]] = field(default_factory=dict)
+    """(node, network) -> addresses of tasks that the node should have been told of."""
+    unserved: frozenset[str] = frozenset()
+    """Services with ports, and tasks that should run, none of which serves."""
+    masquerading: frozenset[str] = frozenset()
+    """Nodes whose tasks of published services do not see the clients' own addresses."""
+
+    def by_node(self) -> dict[str, list[Check]]:
+        found: defaultdict[str, list[Check]] = defaultdict(list)
+        for check in self.checks:
+            found[check.node_id].append(check)
+        return dict(found)
+
+
+def plan(store: Store, service: Service | None = None) -> Plan:
+    """All checks of the swarm, or those that concern one service."""
+    return _Planner(store, service).plan()
+
+
+class _Planner:
+    def __init__(self, store: Store, service: Service | None) -> None:
+        self._store = store
+        self._services = [service] if service is not None else sorted(store.services, key=lambda each: each.id)
+        self._predefined = predefined_network(store)
+        overlays = {network.id: network for network in store.networks if network.vni}
+        self._ingress_of = {each.id: ingress_network_of(store, each) for each in store.services}
+        published = {self._ingress_of[each.id] for each in self._services} - {""}
+        used = {config.network_id for each in self._services for config in each.spec.task.networks}
+        self._networks = {key: overlays[key] for key in sorted(used | published) if key in overlays}
+        self._nodes = {node.id: node for node in sorted(store.nodes, key=_node_order)}
+        self._tasks = [task for task in sorted(store.tasks, key=lambda each: each.id) if self._runs(task)]
+        self._on = self._tasks_by_network()
+        self._published_on = {each for each in self._ingress_of.values() if each}
+        self._concerned = self._concerned_nodes(service)
+
+    def _runs(self, task: Task) -> bool:
+        """It runs, is wanted, and its node is not down: it should be in every balancer."""
+        return task.status.state == TASK_RUNNING and is_runnable(task) and not is_down(self._node(task))
+
+    def _node(self, task: Task) -> Node | None:
+        return self._nodes.get(task.node_id)
+
+    def _tasks_by_network(self) -> dict[str, list[Task]]:
+        """Those that others can reach there: on the predefined network, the published ones only."""
+        found: defaultdict[str, list[Task]] = defaultdict(list)
+        for task in self._tasks:
+            for attachment in task.networks:
+                network_id = attachment.network_id
+                reached = network_id != self._predefined or self._ingress_of.get(task.service_id) == network_id
+                if network_id in self._networks and attachment.address and reached:
+                    found[network_id].append(task)
+        return found
+
+    def _concerned_nodes(self, service: Service | None) -> list[str]:
+        if service is None or any(port.mode == INGRESS for port in service.endpoint.spec.ports):
+            return list(self._nodes)
+        using = {task.node_id for tasks in self._on.values() for task in tasks}
+        return [node_id for node_id in self._nodes if node_id in using]
+
+    def plan(self) -> Plan:
+        checks: dict[Check, None] = {}
+        for part in (self._hosts, self._underlay, self._overlay, self._egress, self._names, self._ports):
+            checks |= dict.fromkeys(part())
+        kept, left_out = _bounded(sorted(checks, key=lambda check: list(Kind).index(check.kind)))
+        return Plan(
+            checks=tuple(kept),
+            left_out=left_out,
+            names=self._called(),
+            endpoints=self._endpoints(),
+            unserved=frozenset(each.id for each in self._services if self._is_unserved(each)),
+            masquerading=frozenset(self._masquerading()),
+        )
+
+    # ---- between hosts
+
+    def _hosts(self) -> Iterator[Check]:
+        return (Check(Kind.HOST, node_id) for node_id in self._concerned)
+
+    def _pairs(self, node_ids: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """(from, to): each to the next PEERS_MAX of the others, so that all are reached equally often."""
+        usable = [node_id for node_id in node_ids if self._nodes[node_id].data_path_addr]
+        for place, node_id in enumerate(usable):
+            if not is_down(self._nodes[node_id]):
+                for peer_id in (usable[place + 1 :] + usable[:place])[:PEERS_MAX]:
+                    yield node_id, peer_id
+
+    def _using(self, network_id: str) -> list[str]:
+        if network_id in self._published_on:
+            return list(self._nodes)
+        using = {task.node_id for task in self._on[network_id]}
+        return [node_id for node_id in self._nodes if node_id in using]
+
+    def _underlay(self) -> Iterator[Check]:
+        for node_id, peer_id in self._pairs(self._concerned):
+            yield Check(Kind.UNDERLAY, node_id, peer_id=peer_id, address=self._nodes[peer_id].data_path_addr)
+        for network_id in self._networks:
+            for node_id, peer_id in self._pairs(self._using(network_id)):
+                yield Check(Kind.PATH, node_id, peer_id=peer_id, address=self._nodes[peer_id].data_path_addr)
+
+    def _clients(self, network_id: str) -> dict[str, Task]:
+        """One task of the network on each node, from which to try."""
+        return {task.node_id: task for task in reversed(self._on[network_id])}
+
+    def _overlay(self) -> Iterator[Check]:
+        for network_id in self._networks:
+            clients = self._clients(network_id)
+            for node_id, peer_id in self._pairs([each for each in self._nodes if each in clients]):
+                backend = clients[peer_id]
+                for kind in (Kind.OVERLAY, Kind.FULL, Kind.TCP):
+                    yield Check(
+                        kind,
+                        node_id,
+                        clients[node_id].id,
+                        peer_id,
+                        network_id,
+                        backend_id=backend.id,
+                        address=_address(backend, network_id),
+                        port=CLOSED_PORT if kind is Kind.TCP else 0,
+                    )
+
+    def _egress(self) -> Iterator[Check]:
+        outside = [key for key, network in self._networks.items() if not network.spec.internal]
+        for node_id, peer_id in self._pairs(self._concerned):
+            for network_id in outside:
+                client = self._clients(network_id).get(node_id)
+                if client is not None and not is_down(self._nodes[peer_id]):
+                    address = self._nodes[peer_id].data_path_addr
+                    yield Check(Kind.EGRESS, node_id, client.id, peer_id, network_id, address=address)
+                    break
+
+    # ---- services
+
+    def _serving(self, service_id: str, network_id: str) -> list[Task]:
+        return [task for task in self._on[network_id] if task.service_id == service_id]
+
+    def _names(self) -> Iterator[Check]:
+        known = {key: self._names_on(network) for key, network in self._networks.items() if not network.spec.ingress}
+        for network_id, here in known.items():
+            for node_id, client in self._clients(network_id).items():
+                seen = [known[each.network_id] for each in client.networks if each.network_id in known]
+                for service in self._services:
+                    for name in (service.spec.annotations.name, f"tasks.{service.spec.annotations.name}"):
+                        expected = next((names[name] for names in seen if name in names), None)
+                        if expected is not None and name in here:
+                            yield Check(
+                                Kind.NAMES,
+                                node_id,
+                                client.id,
+                                network_id=network_id,
+                                service_id=service.id,
+                                name=name,
+                                expected=expected,
+                            )
+
+    def _names_on(self, network: Network) -> dict[str, frozenset[str]]:
+        """Names of services -> addresses; two services that share one share its answer."""
+        found: defaultdict[str, frozenset[str]] = defaultdict(frozenset)
+        for service in self._store.services:
+            config = next((each for each in service.spec.task.networks if each.network_id == network.id), None)
+            if config is None:
+                continue
+            vips = [_bare(vip.address) for vip in service.endpoint.virtual_ips if vip.network_id == network.id]
+            tasks = frozenset(_address(task, network.id) for task in self._serving(service.id, network.id))
+            answer = tasks if service.spec.endpoint.mode == DNSRR or not vips else frozenset(vips)
+            for name in {service.spec.annotations.name, *config.aliases}:
+                found[name] |= answer
+                found[f"tasks.{name}"] |= tasks
+        return found
+
+    def _ports(self) -> Iterator[Check]:
+        for service in self._services:
+            for port in service.endpoint.spec.ports:
+                yield from self._backends(service, port)
+                if port.published_port:
+                    yield from self._published(service, port)
+                for vip in service.endpoint.virtual_ips if port.mode == INGRESS else ():
+                    yield from self._vip(service, port, vip.network_id, _bare(vip.address))
+
+    def _backends(self, service: Service, port: PortConfig) -> Iterator[Check]:
+        """From every host that balances to them; what listens in host mode, from its own."""
+        network_id = self._ingress_of.get(service.id, "") or self._first_network(service)
+        network = self._networks.get(network_id)
+        if network is None or network.spec.internal:
+            return
+        tasks = self._serving(service.id, network_id)
+        for node_id in self._concerned:
+            near = [task for task in tasks if task.node_id == node_id]
+            far = [task for task in tasks if task.node_id != node_id] if port.mode == INGRESS else []
+            for task in [*near, *far][:BACKENDS_MAX]:
+                yield Check(
+                    Kind.BACKEND,
+                    node_id,
+                    peer_id=task.node_id,
+                    network_id=network_id,
+                    service_id=service.id,
+                    backend_id=task.id,
+                    address=_address(task, network_id),
+                    port=port.target_port,
+                    protocol=port.protocol,
+                )
+
+    def _first_network(self, service: Service) -> str:
+        """Where ports in host mode lead to."""
+        for task in self._tasks:
+            if task.service_id == service.id:
+                networks = [self._networks.get(each.network_id) for each in task.networks]
+                return next((each.id for each in networks if each is not None and not each.spec.internal), "")
+        return ""
+
+    def _vip(self, service: Service, port: PortConfig, network_id: str, address: str) -> Iterator[Check]:
+        if network_id not in self._networks or not self._serving(service.id, network_id):
+            return
+        for node_id, client in self._clients(network_id).items():
+            yield Check(
+                Kind.VIP,
+                node_id,
+                client.id,
+                network_id=network_id,
+                service_id=service.id,
+                address=address,
+                port=port.target_port,
+                protocol=port.protocol,
+            )
+
+    def _published(self, service: Service, port: PortConfig) -> Iterator[Check]:
+        mine = {task.node_id for task in self._tasks if task.service_id == service.id}
+        targets = self._concerned if port.mode == INGRESS else [each for each in self._concerned if each in mine]
+        if not mine:
+            return
+        for node_id, peer_id in [*self._pairs(self._concerned), *((each, each) for each in targets)]:
+            address = self._published_at(port, self._nodes[peer_id])
+            if peer_id in targets and address and not is_down(self._nodes[peer_id]):
+                yield Check(
+                    Kind.PUBLISHED,
+                    node_id,
+                    peer_id=peer_id,
+                    service_id=service.id,
+                    address=address,
+                    port=port.published_port,
+                    protocol=port.protocol,
+                )
+
+    @staticmethod
+    def _published_at(port: PortConfig, node: Node) -> str:
+        """An address of the node that takes connections to the port, "" = none of its own does."""
+        if port.host_ip:
+            own = {_bare(subnet) for subnet in node.description.underlay_subnets}
+            return port.host_ip if port.host_ip in own else ""
+        return node.data_path_addr
+
+    # ---- facts to compare with
+
+    def _endpoints(self) -> dict[tuple[str, str], frozenset[str]]:
+        found: dict[tuple[str, str], frozenset[str]] = {}
+        for network_id in self._networks:
+            everyone: set[str] = set()
+            own: defaultdict[str, set[str]] = defaultdict(set)
+            for task in self._store.tasks:
+                for attachment in task.networks if is_live(task) else ():
+                    if attachment.network_id == network_id:
+                        ingress = self._ingress_of.get(task.service_id, "")
+                        alone = network_id == self._predefined and ingress != network_id
+                        (own[task.node_id] if alone else everyone).add(_bare(attachment.address))
+            for node_id in self._using(network_id):
+                found[node_id, network_id] = frozenset(everyone | own[node_id])
+        return found
+
+    def _is_unserved(self, service: Service) -> bool:
+        if not service.endpoint.spec.ports or service.pending_delete:
+            return False
+        tasks = list(self._store.tasks.where("service", service.id))
+        return any(is_runnable(task) for task in tasks) and not any(self._runs(task) for task in tasks)
+
+    def _masquerading(self) -> Iterator[str]:
+        published = {each.id for each in self._services if self._ingress_of.get(each.id)}
+        for task in self._tasks:
+            node = self._node(task)
+            if task.service_id in published and node and not node.description.answers_through_ingress:
+                yield node.id
+
+    def _called(self) -> dict[str, str]:
+        names = {node.id: node.description.hostname or node.id for node in self._nodes.values()}
+        names |= {network.id: network.spec.annotations.name for network in self._store.networks}
+        names |= {each.id: each.spec.annotations.name for each in self._store.services}
+        for task in self._tasks:
+            place = str(task.slot) if task.slot else names.get(task.node_id, task.node_id)
+            names[task.id] = f"{task.service_annotations.name}.{place}"
+        return names
+
+
+def _bounded(checks: Iterable[Check]) -> tuple[list[Check], int]:
+    counts: defaultdict[str, int] = defaultdict(int)
+    kept: list[Check] = []
+    left_out = 0
+    for check in checks:
+        counts[check.node_id] += 1
+        if counts[check.node_id] <= PROBES_MAX:
+            kept.append(check)
+        else:
+            left_out += 1
+    return kept, left_out
+
+
+def _node_order(node: Node) -> tuple[str, str]:
+    return node.description.hostname, node.id
+
+
+def _bare(address: str) -> str:
+    return address.partition("/")[0]
+
+
+def _address(task: Task, network_id: str) -> str:
+    return next(_bare(each.address) for each in task.networks if each.network_id == network_id)
