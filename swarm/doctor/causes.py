@@ -37,12 +37,6 @@ def of_host(
     elif facts.networks_error:
         what = "its networks could not be brought up to date"
         yield broken(what, facts.networks_error, "mend what it says: the daemon tries again every few seconds"), is_here
-    if facts.names_error:
-        what, remedy = "its names could not be brought up to date", "restart its daemon: containers stay"
-        yield (
-            broken(what, facts.names_error, remedy),
-            lambda check: check.node_id == node_id and check.kind is Kind.NAMES,
-        )
     if not facts.forwards:
         yield (
             broken(

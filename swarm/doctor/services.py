@@ -15,19 +15,24 @@ L4: dict[Protocol.ValueType, str] = {TCP: "tcp", UDP: "udp", SCTP: "sctp"}
 
 
 def names(evidence: Evidence, remaining: Checks) -> Iterator[Claim]:
-    for node_id, checks in by_node(check for check in remaining if check.kind is Kind.NAMES).items():
-        name = evidence.name(node_id)
+    failed = by_node(check for check in remaining if check.kind is Kind.NAMES)
+    for node_id, facts in evidence.facts.items():
+        checks = failed.get(node_id, [])
         mute = [check for check in checks if evidence.results[check].outcome != OUTCOMES.OK]
-        pid = evidence.facts[node_id].names_pid if node_id in evidence.facts else 0
-        remedy = f"on {name}: kill -9 {pid}; the daemon starts another within a second"
-        if mute:
-            what = f"its name server (process {pid}) does not answer its tasks"
-            yield Claim(broken(name, what, outcomes(evidence, mute), remedy), frozenset(mute))
-        for check in sorted(set(checks) - set(mute), key=lambda each: (each.name, each.network_id)):
-            answers = evidence.results[check].answers
-            what = f"{check.name} has another address there than the managers say"
-            why = f"it answers {_addresses(answers)}, right is {_addresses(check.expected)}"
-            yield Claim(broken(name, what, why, remedy), frozenset({check}))
+        name, remedy = evidence.name(node_id), f"kill -9 {facts.names_pid}; the daemon starts another within a second"
+        if mute or facts.names_error:
+            what = f"its name server (process {facts.names_pid}) does not answer"
+            why = "; ".join(filter(None, (outcomes(evidence, mute) if mute else "", facts.names_error)))
+            explained = frozenset(mute) | frozenset(
+                check for check in remaining if check.node_id == node_id and check.kind is Kind.HOST
+            )
+            yield Claim(broken(name, what, why, f"on {name}: {remedy}"), explained)
+        for check in checks:
+            if check not in mute:
+                what = f"{check.name} has another address there than the managers say"
+                answers = evidence.results[check].answers
+                why = f"it answers {_addresses(answers)}, right is {_addresses(check.expected)}"
+                yield Claim(broken(name, what, why, f"on {name}: {remedy}"), frozenset({check}))
 
 
 def _addresses(found: Iterable[str]) -> str:
