@@ -19,7 +19,7 @@ from node.world import World
 from overlay.addressing import VXLAN_OVERHEAD_BYTES
 from overlay.foreign import Packet, packets_of
 from overlay.interface import HostNetwork, HostState, Inspection, NetworkError
-from overlay.probe import connect, outcome_of, ping
+from overlay.reachability import connect, outcome_of, ping
 from proto.dispatch_pb2 import Examination, Examined, HostFacts, NetworkFacts, Probe, ProbeResult
 from proto.objects_pb2 import SCTP, TCP, UDP
 

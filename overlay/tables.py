@@ -36,9 +36,11 @@ class Table:
 
     def load(self, netlink: Netlink, elements: Mapping[Element, Value], fresh: bool) -> None:
         """Make it from nothing, replacing what stands unless the namespace is fresh."""
+        before = nfnl.generation(netlink)
         nft.run(self.layout.text(replace=not fresh))
         self.chains = set()
-        self.generation = nfnl.generation(netlink)
+        # Not asked for: somebody may have deleted the table since, and the audit would take it for ours.
+        self.generation = before + 1
         self.change(netlink, element_change({}, elements))
 
     def messages(self, change: ElementChange) -> list[Message]:

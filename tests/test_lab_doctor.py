@@ -85,7 +85,7 @@ def guard(cluster: Lab, host: str, chain: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def again_and_again(action: Callable[[], None]) -> Iterator[None]:
+def again_and_again(action: Callable[[], object]) -> Iterator[None]:
     """Another hand on the host that does it whenever pyswarm has undone it."""
     stop = threading.Event()
 
@@ -149,7 +149,8 @@ def test_a_service_that_does_not_exist_is_one_clear_error(cluster: Lab) -> None:
 
 
 def test_a_rule_that_drops_vxlan_is_named_and_its_remedy_mends(cluster: Lab) -> None:
-    rule = f"chain input {{ type filter hook input priority 0; ip saddr {cluster.host('w1').address} udp dport 4789 drop; }}"
+    match = f"ip saddr {cluster.host('w1').address} udp dport 4789"
+    rule = f"chain input {{ type filter hook input priority 0; {match} drop; }}"
     with guard(cluster, "w2", rule):
         found = the_one(examined(cluster))
         assert found["subject"] == "w1 - w2"
@@ -204,7 +205,7 @@ def test_forwarding_that_is_off_is_named(cluster: Lab) -> None:
     thread = NamespaceThread(cluster.host("w2").netns_path)
     setting = asyncio.run(thread.run(lambda: os.open("/proc/sys/net/ipv4/ip_forward", os.O_WRONLY)))
     try:
-        with again_and_again(lambda: os.pwrite(setting, b"0", 0) and None):
+        with again_and_again(lambda: os.pwrite(setting, b"0", 0)):
             found = the_one(examined(cluster))
     finally:
         os.close(setting)
@@ -214,11 +215,11 @@ def test_forwarding_that_is_off_is_named(cluster: Lab) -> None:
 
 
 def test_a_foreign_policy_of_dropping_what_is_forwarded_is_named(cluster: Lab) -> None:
-    with guard(cluster, "w1", "chain fwd { type filter hook forward priority 0; policy drop; }"):
+    with guard(cluster, "w1", "chain through { type filter hook forward priority 0; policy drop; }"):
         report = examined(cluster)
     way_out = next(each for each in broken(report) if each["what"] == "its tasks do not get out of the host")
     assert way_out["subject"] == "w1"
-    assert "on w1, chain fwd of table inet guard drops them: policy drop" in way_out["why"]
+    assert "on w1, chain through of table inet guard drops them: policy drop" in way_out["why"]
     assert {each["subject"] for each in broken(report)} <= {"w1", "web"}
 
 
@@ -246,12 +247,8 @@ def test_tasks_that_do_not_listen_are_named(cluster: Lab, web_image: str) -> Non
 
 
 def test_a_program_on_a_published_port_is_a_warning(cluster: Lab) -> None:
-    argv = [
-        *hosts.entering(cluster.host("w2")),
-        "python3",
-        "-c",
-        "import socket, sys; s = socket.create_server(('', 8000)); sys.stdin.read()",
-    ]
+    program_text = "import socket, sys; s = socket.create_server(('', 8000)); sys.stdin.read()"
+    argv = [*hosts.entering(cluster.host("w2")), "python3", "-c", program_text]
     with subprocess.Popen(argv, stdin=subprocess.PIPE) as program:
         try:
             found = wait_for(lambda: shadowed(examined(cluster)), 20, "the program is seen")
