@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from proto.control_pb2 import CheckCount
 from proto.dispatch_pb2 import FirewallDrop, HostFacts, ProbeResult
@@ -77,13 +77,11 @@ def evidence(
     judged = {check: verdict(check, results, facts, silent) for check in settled}
     changed = {key for key, known in before.endpoints.items() if after.endpoints.get(key) != known}
     compared = {key: known for key, known in before.endpoints.items() if key not in changed}
-    plan = Plan(
-        before.checks,
-        before.left_out,
-        before.names,
-        compared,
-        before.unserved & after.unserved,
-        before.masquerading & after.masquerading,
+    plan = replace(
+        before,
+        endpoints=compared,
+        unserved=before.unserved & after.unserved,
+        masquerading=before.masquerading & after.masquerading,
     )
     return Evidence(
         plan,

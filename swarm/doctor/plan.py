@@ -7,7 +7,7 @@ without looking at the state again. Numbers are bounded: a node of a large swarm
 from __future__ import annotations
 
 import enum
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -28,12 +28,15 @@ from swarm.dispatch.items import ingress_network_of, is_down, is_live, predefine
 from swarm.store.states import is_runnable
 from swarm.store.store import Store
 
-PEERS_MAX = 50
-"""Other nodes that each node checks: in a swarm of 1,000 each pair would be a million probes."""
-BACKENDS_MAX = 20
-"""Tasks of one service that each node connects to; what ails fifty ails the first twenty."""
+PEERS_MAX, PEERS_EACH_MAX = 50, 10
+"""Other nodes that each node checks for one service, and for each of all: in a swarm of 1,000 nodes every pair would be
+a million probes."""
+BACKENDS_MAX, BACKENDS_EACH_MAX = 20, 5
+"""Tasks of a service that each node connects to, likewise; what ails fifty ails the first five."""
+SERVICES_MAX = 100
+"""Examined when none is named: planning more would keep the leader from its work for most of a second."""
 PROBES_MAX = 500
-"""Of one node: about 16 s when all of them fail (node/doctor.py); the others are told as not tried."""
+"""Of one node: about 20 s when all of them fail (node/doctor.py). Every kind has its share of them."""
 SMALL_BYTES = 84
 PATH_BYTES = (SMALL_BYTES, 576, 1280, 1350, 1400, 1420, 1450, 1472, 1492, 1500)
 """Usual sizes of packets that fit through something: tunnels, PPPoE, Ethernet."""
@@ -98,6 +101,7 @@ class Plan:
     checks: tuple[Check, ...]
     left_out: int = 0
     """Checks beyond PROBES_MAX of a node."""
+    services_left_out: int = 0
     names: Mapping[str, str] = field(default_factory=dict)
     """ID -> what people call the node, network, service or task."""
     endpoints: Mapping[tuple[str, str], frozenset[str]] = field(default_factory=dict)
@@ -122,51 +126,59 @@ def plan(store: Store, service: Service | None = None) -> Plan:
 class _Planner:
     def __init__(self, store: Store, service: Service | None) -> None:
         self._store = store
-        self._services = [service] if service is not None else sorted(store.services, key=lambda each: each.id)
+        everyone = sorted(store.services, key=lambda each: each.spec.annotations.name)
+        self._services = [service] if service is not None else everyone[:SERVICES_MAX]
+        self._services_left_out = len(everyone) - SERVICES_MAX if service is None else 0
+        self._peers_max = PEERS_MAX if service is not None else PEERS_EACH_MAX
+        self._backends_max = BACKENDS_MAX if service is not None else BACKENDS_EACH_MAX
         self._predefined = predefined_network(store)
-        overlays = {network.id: network for network in store.networks if network.vni}
-        self._ingress_of = {each.id: ingress_network_of(store, each) for each in store.services}
-        published = {self._ingress_of[each.id] for each in self._services} - {""}
+        self._ingress_of = {each.id: ingress_network_of(store, each) for each in everyone}
+        self._published_on = {each for each in self._ingress_of.values() if each}
         used = {config.network_id for each in self._services for config in each.spec.task.networks}
-        self._networks = {key: overlays[key] for key in sorted(used | published) if key in overlays}
+        used |= {self._ingress_of[each.id] for each in self._services}
+        self._networks = {each.id: each for each in store.networks if each.vni and each.id in used}
         self._nodes = {node.id: node for node in sorted(store.nodes, key=_node_order)}
         self._tasks = [task for task in sorted(store.tasks, key=lambda each: each.id) if self._runs(task)]
-        self._on = self._tasks_by_network()
-        self._published_on = {each for each in self._ingress_of.values() if each}
+        self._serving: dict[tuple[str, str], list[Task]] = defaultdict(list)
+        """(service, network) -> its tasks there that others can reach."""
+        self._clients: dict[str, dict[str, Task]] = defaultdict(dict)
+        """Network -> node -> a task of it there, from which to try; of the service in question, if there is one."""
+        for task in self._tasks:
+            for attachment in task.networks:
+                if attachment.address and self._reached(task, attachment.network_id):
+                    self._serving[task.service_id, attachment.network_id].append(task)
+                    here = self._clients[attachment.network_id].setdefault(task.node_id, task)
+                    if service is not None and task.service_id == service.id != here.service_id:
+                        self._clients[attachment.network_id][task.node_id] = task
         self._concerned = self._concerned_nodes(service)
+        self._up = [node_id for node_id in self._concerned if not is_down(self._nodes[node_id])]
 
     def _runs(self, task: Task) -> bool:
         """It runs, is wanted, and its node is not down: it should be in every balancer."""
-        return task.status.state == TASK_RUNNING and is_runnable(task) and not is_down(self._node(task))
+        return task.status.state == TASK_RUNNING and is_runnable(task) and not is_down(self._nodes.get(task.node_id))
 
-    def _node(self, task: Task) -> Node | None:
-        return self._nodes.get(task.node_id)
-
-    def _tasks_by_network(self) -> dict[str, list[Task]]:
-        """Those that others can reach there: on the predefined network, the published ones only."""
-        found: defaultdict[str, list[Task]] = defaultdict(list)
-        for task in self._tasks:
-            for attachment in task.networks:
-                network_id = attachment.network_id
-                reached = network_id != self._predefined or self._ingress_of.get(task.service_id) == network_id
-                if network_id in self._networks and attachment.address and reached:
-                    found[network_id].append(task)
-        return found
+    def _reached(self, task: Task, network_id: str) -> bool:
+        """On the predefined network others are told of tasks that receive published traffic there only."""
+        return network_id in self._networks and (
+            network_id != self._predefined or self._ingress_of.get(task.service_id) == network_id
+        )
 
     def _concerned_nodes(self, service: Service | None) -> list[str]:
         if service is None or any(port.mode == INGRESS for port in service.endpoint.spec.ports):
             return list(self._nodes)
-        using = {task.node_id for tasks in self._on.values() for task in tasks}
+        using = {node_id for clients in self._clients.values() for node_id in clients}
+        using |= {task.node_id for task in self._tasks if task.service_id == service.id}
         return [node_id for node_id in self._nodes if node_id in using]
 
     def plan(self) -> Plan:
         checks: dict[Check, None] = {}
         for part in (self._hosts, self._underlay, self._overlay, self._egress, self._names, self._ports):
             checks |= dict.fromkeys(part())
-        kept, left_out = _bounded(sorted(checks, key=lambda check: list(Kind).index(check.kind)))
+        kept, left_out = _bounded(checks)
         return Plan(
             checks=tuple(kept),
             left_out=left_out,
+            services_left_out=max(0, self._services_left_out),
             names=self._called(),
             endpoints=self._endpoints(),
             unserved=frozenset(each.id for each in self._services if self._is_unserved(each)),
@@ -179,18 +191,17 @@ class _Planner:
         return (Check(Kind.HOST, node_id) for node_id in self._concerned)
 
     def _pairs(self, node_ids: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """(from, to): each to the next PEERS_MAX of the others, so that all are reached equally often."""
+        """(from, to): each to the next few of the others, so that all are reached equally often."""
         usable = [node_id for node_id in node_ids if self._nodes[node_id].data_path_addr]
         for place, node_id in enumerate(usable):
             if not is_down(self._nodes[node_id]):
-                for peer_id in (usable[place + 1 :] + usable[:place])[:PEERS_MAX]:
+                for peer_id in (usable[place + 1 :] + usable[:place])[: self._peers_max]:
                     yield node_id, peer_id
 
     def _using(self, network_id: str) -> list[str]:
         if network_id in self._published_on:
             return list(self._nodes)
-        using = {task.node_id for task in self._on[network_id]}
-        return [node_id for node_id in self._nodes if node_id in using]
+        return [node_id for node_id in self._nodes if node_id in self._clients[network_id]]
 
     def _underlay(self) -> Iterator[Check]:
         for node_id, peer_id in self._pairs(self._concerned):
@@ -199,13 +210,9 @@ class _Planner:
             for node_id, peer_id in self._pairs(self._using(network_id)):
                 yield Check(Kind.PATH, node_id, peer_id=peer_id, address=self._nodes[peer_id].data_path_addr)
 
-    def _clients(self, network_id: str) -> dict[str, Task]:
-        """One task of the network on each node, from which to try."""
-        return {task.node_id: task for task in reversed(self._on[network_id])}
-
     def _overlay(self) -> Iterator[Check]:
         for network_id in self._networks:
-            clients = self._clients(network_id)
+            clients = self._clients[network_id]
             for node_id, peer_id in self._pairs([each for each in self._nodes if each in clients]):
                 backend = clients[peer_id]
                 for kind in (Kind.OVERLAY, Kind.FULL, Kind.TCP):
@@ -224,7 +231,7 @@ class _Planner:
         outside = [key for key, network in self._networks.items() if not network.spec.internal]
         for node_id, peer_id in self._pairs(self._concerned):
             for network_id in outside:
-                client = self._clients(network_id).get(node_id)
+                client = self._clients[network_id].get(node_id)
                 if client is not None and not is_down(self._nodes[peer_id]):
                     address = self._nodes[peer_id].data_path_addr
                     yield Check(Kind.EGRESS, node_id, client.id, peer_id, network_id, address=address)
@@ -232,27 +239,22 @@ class _Planner:
 
     # ---- services
 
-    def _serving(self, service_id: str, network_id: str) -> list[Task]:
-        return [task for task in self._on[network_id] if task.service_id == service_id]
-
     def _names(self) -> Iterator[Check]:
         known = {key: self._names_on(network) for key, network in self._networks.items() if not network.spec.ingress}
-        for network_id, here in known.items():
-            for node_id, client in self._clients(network_id).items():
-                seen = [known[each.network_id] for each in client.networks if each.network_id in known]
-                for service in self._services:
+        for service in self._services:
+            for config in service.spec.task.networks:
+                for node_id, client in self._clients[config.network_id].items() if config.network_id in known else ():
+                    seen = [known[each.network_id] for each in client.networks if each.network_id in known]
                     for name in (service.spec.annotations.name, f"tasks.{service.spec.annotations.name}"):
-                        expected = next((names[name] for names in seen if name in names), None)
-                        if expected is not None and name in here:
-                            yield Check(
-                                Kind.NAMES,
-                                node_id,
-                                client.id,
-                                network_id=network_id,
-                                service_id=service.id,
-                                name=name,
-                                expected=expected,
-                            )
+                        yield Check(
+                            Kind.NAMES,
+                            node_id,
+                            client.id,
+                            network_id=config.network_id,
+                            service_id=service.id,
+                            name=name,
+                            expected=next(names[name] for names in seen if name in names),
+                        )
 
     def _names_on(self, network: Network) -> dict[str, frozenset[str]]:
         """Names of services -> addresses; two services that share one share its answer."""
@@ -262,7 +264,7 @@ class _Planner:
             if config is None:
                 continue
             vips = [_bare(vip.address) for vip in service.endpoint.virtual_ips if vip.network_id == network.id]
-            tasks = frozenset(_address(task, network.id) for task in self._serving(service.id, network.id))
+            tasks = frozenset(_address(task, network.id) for task in self._serving[service.id, network.id])
             answer = tasks if service.spec.endpoint.mode == DNSRR or not vips else frozenset(vips)
             for name in {service.spec.annotations.name, *config.aliases}:
                 found[name] |= answer
@@ -284,11 +286,11 @@ class _Planner:
         network = self._networks.get(network_id)
         if network is None or network.spec.internal:
             return
-        tasks = self._serving(service.id, network_id)
-        for node_id in self._concerned:
+        tasks = self._serving[service.id, network_id]
+        for node_id in self._up:
             near = [task for task in tasks if task.node_id == node_id]
             far = [task for task in tasks if task.node_id != node_id] if port.mode == INGRESS else []
-            for task in [*near, *far][:BACKENDS_MAX]:
+            for task in [*near, *far][: self._backends_max]:
                 yield Check(
                     Kind.BACKEND,
                     node_id,
@@ -303,16 +305,14 @@ class _Planner:
 
     def _first_network(self, service: Service) -> str:
         """Where ports in host mode lead to."""
-        for task in self._tasks:
-            if task.service_id == service.id:
-                networks = [self._networks.get(each.network_id) for each in task.networks]
-                return next((each.id for each in networks if each is not None and not each.spec.internal), "")
-        return ""
+        task = next((task for task in self._tasks if task.service_id == service.id), Task())
+        networks = [self._networks.get(each.network_id) for each in task.networks]
+        return next((each.id for each in networks if each is not None and not each.spec.internal), "")
 
     def _vip(self, service: Service, port: PortConfig, network_id: str, address: str) -> Iterator[Check]:
-        if network_id not in self._networks or not self._serving(service.id, network_id):
+        if network_id not in self._networks or not self._serving[service.id, network_id]:
             return
-        for node_id, client in self._clients(network_id).items():
+        for node_id, client in self._clients[network_id].items():
             yield Check(
                 Kind.VIP,
                 node_id,
@@ -326,12 +326,10 @@ class _Planner:
 
     def _published(self, service: Service, port: PortConfig) -> Iterator[Check]:
         mine = {task.node_id for task in self._tasks if task.service_id == service.id}
-        targets = self._concerned if port.mode == INGRESS else [each for each in self._concerned if each in mine]
-        if not mine:
-            return
-        for node_id, peer_id in [*self._pairs(self._concerned), *((each, each) for each in targets)]:
+        targets = [node_id for node_id in self._up if port.mode == INGRESS or node_id in mine] if mine else []
+        for node_id, peer_id in [*self._pairs(self._up), *((each, each) for each in targets)]:
             address = self._published_at(port, self._nodes[peer_id])
-            if peer_id in targets and address and not is_down(self._nodes[peer_id]):
+            if peer_id in targets and address:
                 yield Check(
                     Kind.PUBLISHED,
                     node_id,
@@ -353,19 +351,19 @@ class _Planner:
     # ---- facts to compare with
 
     def _endpoints(self) -> dict[tuple[str, str], frozenset[str]]:
-        found: dict[tuple[str, str], frozenset[str]] = {}
-        for network_id in self._networks:
-            everyone: set[str] = set()
-            own: defaultdict[str, set[str]] = defaultdict(set)
-            for task in self._store.tasks:
-                for attachment in task.networks if is_live(task) else ():
-                    if attachment.network_id == network_id:
-                        ingress = self._ingress_of.get(task.service_id, "")
-                        alone = network_id == self._predefined and ingress != network_id
-                        (own[task.node_id] if alone else everyone).add(_bare(attachment.address))
-            for node_id in self._using(network_id):
-                found[node_id, network_id] = frozenset(everyone | own[node_id])
-        return found
+        everyone: defaultdict[str, set[str]] = defaultdict(set)
+        own: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+        for task in self._store.tasks:
+            for attachment in task.networks if is_live(task) else ():
+                network_id = attachment.network_id
+                own[task.node_id, network_id].add(_bare(attachment.address))
+                if self._reached(task, network_id):
+                    everyone[network_id].add(_bare(attachment.address))
+        return {
+            (node_id, network_id): frozenset(everyone[network_id] | own[node_id, network_id])
+            for network_id in self._networks
+            for node_id in self._using(network_id)
+        }
 
     def _is_unserved(self, service: Service) -> bool:
         if not service.endpoint.spec.ports or service.pending_delete:
@@ -376,7 +374,7 @@ class _Planner:
     def _masquerading(self) -> Iterator[str]:
         published = {each.id for each in self._services if self._ingress_of.get(each.id)}
         for task in self._tasks:
-            node = self._node(task)
+            node = self._nodes.get(task.node_id)
             if task.service_id in published and node and not node.description.answers_through_ingress:
                 yield node.id
 
@@ -391,16 +389,18 @@ class _Planner:
 
 
 def _bounded(checks: Iterable[Check]) -> tuple[list[Check], int]:
-    counts: defaultdict[str, int] = defaultdict(int)
-    kept: list[Check] = []
-    left_out = 0
+    """(what is tried, how many are not): of each node PROBES_MAX, the first ones of every kind before more of one."""
+    kinds = {kind: place for place, kind in enumerate(Kind)}
+    counts: Counter[tuple[str, Kind]] = Counter()
+    by_node: defaultdict[str, list[tuple[int, int, Check]]] = defaultdict(list)
     for check in checks:
-        counts[check.node_id] += 1
-        if counts[check.node_id] <= PROBES_MAX:
-            kept.append(check)
-        else:
-            left_out += 1
-    return kept, left_out
+        counts[check.node_id, check.kind] += 1
+        by_node[check.node_id].append((counts[check.node_id, check.kind], kinds[check.kind], check))
+    kept: list[Check] = []
+    for ranked in by_node.values():
+        ranked.sort(key=lambda each: each[:2])
+        kept += [check for _, _, check in ranked[:PROBES_MAX]]
+    return kept, counts.total() - len(kept)
 
 
 def _node_order(node: Node) -> tuple[str, str]:

@@ -34,6 +34,7 @@ RULES: tuple[Rule, ...] = (
     services.unexplained,
     services.shadowed_programs,
     services.hidden_clients,
+    services.partial,
     services.unreadable,
 )
 

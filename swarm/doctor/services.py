@@ -155,6 +155,16 @@ def hidden_clients(evidence: Evidence, remaining: Checks) -> Iterator[Claim]:
         )
 
 
+def partial(evidence: Evidence, remaining: Checks) -> Iterator[Claim]:
+    plan = evidence.plan
+    left_out = [f"{plan.services_left_out} services"] if plan.services_left_out else []
+    left_out += [f"{plan.left_out} checks"] if plan.left_out else []
+    if left_out:
+        what = f"{' and '.join(left_out)} were left out"
+        why = "a swarm of this size cannot be examined wholly at once"
+        yield Claim(warning("swarm", what, why, "name a service to examine it: pyswarm network doctor SERVICE"))
+
+
 def unreadable(evidence: Evidence, remaining: Checks) -> Iterator[Claim]:
     for node_id, facts in sorted(evidence.facts.items()):
         if facts.error:
