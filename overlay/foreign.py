@@ -15,6 +15,8 @@ OURS = "pyswarm"
 """What the names of our own tables begin with."""
 JUMPS_MAX = 16
 """As the kernel allows (NFT_JUMP_STACK_SIZE)."""
+STEPS_MAX = 5_000
+"""Rules looked at for one packet and hook: chains that call each other could make it millions."""
 FAMILIES = ("ip", "inet")
 _DROPS = ("drop", "reject")
 _HEADERS = frozenset({"tcp", "udp", "udplite", "sctp", "icmp", "icmpv6", "igmp", "esp", "ah", "ip6", "arp", "vlan"})
@@ -90,10 +92,15 @@ class _Walk:
         self.certain = True
         """Whether nothing so far may have accepted the packet."""
         self.found: list[Drop] = []
+        self._steps = 0
 
     def chain(self, name: str, depth: int = 0) -> str | None:
         """The verdict that surely ends its way here; None = it may come to the end of the chain."""
         for rule in self._chains.get(name, _Chain()).rules if depth < JUMPS_MAX else ():
+            self._steps += 1
+            if self._steps > STEPS_MAX:
+                self.certain = False
+                return None
             holds, verdict, target = _read(rule, self._packet)
             if holds is False or not verdict:
                 continue
