@@ -30,23 +30,23 @@ class NoAnswer(Exception):
     """Nothing that is an answer came in time."""
 
 
-async def ask(name: str, open_socket: OpenSocket) -> tuple[str, ...]:
+async def ask(name: str, open_socket: OpenSocket, server: tuple[str, int] = SERVER) -> tuple[str, ...]:
     """The name's IPv4 addresses in numeric order; none when it has none or does not exist. Raises NoAnswer, OSError."""
     question = DNSRecord.question(name, "A")
     question.header.id = next(_identifiers) & 0xFFFF
-    answer = await _over_udp(question, open_socket)
+    answer = await _over_udp(question, open_socket, server)
     if answer.header.tc:
-        answer = await _over_tcp(question, open_socket)
+        answer = await _over_tcp(question, open_socket, server)
     if answer.header.rcode not in (RCODE.NOERROR, RCODE.NXDOMAIN):
         raise NoAnswer(f"the name server answered {RCODE[answer.header.rcode]}")
     found = {str(record.rdata) for record in answer.rr if record.rtype == QTYPE.A}
     return tuple(sorted(found, key=socket.inet_aton))
 
 
-async def _over_udp(question: DNSRecord, open_socket: OpenSocket) -> DNSRecord:
+async def _over_udp(question: DNSRecord, open_socket: OpenSocket, server: tuple[str, int]) -> DNSRecord:
     loop = asyncio.get_running_loop()
     with await open_socket(lambda: _made(socket.SOCK_DGRAM)) as opened:
-        await loop.sock_connect(opened, SERVER)
+        await loop.sock_connect(opened, server)
         for _ in range(TRIES):
             opened.send(question.pack())
             try:
@@ -60,13 +60,13 @@ async def _over_udp(question: DNSRecord, open_socket: OpenSocket) -> DNSRecord:
     raise NoAnswer(f"no answer within {TRIES * TRY_S:g} s")
 
 
-async def _over_tcp(question: DNSRecord, open_socket: OpenSocket) -> DNSRecord:
+async def _over_tcp(question: DNSRecord, open_socket: OpenSocket, server: tuple[str, int]) -> DNSRecord:
     loop = asyncio.get_running_loop()
     message = question.pack()
     try:
         with await open_socket(lambda: _made(socket.SOCK_STREAM)) as opened:
             async with asyncio.timeout(TCP_S):
-                await loop.sock_connect(opened, SERVER)
+                await loop.sock_connect(opened, server)
                 await loop.sock_sendall(opened, struct.pack(">H", len(message)) + message)
                 size = struct.unpack(">H", await _exactly(opened, 2))[0]
                 answer = _parsed(await _exactly(opened, size))

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from proto import objects_pb2 as pb
-from proto import store_pb2
 from proto.control_pb2 import Diagnosis, DoctorReport
 from proto.dispatch_pb2 import HostFacts, NetworkFacts, ProbeResult
 from swarm.doctor.evidence import evidence
 from swarm.doctor.plan import Check, Kind, plan
 from swarm.doctor.rules import report
-from swarm.store.changes import Change, Create, transaction
 from swarm.store.store import Store
 
 NODES = ("n1", "n2", "n3")
@@ -63,21 +61,12 @@ def a_task(service: str, slot: int, node_id: str, network: str = "net", state: i
 Record = pb.Node | pb.Network | pb.Service | pb.Task
 
 
-def stored(*records: Record) -> Store:
-    changes: list[Change] = [Create(record) for record in records]
-    store = Store()
-    entry = store_pb2.Entry(transactions=[transaction(changes, 1.0)])
-    result = store_pb2.EntryResult.FromString(store.apply(entry.SerializeToString()))
-    assert [verdict.code for verdict in result.verdicts] == [store_pb2.Verdict.OK]
-    return store
-
-
 def a_swarm(*more: Record, state_of_n3: int = pb.NodeStatus.READY) -> Store:
     """`web` on `net`, a task on each node, published at 8000."""
     nodes = [a_node("n1"), a_node("n2"), a_node("n3", state_of_n3)]
     tasks = [a_task("web", number, node_id) for number, node_id in enumerate(NODES, 1)]
     networks = [a_network("net", 1), a_network("ingress", 255, ingress=True)]
-    return stored(*nodes, *networks, a_service("web", "net", (8000, 80)), *tasks, *more)
+    return Store.of(*nodes, *networks, a_service("web", "net", (8000, 80)), *tasks, *more)
 
 
 def good_facts(known: Iterable[str] = ("10.0.1.11", "10.0.1.12", "10.0.1.13")) -> HostFacts:

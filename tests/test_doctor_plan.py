@@ -9,7 +9,8 @@ import pytest
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import NodeStatus
 from swarm.doctor.plan import PEERS_EACH_MAX, PROBES_MAX, SERVICES_MAX, Check, Kind, plan
-from tests.doctor_swarm import Record, a_network, a_node, a_service, a_swarm, a_task, stored, vtep
+from swarm.store.store import Store
+from tests.doctor_swarm import Record, a_network, a_node, a_service, a_swarm, a_task, vtep
 
 
 def of(checks: tuple[Check, ...], kind: Kind, node_id: str = "n1") -> list[Check]:
@@ -73,7 +74,7 @@ def test_a_name_has_the_addresses_of_the_first_network_of_the_asking_task_that_k
     shadow = a_service("shadow", "other")
     shadow.spec.task.networks[0].aliases.append("web")
     shadow.endpoint.virtual_ips[0].address = "10.0.2.9/24"
-    store = stored(
+    store = Store.of(
         a_node("n1"), a_network("other", 2), a_network("net", 1), service, shadow, a_service("web", "net"), both
     )
     checks = plan(store).checks
@@ -83,7 +84,7 @@ def test_a_name_has_the_addresses_of_the_first_network_of_the_asking_task_that_k
 def test_dnsrr_names_have_the_tasks_addresses() -> None:
     service = a_service("rr", "net")
     service.spec.endpoint.mode = pb.DNSRR
-    store = stored(a_node("n1"), a_network("net", 1), service, a_task("rr", 1, "n1"), a_task("rr", 2, "n1"))
+    store = Store.of(a_node("n1"), a_network("net", 1), service, a_task("rr", 1, "n1"), a_task("rr", 2, "n1"))
     assert {check.expected for check in of(plan(store).checks, Kind.NAMES)} == {frozenset({"10.0.1.11", "10.0.1.12"})}
 
 
@@ -94,14 +95,14 @@ def test_on_the_ingress_network_only_tasks_that_are_published_there_are_tried() 
         a_task("quiet", 1, "n1", "ingress"),
         a_task("quiet", 2, "n2", "ingress"),
     ]
-    store = stored(*records, *quiet)
+    store = Store.of(*records, *quiet)
     assert not [check for check in plan(store).checks if check.kind is Kind.OVERLAY]
     loud: list[Record] = [
         a_service("loud", "", (80, 80)),
         a_task("loud", 3, "n1", "ingress"),
         a_task("loud", 4, "n2", "ingress"),
     ]
-    checks = plan(stored(*records, *quiet, *loud)).checks
+    checks = plan(Store.of(*records, *quiet, *loud)).checks
     assert {check.address for check in checks if check.kind is Kind.OVERLAY} == {"10.0.1.13", "10.0.1.14"}
     assert not [check for check in checks if check.kind is Kind.NAMES]
 
@@ -136,7 +137,7 @@ def test_large_swarms_are_examined_in_bounded_parts() -> None:
     nodes = [a_node(f"n{number}") for number in range(1, 41)]
     services = [a_service(f"s{number:03}", "net", (8000 + number, 80)) for number in range(150)]
     tasks = [a_task(each.id, place, f"n{1 + place % 40}") for place, each in enumerate(services)]
-    made = plan(stored(*nodes, a_network("net", 1), *services, *tasks))
+    made = plan(Store.of(*nodes, a_network("net", 1), *services, *tasks))
     counts = Counter(check.node_id for check in made.checks)
     assert max(counts.values()) <= PROBES_MAX
     assert made.services_left_out == 150 - SERVICES_MAX
