@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dns.interface import Picture, Sandbox
-from node import view
+from node import drivers, view
 from node.mirror import Mirror
 from node.steps import State
-from overlay.interface import HostState
-from proto.objects_pb2 import Node, NodeDescription
+from overlay.interface import Attachment, HostState
+from proto.objects_pb2 import Node, NodeDescription, Task
 
 
 class World:
@@ -25,6 +25,8 @@ class World:
         self.vxlan_port = view.DEFAULT_VXLAN_PORT
         self.description = describe()
         self.sandboxes: dict[str, Sandbox] = {}
+        self.given: dict[str, str] = {}
+        """Task -> the address that this host gave it on its own bridge."""
         self.states: dict[str, State] = {}
         self._describe = describe
         self._upstreams = upstreams
@@ -34,7 +36,7 @@ class World:
         return self.description
 
     def local(self) -> view.Local:
-        return view.Local(self.node_id, self.vtep, self.node.index, self.vxlan_port, self.states)
+        return view.Local(self.node_id, self.vtep, self.node.index, self.vxlan_port, self.given, self.states)
 
     def host_state(self) -> HostState | None:
         """None until a manager has told what to be: what stands from before a restart stays untouched."""
@@ -46,6 +48,12 @@ class World:
         if not self.mirror.known:
             return None
         return view.picture(self.mirror, self.local(), self.sandboxes.values(), self._upstreams())
+
+    def attachment(self, task: Task) -> Attachment | None:
+        return drivers.attachment(task, self.mirror.networks())
+
+    def networks_without_links(self) -> frozenset[str]:
+        return frozenset(n.id for n in self.mirror.networks() if drivers.driver(n) in (drivers.HOST, drivers.NONE))
 
     def ingress_ids(self) -> frozenset[str]:
         return view.ingress_network_ids(self.mirror)

@@ -79,7 +79,7 @@ def compared(wanted: Sandbox, actual: Sandbox, leg: Leg | None) -> tuple[tuple[s
         missing.append(_vxlan(wanted.vxlan, actual.vxlan))
     if wanted.leg is not None and leg != wanted.leg:
         missing.append(f"the leg {wanted.leg.name}, up and with its addresses")
-    missing += [f"{name} in the bridge" for name in sorted(wanted.ports - actual.ports)]
+    missing += [f"{name} in the bridge, with an MTU of {mtu}" for name, mtu in sorted(wanted.ports - actual.ports)]
     missing += _forwarding(wanted.forwarding - actual.forwarding)
     missing += _neighbours(wanted.neighbours - actual.neighbours)
     foreign = [

@@ -28,7 +28,9 @@ from node.images import ImageStore
 from node.interface import Phase
 from node.mounts import prepare_mount_namespace
 from node.resolvers import host_resolvers
+from overlay import probe
 from overlay.host import KernelNetwork
+from overlay.interface import Balancer, NetworkError
 from proto.local_pb2 import (
     InfoReply,
     InfoRequest,
@@ -126,9 +128,10 @@ async def _answer(
 
 
 class Daemon:
-    def __init__(self, config: DaemonConfig, paths: HostPaths) -> None:
+    def __init__(self, config: DaemonConfig, paths: HostPaths, balancer: Balancer) -> None:
         self._config = config
         self._paths = paths
+        self._balancer = balancer
         self._images = ImageStore(
             paths.state / "storage",
             paths.run / "storage",
@@ -175,7 +178,13 @@ class Daemon:
             state_dir=self._paths.state,
             runtime=self._runtime,
             images=self._images,
-            network=KernelNetwork(self._paths.run, membership.node_id[:TAG_CHARS], LISTEN_PORT),
+            network=KernelNetwork(
+                self._paths.run,
+                membership.node_id[:TAG_CHARS],
+                LISTEN_PORT,
+                balancer=self._balancer,
+                answers_through_ingress=probe.answers_through_ingress(),
+            ),
             names=self._names,
             open_channel=credentials.open_channel,
             managers=list(membership.manager_addrs),
@@ -194,7 +203,11 @@ class Daemon:
 
     def _describe(self) -> NodeDescription:
         hostname = self._config.hostname or socket.gethostname()
-        return describe(hostname, __version__, lambda link: link.startswith(LINK_PREFIX))
+        description = describe(hostname, __version__, lambda link: link.startswith(LINK_PREFIX), self._config.labels)
+        description.generic.extend(self._config.generic_resources)
+        description.balancer = self._balancer
+        description.answers_through_ingress = probe.answers_through_ingress()
+        return description
 
 
 def run(config: DaemonConfig) -> None:
@@ -207,12 +220,16 @@ def run(config: DaemonConfig) -> None:
     lock = hold_lock(config.run_dir / "daemon.lock")
     if lock is None:
         sys.exit(f"another pyswarm daemon uses {config.run_dir}: give this one another --run-dir and --state-dir")
+    try:
+        balancer = probe.choose_balancer(config.balancer, probe.has_ipvs())
+    except NetworkError as error:
+        sys.exit(str(error))
     prepare_mount_namespace(config.run_dir, config.runtime)
     # A task costs a few descriptors (pidfd, netlink, log): the usual soft limit of 1,024 would hold some 200.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     _close_oom_gap(Path("/proc/self/oom_score_adj"))
-    asyncio.run(Daemon(config, paths).run())
+    asyncio.run(Daemon(config, paths, balancer).run())
     lock.close()
 
 

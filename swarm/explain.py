@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from proto import objects_pb2 as pb
 from proto.control_pb2 import Explanation, Finding
@@ -41,6 +42,7 @@ def explain_service(store: Store, service: Service, now: float) -> Explanation:
     made.findings.extend(_pending(store, task, now) for task in late[:TASKS_MAX])
     if len(late) > TASKS_MAX:
         made.findings.add(subject="others", summary=f"{len(late) - TASKS_MAX} more tasks do not run yet")
+    made.findings.extend(islice(_given_up(store, tasks), TASKS_MAX))
     made.findings.extend(_failures(store, tasks))
     return made
 
@@ -75,16 +77,29 @@ def explain_node(store: Store, node: Node) -> Explanation:
         summary=f"{len(here)} tasks",
         details=[f"{name}: {count}" for name, count in sorted(counts.items())],
     )
+    made.findings.append(_reserved(store, node, here))
+    return made
+
+
+def _reserved(store: Store, node: Node, here: Iterable[Task]) -> Finding:
     has, used_cpus, used_bytes = node.description.resources, 0, 0
+    offered, used = Counter[str](), Counter[str]()
+    for resource in node.description.generic:
+        offered[resource.kind] += resource.count
+    details = []
     for task in filter(states.reserves, here):
         used_cpus += task.spec.resources.reservations.nano_cpus
         used_bytes += task.spec.resources.reservations.memory_bytes
-    made.findings.add(
-        subject="reserved",
-        summary=f"{used_cpus / 1e9:g} of {has.nano_cpus / 1e9:g} CPUs,"
-        f" {used_bytes / 2**20:.0f} of {has.memory_bytes / 2**20:.0f} MiB memory",
-    )
-    return made
+        for resource in task.assigned_generic:
+            used[resource.kind] += resource.count
+            if resource.id:
+                details.append(f"{resource.kind} {resource.id}: {_task_name(store, task)}")
+    parts = [
+        f"{used_cpus / 1e9:g} of {has.nano_cpus / 1e9:g} CPUs",
+        f"{used_bytes / 2**20:.0f} of {has.memory_bytes / 2**20:.0f} MiB memory",
+        *(f"{used[kind]} of {offered[kind]} {kind}" for kind in sorted(offered | used)),
+    ]
+    return Finding(subject="reserved", summary=", ".join(parts), details=sorted(details))
 
 
 def _aim(store: Store, service: Service, wanted: list[Task]) -> str:
@@ -131,6 +146,18 @@ def _pending(store: Store, task: Task, now: float) -> Finding:
                 f"crash loop: {task.failures_before} failures in a row, so it waits {delay_s:g} s ({left_s:.0f} s more)"
             )
     return made
+
+
+def _given_up(store: Store, tasks: Iterable[Task]) -> Iterator[Finding]:
+    """Slots where nothing shall run any more, though the service wants it: the restart policy forbids another task."""
+    slots: dict[str, list[Task]] = {}
+    for task in tasks:
+        slots.setdefault(states.slot_of(task), []).append(task)
+    for slot in sorted(slots):
+        last = max(slots[slot], key=lambda task: (task.meta.created_at, task.id))
+        ended = last.status.state in states.STOPPED_BY_ITSELF and last.desired_state == pb.TASK_SHUTDOWN
+        if ended and not any(states.is_runnable(task) for task in slots[slot]):
+            yield Finding(subject=_task_name(store, last), summary=f"given up: {last.reason}")
 
 
 def _failures(store: Store, tasks: Iterable[Task]) -> Iterator[Finding]:

@@ -36,14 +36,8 @@ class Answering:
         return True
 
 
-RECORDS = (
-    a_cluster(),
-    a_node("n1"),
-    a_node("n2"),
-    a_network("net", 1),
-    a_service("web", "net"),
-    a_task("web", 1, "n1"),
-)
+NODES = (a_cluster(), a_node("n1"), a_node("n2"))
+RECORDS = (*NODES, a_network("net", 1), a_service("web", "net"), a_task("web", 1, "n1"))
 
 
 async def replies(made: Managers, asked: str, ref: str = "") -> list[DoctorReply]:
@@ -53,7 +47,7 @@ async def replies(made: Managers, asked: str, ref: str = "") -> list[DoctorReply
 async def test_any_manager_s_report_tells_what_nodes_found_and_who_does_not_answer() -> None:
     async with managing(*RECORDS, names=("m1", "m2")) as made:
         leader = made["m1"]
-        node = leader.links["n1"] = Answering(leader.exams, "n1")  # type: ignore[assignment]
+        node = leader.links["n1"] = Answering(leader.exams, "n1")
         for asked in ("m1", "m2"):
             *progress, last = await replies(made, asked)
             assert (progress[-1].progress.nodes, progress[-1].progress.answered) == (2, 2)
@@ -67,7 +61,7 @@ async def test_any_manager_s_report_tells_what_nodes_found_and_who_does_not_answ
 
 async def test_of_one_service_only_its_nodes_are_asked() -> None:
     async with managing(*RECORDS) as made:
-        made["m1"].links["n1"] = Answering(made["m1"].exams, "n1")  # type: ignore[assignment]
+        made["m1"].links["n1"] = Answering(made["m1"].exams, "n1")
         *_, last = await replies(made, "m1", "web")
         assert {each.subject for each in last.report.diagnoses} == {"n1"}
         code, message = await refused(_drained(made, "nobody"))

@@ -1,4 +1,4 @@
-"""The doctor's relay: answers of several nodes in one stream; whoever cannot answer is told as such, never waited for."""
+"""The doctor's relay: answers of several nodes in one stream; whoever cannot answer is told, never waited for."""
 
 from __future__ import annotations
 

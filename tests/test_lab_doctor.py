@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -193,7 +194,7 @@ def test_a_flushed_nftables_table_is_named(cluster: Lab) -> None:
     table = host_table(node_id(cluster, "w1")[:TAG_CHARS])
     with (
         inside(cluster.host("w1").netns_path, NETLINK_NETFILTER) as netlink,
-        again_and_again(lambda: netlink.transaction(nfnl.transaction([nfnl.delete_table(table)]))),
+        again_and_again(lambda: netlink.transaction(nfnl.transaction([nfnl.delete_table(socket.AF_INET, table)]))),
     ):
         found = the_one(examined(cluster))
     assert found["subject"] == "w1"

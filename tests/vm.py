@@ -35,6 +35,18 @@ GUEST_MODULES = (
     "nft_numgen",
     "nft_reject_ipv4",
     "nft_fib_ipv4",
+    "nft_fib_ipv6",
+    "nft_fib_inet",
+    "nft_reject_ipv6",
+    "nft_hash",
+    "nft_limit",
+    "nf_conntrack_netlink",
+    "nf_tables_netdev",
+    "ip_vs",
+    "ip_vs_wrr",
+    "ip_vs_wlc",
+    "ip_vs_sh",
+    "sctp",
 )
 MEMORY_MIB = 3072
 TIMEOUT_S = 1200

@@ -10,6 +10,7 @@ from typing import Any
 
 from proto import objects_pb2 as pb
 from swarm.cli.units import NANO, format_time
+from swarm.store import states
 
 Json = dict[str, Any]
 
@@ -76,8 +77,11 @@ def service_spec_json(spec: pb.ServiceSpec) -> Json:
         **_annotations(spec.annotations),
         "TaskTemplate": task_spec_json(spec.task),
         "Mode": mode,
-        "UpdateConfig": _update_config(spec.update),
-        "RollbackConfig": _update_config(spec.rollback),
+        **(
+            {}
+            if states.is_job(spec)
+            else {"UpdateConfig": _update_config(spec.update), "RollbackConfig": _update_config(spec.rollback)}
+        ),
         **_given("MaxUnavailable", spec.max_unavailable),
         "EndpointSpec": _endpoint_spec(spec.endpoint),
     }
@@ -188,11 +192,16 @@ def node_json(node: pb.Node) -> Json:
         "Description": {
             "Hostname": description.hostname,
             "Platform": {"Architecture": description.platform.architecture, "OS": description.platform.os},
-            "Resources": _resources(description.resources),
+            "Resources": {
+                **_resources(description.resources),
+                **_given("GenericResources", [_generic(resource) for resource in description.generic]),
+            },
             "Engine": {
                 "EngineVersion": description.engine_version,
                 **_given("Labels", dict(description.engine_labels)),
             },
+            **_given("Balancer", description.balancer),
+            "AnswersThroughIngress": description.answers_through_ingress,
         },
         "Status": {
             "State": pb.NodeStatus.State.Name(node.status.state).lower(),
@@ -266,7 +275,14 @@ def _resources(resources: pb.Resources) -> Json:
         **_given("NanoCPUs", resources.nano_cpus),
         **_given("MemoryBytes", resources.memory_bytes),
         **_given("Pids", resources.pids),
+        **_given("GenericResources", [_generic(resource) for resource in resources.generic]),
     }
+
+
+def _generic(resource: pb.GenericResource) -> Json:
+    if resource.id:
+        return {"NamedResourceSpec": {"Kind": resource.kind, "Value": resource.id}}
+    return {"DiscreteResourceSpec": {"Kind": resource.kind, "Value": resource.count}}
 
 
 def _update_config(config: pb.UpdateConfig) -> Json:

@@ -29,7 +29,24 @@ def client_version() -> str:
 @click.option(
     "--insecure-registry", "insecure", multiple=True, metavar="HOST[:PORT]", help="Registry to be spoken to unverified."
 )
+@click.option(
+    "--label", "labels", multiple=True, metavar="KEY=VALUE", help="Label that constraints call engine.labels.KEY."
+)
+@click.option(
+    "--node-generic-resource",
+    "generic",
+    multiple=True,
+    metavar="KIND=VALUE",
+    help="What tasks may reserve here: a number (licences=4), or each by name (gpu=GPU1).",
+)
 @click.option("--runtime", default="crun", show_default=True, help="OCI runtime: name or path.")
+@click.option(
+    "--lb",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "ipvs", "nftables"]),
+    help="What balances services; auto = IPVS where the kernel has it.",
+)
 @click.option(
     "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"]),
     help="How much is logged to standard error.",
@@ -42,7 +59,10 @@ def daemon(
     cgroup_parent: str,
     image_stores: tuple[str, ...],
     insecure: tuple[str, ...],
+    labels: tuple[str, ...],
+    generic: tuple[str, ...],
     runtime: str,
+    lb: str,
     log_level: str,
 ) -> None:
     """Run this host's daemon until it is stopped by a signal; containers go on without it.
@@ -51,6 +71,9 @@ def daemon(
     Example:
       pyswarm daemon --state-dir /srv/pyswarm --log-level debug
     """
+    from swarm.cli.generic import parse_offered
+    from swarm.cli.spec import parse_pairs
+
     config = DaemonConfig(
         state_dir=Path(state_dir).absolute(),
         run_dir=Path(run_dir).absolute(),
@@ -58,7 +81,10 @@ def daemon(
         cgroup_parent=cgroup_parent,
         image_stores=tuple(Path(store).absolute() for store in image_stores),
         insecure_registries=insecure,
+        labels=parse_pairs(labels, "label"),
+        generic_resources=tuple(parse_offered(generic, "node-generic-resource")),
         runtime=runtime,
+        balancer=lb,
         log_level=log_level,
     )
     from swarm.daemon import run
