@@ -6,10 +6,11 @@ On the namespace thread, like all that changes these things, so nothing is seen 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from overlay import namespaces, nfnl
-from overlay.act import HostKernel, NamespaceKernel, read_host
-from overlay.addressing import host_table, is_leg
+from overlay.act import NamespaceKernel, read_host
+from overlay.addressing import host_table
 from overlay.interface import Inspection, NetworkDrift
 from overlay.netlink import NETLINK_NETFILTER, Netlink
 from overlay.plan import Leg, Sandbox, Vxlan
@@ -25,12 +26,16 @@ def inspect(
 ) -> Inspection:
     """`wanted`: by network."""
     host = read_host()
-    legs = sorted(name for name in host.links if is_leg(tag, name))
+    legs = host.legs(tag)
+    forwards = namespaces.read_sysctl("net.ipv4.ip_forward") == "1"
+    strict = tuple(name for name in sorted(legs) if _is_strict(name))
+    # Of a leg's own settings these two are told as such, not once more for each network.
+    known = {name: replace(leg, routing=True) if not forwards or name in strict else leg for name, leg in legs.items()}
     return Inspection(
-        networks=tuple(_network(kernel, tag, host, network_id, picture) for network_id, picture in wanted.items()),
-        forwards=namespaces.read_sysctl("net.ipv4.ip_forward") == "1",
-        strict_links=tuple(name for name in legs if _is_strict(name)),
-        leg=legs[0] if legs else "",
+        networks=tuple(_network(kernel, network_id, picture, known) for network_id, picture in wanted.items()),
+        forwards=forwards,
+        strict_links=strict,
+        leg=min(legs, default=""),
         tables_missing=tuple(_tables_missing(kernel, tag, task_ids)),
         underlay_link=host.link_of(vtep),
         underlay_mtu_bytes=host.mtu_of(vtep) or 0,
@@ -59,14 +64,12 @@ def _has_table(name: str) -> bool:
         return any(table == name for table, _ in nfnl.chains(netlink))
 
 
-def _network(kernel: NamespaceKernel, tag: str, host: HostKernel, network_id: str, wanted: Sandbox) -> NetworkDrift:
+def _network(kernel: NamespaceKernel, network_id: str, wanted: Sandbox, legs: Mapping[str, Leg]) -> NetworkDrift:
     mtu_bytes = wanted.vxlan.mtu_bytes if wanted.vxlan else 0
     if not namespaces.exists(kernel.network_path(network_id)):
         return NetworkDrift(network_id, mtu_bytes, missing=("its namespace",))
     actual = kernel.read_sandbox(network_id).picture
-    legs = host.legs(tag)
-    leg = legs.get(wanted.leg.name) if wanted.leg else None
-    missing, foreign = compared(wanted, actual, leg)
+    missing, foreign = compared(wanted, actual, legs.get(wanted.leg.name) if wanted.leg else None)
     return NetworkDrift(network_id, mtu_bytes, missing, foreign)
 
 
@@ -78,7 +81,7 @@ def compared(wanted: Sandbox, actual: Sandbox, leg: Leg | None) -> tuple[tuple[s
     if actual.vxlan != wanted.vxlan:
         missing.append(_vxlan(wanted.vxlan, actual.vxlan))
     if wanted.leg is not None and leg != wanted.leg:
-        missing.append(f"the leg {wanted.leg.name}, up and with its addresses")
+        missing.append(f"the leg {wanted.leg.name}, up, with its addresses and settings")
     missing += [f"{name} in the bridge, with an MTU of {mtu}" for name, mtu in sorted(wanted.ports - actual.ports)]
     missing += _forwarding(wanted.forwarding - actual.forwarding)
     missing += _neighbours(wanted.neighbours - actual.neighbours)
