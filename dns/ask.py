@@ -30,17 +30,20 @@ class NoAnswer(Exception):
     """Nothing that is an answer came in time."""
 
 
-async def ask(name: str, open_socket: OpenSocket, server: tuple[str, int] = SERVER) -> tuple[str, ...]:
-    """The name's IPv4 addresses in numeric order; none when it has none or does not exist. Raises NoAnswer, OSError."""
-    question = DNSRecord.question(name, "A")
+async def ask(
+    name: str, open_socket: OpenSocket, ipv6: bool = False, server: tuple[str, int] = SERVER
+) -> tuple[str, ...]:
+    """The name's addresses of one family, sorted; none when it has none or does not exist. Raises NoAnswer, OSError."""
+    kind = "AAAA" if ipv6 else "A"
+    question = DNSRecord.question(name, kind)
     question.header.id = next(_identifiers) & 0xFFFF
     answer = await _over_udp(question, open_socket, server)
     if answer.header.tc:
         answer = await _over_tcp(question, open_socket, server)
     if answer.header.rcode not in (RCODE.NOERROR, RCODE.NXDOMAIN):
         raise NoAnswer(f"the name server answered {RCODE[answer.header.rcode]}")
-    found = {str(record.rdata) for record in answer.rr if record.rtype == QTYPE.A}
-    return tuple(sorted(found, key=socket.inet_aton))
+    found = {str(record.rdata) for record in answer.rr if QTYPE[record.rtype] == kind}
+    return tuple(sorted(found))
 
 
 async def _over_udp(question: DNSRecord, open_socket: OpenSocket, server: tuple[str, int]) -> DNSRecord:

@@ -137,7 +137,7 @@ class Examiner:
                 return await connect(probe.connect, open_socket)
             case "lookup":
                 try:
-                    return ProbeResult(answers=await ask(probe.lookup.name, open_socket))
+                    return ProbeResult(answers=await ask(probe.lookup.name, open_socket, probe.lookup.ipv6))
                 except NoAnswer as error:
                     return ProbeResult(outcome=ProbeResult.SILENT, detail=str(error))
         return ProbeResult(outcome=ProbeResult.FAILED, detail="this node's version does not know the probe")

@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from overlay.act import read_host
 from proto.dispatch_pb2 import Connect, Ping, ProbeResult
@@ -28,21 +29,58 @@ CONNECT_S = 2.5
 """The kernel repeats a lost SYN after 1 s: time for that, and for the answer."""
 UDP_REFUSAL_S = 0.5
 """A port that nobody serves is refused at once; from one that is served nothing may ever come."""
-_IP_HEADER_BYTES, _ICMP_HEADER_BYTES = 20, 8
-_IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE = 10, 3
-"""linux/in.h: never fragmented, and sent whatever the kernel has learned of the path so far."""
-_ECHO_REPLY, _ECHO_REQUEST = 0, 8
+_ICMP_HEADER_BYTES = 8
 _identifiers = itertools.count(os.getpid())
 
 Outcome = ProbeResult.Outcome
 
 
-def echo_request(identifier: int, sequence: int, size_bytes: int) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Family:
+    number: socket.AddressFamily
+    header_bytes: int
+    """Of an IP packet."""
+    icmp: int
+    request: int
+    reply: int
+    never_fragment: tuple[tuple[int, int, int], ...]
+    """Socket options: never fragmented, and sent whatever the kernel has learned of the path so far."""
+    shows_header: bool
+    """Whether received packets begin with their IP header."""
+
+
+_IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE, _IPV6_DONTFRAG = 10, 23, 3, 62  # linux/in.h, linux/in6.h
+IPV4 = Family(
+    socket.AF_INET,
+    20,
+    socket.IPPROTO_ICMP,
+    8,
+    0,
+    ((socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_PROBE),),
+    True,
+)
+IPV6 = Family(
+    socket.AF_INET6,
+    40,
+    socket.IPPROTO_ICMPV6,
+    128,
+    129,
+    ((socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE), (socket.IPPROTO_IPV6, _IPV6_DONTFRAG, 1)),
+    False,
+)
+
+
+def family_of(address: str) -> Family:
+    return IPV6 if ":" in address else IPV4
+
+
+def echo_request(family: Family, identifier: int, sequence: int, size_bytes: int) -> bytes:
     """The ICMP part of an IP packet of this size. Payloads differ, so an answer is to be the whole of its own."""
     header = struct.pack(">HH", identifier, sequence)
-    payload = bytes((sequence + place) & 0xFF for place in range(size_bytes - _IP_HEADER_BYTES - _ICMP_HEADER_BYTES))
-    checksum = _checksum(struct.pack(">BBH", _ECHO_REQUEST, 0, 0) + header + payload)
-    return struct.pack(">BBH", _ECHO_REQUEST, 0, checksum) + header + payload
+    payload = bytes((sequence + place) & 0xFF for place in range(size_bytes - family.header_bytes - _ICMP_HEADER_BYTES))
+    # Of ICMPv6 the kernel computes it, which alone knows the source address that goes into it.
+    checksum = _checksum(struct.pack(">BBH", family.request, 0, 0) + header + payload)
+    return struct.pack(">BBH", family.request, 0, checksum) + header + payload
 
 
 def _checksum(data: bytes) -> int:
@@ -54,20 +92,22 @@ def _checksum(data: bytes) -> int:
     return socket.htons(~total & 0xFFFF)
 
 
-def answered(packet: bytes, request: bytes) -> bool:
-    """Whether this IP packet is the whole answer to that request."""
-    message = packet[(packet[0] & 0xF) * 4 :] if packet else b""
-    return message[:1] == bytes([_ECHO_REPLY]) and message[4:] == request[4:]
+def answered(family: Family, packet: bytes, request: bytes) -> bool:
+    """Whether what was received is the whole answer to that request."""
+    message = packet[(packet[0] & 0xF) * 4 :] if packet and family.shows_header else packet
+    return message[:1] == bytes([family.reply]) and message[4:] == request[4:]
 
 
 async def ping(wanted: Ping, open_socket: OpenSocket, full_bytes: int = 0) -> ProbeResult:
     """`full_bytes`: what a full packet is; 0 = as the link of the socket's own address carries."""
     measured = full_bytes
+    family = family_of(wanted.address)
 
     def make() -> socket.socket:
         nonlocal measured
-        made = _socket(socket.SOCK_RAW, socket.IPPROTO_ICMP)
-        made.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE)
+        made = _socket(family, socket.SOCK_RAW, family.icmp)
+        for option in family.never_fragment:
+            made.setsockopt(*option)
         made.connect((wanted.address, 0))
         if wanted.full and not full_bytes:
             measured = read_host().mtu_of(made.getsockname()[0]) or 0
@@ -80,12 +120,12 @@ async def ping(wanted: Ping, open_socket: OpenSocket, full_bytes: int = 0) -> Pr
     with opened:
         sizes = {*wanted.sizes, *([measured] if wanted.full and measured else [])}
         identifier = next(_identifiers) & 0xFFFF
-        requests = {size: echo_request(identifier, number, size) for number, size in enumerate(sorted(sizes))}
+        requests = {size: echo_request(family, identifier, number, size) for number, size in enumerate(sorted(sizes))}
         detail = ""
         whole: set[int] = set()
         for _ in range(PING_TRIES):
             detail = _send(opened, [requests[size] for size in sorted(sizes - whole)]) or detail
-            detail = await _collect(opened, requests, whole) or detail
+            detail = await _collect(family, opened, requests, whole) or detail
             if whole == sizes:
                 break
     outcome = Outcome.OK if whole else Outcome.UNREACHABLE if detail else Outcome.SILENT
@@ -103,7 +143,7 @@ def _send(opened: socket.socket, requests: list[bytes]) -> str:
     return refusal
 
 
-async def _collect(opened: socket.socket, requests: dict[int, bytes], whole: set[int]) -> str:
+async def _collect(family: Family, opened: socket.socket, requests: dict[int, bytes], whole: set[int]) -> str:
     """Add the sizes answered until all are or the time is over; returns an error that arrived instead."""
     loop = asyncio.get_running_loop()
     refusal = ""
@@ -115,7 +155,7 @@ async def _collect(opened: socket.socket, requests: dict[int, bytes], whole: set
                 except OSError as error:
                     refusal = _words(error)
                     continue
-                whole |= {size for size, request in requests.items() if answered(packet, request)}
+                whole |= {size for size, request in requests.items() if answered(family, packet, request)}
     except TimeoutError:
         pass
     return refusal
@@ -130,7 +170,7 @@ async def connect(wanted: Connect, open_socket: OpenSocket) -> ProbeResult:
     address = (wanted.address, wanted.port)
 
     try:
-        with await open_socket(lambda: _socket(kind, number)) as opened:
+        with await open_socket(lambda: _socket(family_of(wanted.address), kind, number)) as opened:
             async with asyncio.timeout(CONNECT_S):
                 await loop.sock_connect(opened, address)
             if datagrams:
@@ -144,8 +184,8 @@ async def connect(wanted: Connect, open_socket: OpenSocket) -> ProbeResult:
     return ProbeResult(outcome=Outcome.OK)
 
 
-def _socket(kind: int, protocol: int) -> socket.socket:
-    return socket.socket(socket.AF_INET, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, protocol)
+def _socket(family: Family, kind: int, protocol: int) -> socket.socket:
+    return socket.socket(family.number, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, protocol)
 
 
 def outcome_of(error: OSError) -> ProbeResult.Outcome.ValueType:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from proto import objects_pb2 as pb
 from proto.control_pb2 import Diagnosis, DoctorReport
 from proto.dispatch_pb2 import HostFacts, NetworkFacts, ProbeResult
+from swarm.doctor.checks import Check, Kind
 from swarm.doctor.evidence import evidence
-from swarm.doctor.plan import Check, Kind, plan
+from swarm.doctor.plan import plan
 from swarm.doctor.rules import report
 from swarm.store.store import Store
 

@@ -8,7 +8,8 @@ import pytest
 
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import NodeStatus
-from swarm.doctor.plan import PEERS_EACH_MAX, PROBES_MAX, SERVICES_MAX, Check, Kind, plan
+from swarm.doctor.checks import Check, Kind
+from swarm.doctor.plan import PEERS_EACH_MAX, PROBES_MAX, SERVICES_MAX, plan
 from swarm.store.store import Store
 from tests.doctor_swarm import Record, a_network, a_node, a_service, a_swarm, a_task, vtep
 
@@ -79,6 +80,22 @@ def test_a_name_has_the_addresses_of_the_first_network_of_the_asking_task_that_k
     )
     checks = plan(store).checks
     assert {check.expected for check in of(checks, Kind.NAMES) if check.name == "web"} == {frozenset({"10.0.2.9"})}
+
+
+def test_on_a_dual_stack_network_both_families_are_tried() -> None:
+    service = a_service("web", "net", (8000, 80))
+    service.endpoint.virtual_ips[0].address6 = "fd00::2/64"
+    tasks = [a_task("web", 1, "n1"), a_task("web", 2, "n2")]
+    for number, task in enumerate(tasks, 1):
+        task.networks[0].address6 = f"fd00::1{number}/64"
+    checks = plan(Store.of(a_node("n1"), a_node("n2"), a_network("net", 1), service, *tasks)).checks
+    assert {check.address for check in of(checks, Kind.OVERLAY)} == {"10.0.1.12", "fd00::12"}
+    assert {check.address for check in of(checks, Kind.VIP)} == {"10.0.1.2", "fd00::2"}
+    assert "fd00::12" in {check.address for check in of(checks, Kind.BACKEND)}
+    names = {(check.name, check.ipv6): check.expected for check in of(checks, Kind.NAMES)}
+    assert names["web", True] == {"fd00::2"}
+    assert names["tasks.web", True] == {"fd00::11", "fd00::12"}
+    assert names["tasks.web", False] == {"10.0.1.11", "10.0.1.12"}
 
 
 def test_dnsrr_names_have_the_tasks_addresses() -> None:

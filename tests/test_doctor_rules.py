@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from proto.control_pb2 import Diagnosis
 from proto.dispatch_pb2 import HostFacts, Listener, ProbeResult
 from proto.objects_pb2 import TASK_STARTING, TCP, NodeStatus
+from swarm.doctor.checks import Check, Kind
 from swarm.doctor.evidence import pair_of
-from swarm.doctor.plan import Check, Kind, plan
+from swarm.doctor.plan import plan
 from tests.doctor_swarm import (
     FULL_BYTES,
     Answer,

@@ -14,25 +14,25 @@ from overlay.addressing import leg_name, network_namespace, task_mac
 from overlay.diff import VXLAN_NAME
 from overlay.interface import NetworkError
 from overlay.netlink import NETLINK_ROUTE, Netlink, acknowledged
-from overlay.reachability import OpenSocket, answered, connect, echo_request, ping
+from overlay.reachability import IPV4, OpenSocket, answered, connect, echo_request, ping
 from proto.dispatch_pb2 import Connect, Ping, ProbeResult
 from proto.objects_pb2 import SCTP, TCP, UDP
-from tests.overlay_lab import NET, OverlayLab, SimulatedHost
+from tests.overlay_lab import NET, OverlayLab, SimulatedHost, address6
 
 OK, REFUSED, SILENT = ProbeResult.OK, ProbeResult.REFUSED, ProbeResult.SILENT
 NEAR, FAR = "10.77.1.11", "10.77.1.12"
 
 
 def test_an_answer_is_whole_or_it_is_none() -> None:
-    request = echo_request(7, 3, 100)
+    request = echo_request(IPV4, 7, 3, 100)
     ip_header = bytes([0x45]) + bytes(19)
     reply = bytes([0, 0, 0, 0]) + request[4:]
     assert len(ip_header + request) == 100
-    assert answered(ip_header + reply, request)
-    assert not answered(ip_header + reply[:-1] + b"x", request)
-    assert not answered(ip_header + reply[:-1], request)
-    assert not answered(ip_header + request, request), "a request is no answer"
-    assert not answered(b"", request)
+    assert answered(IPV4, ip_header + reply, request)
+    assert not answered(IPV4, ip_header + reply[:-1] + b"x", request)
+    assert not answered(IPV4, ip_header + reply[:-1], request)
+    assert not answered(IPV4, ip_header + request, request), "a request is no answer"
+    assert not answered(IPV4, b"", request)
 
 
 def run(*argv: str) -> None:
@@ -89,6 +89,16 @@ async def test_connections_are_accepted_refused_or_unanswered(lab: OverlayLab) -
     assert (await connect(Connect(address=FAR, port=80), near)).outcome == SILENT
     sctp = await connect(Connect(address=FAR, port=80, protocol=SCTP), near)
     assert sctp.outcome in (REFUSED, ProbeResult.FAILED), "this kernel may lack SCTP"
+
+
+@pytest.mark.root
+async def test_both_families_are_probed(lab: OverlayLab) -> None:
+    far6, near = address6(NET, FAR), from_task(lab.hosts[0], "near")
+    full = await ping(Ping(address=far6, sizes=[84], full=True), near)
+    assert (full.outcome, list(full.sizes), full.full_size) == (OK, [84, 1450], 1450)
+    lab.sockets.serve(lab.path("far"), far6, 80, "far")
+    for port, outcome in ((80, OK), (81, REFUSED)):
+        assert (await connect(Connect(address=far6, port=port), near)).outcome == outcome
 
 
 @pytest.mark.root

@@ -8,8 +8,9 @@ from proto.control_pb2 import DoctorProgress, DoctorReply
 from proto.dispatch_pb2 import HostFacts, ProbeResult
 from swarm.api.backend import Backend
 from swarm.api.find import find_service
+from swarm.doctor.checks import Check, Kind, Plan
 from swarm.doctor.evidence import evidence
-from swarm.doctor.plan import Check, Kind, Plan, plan
+from swarm.doctor.plan import plan
 from swarm.doctor.rules import report
 from swarm.errors import NoLeader
 

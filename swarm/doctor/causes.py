@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from proto.control_pb2 import Diagnosis
 from proto.dispatch_pb2 import HostFacts, NetworkFacts
+from swarm.doctor.checks import Check, Kind
 from swarm.doctor.evidence import Evidence
-from swarm.doctor.plan import Check, Kind
 
 ENDPOINTS_TOLD = 5_000
 """As many a node tells of one network (node/doctor.py)."""

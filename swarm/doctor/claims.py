@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from proto.control_pb2 import Diagnosis
+from swarm.doctor.checks import Check
 from swarm.doctor.evidence import OUTCOMES, Evidence, pair_of
-from swarm.doctor.plan import Check
 
 SHOWN_MAX = 5
 """Of a list within one sentence."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from proto.control_pb2 import CheckCount
 from proto.dispatch_pb2 import FirewallDrop, HostFacts, ProbeResult
-from swarm.doctor.plan import Check, Kind, Plan
+from swarm.doctor.checks import Check, Kind, Plan
 
 OUTCOMES = ProbeResult.Outcome
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from swarm.doctor import causes
+from swarm.doctor.checks import Kind
 from swarm.doctor.claims import Checks, Claim, broken, by_name, by_node, by_pair, pair_name, some, warning
 from swarm.doctor.evidence import Evidence, pair_of
-from swarm.doctor.plan import Kind
 
 _ACROSS = (Kind.OVERLAY, Kind.FULL, Kind.TCP, Kind.EGRESS, Kind.BACKEND, Kind.PUBLISHED, Kind.UNDERLAY, Kind.PATH)
 """Kinds of checks that go from one host to another."""

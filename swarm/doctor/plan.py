@@ -6,25 +6,23 @@ without looking at the state again. Numbers are bounded: a node of a large swarm
 
 from __future__ import annotations
 
-import enum
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 
-from proto.dispatch_pb2 import Connect, Lookup, Ping, Probe
 from proto.objects_pb2 import (
     DNSRR,
     INGRESS,
     TASK_RUNNING,
-    TCP,
     Network,
+    NetworkAttachment,
     Node,
     PortConfig,
-    Protocol,
     Service,
     Task,
+    VirtualIP,
 )
 from swarm.dispatch.items import ingress_network_of, is_down, is_live, predefined_network
+from swarm.doctor.checks import Check, Kind, Plan
 from swarm.store.states import is_runnable
 from swarm.store.store import Store
 
@@ -37,85 +35,8 @@ SERVICES_MAX = 100
 """Examined when none is named: planning more would keep the leader from its work for most of a second."""
 PROBES_MAX = 500
 """Of one node: about 20 s when all of them fail (node/doctor.py). Every kind has its share of them."""
-SMALL_BYTES = 84
-PATH_BYTES = (SMALL_BYTES, 576, 1280, 1350, 1400, 1420, 1450, 1472, 1492, 1500)
-"""Usual sizes of packets that fit through something: tunnels, PPPoE, Ethernet."""
 CLOSED_PORT = 9
 """discard: whether it answers or refuses, TCP comes through."""
-
-
-class Kind(enum.Enum):
-    """In the order in which they are tried and shown."""
-
-    HOST = "host"
-    UNDERLAY = "underlay"
-    PATH = "path MTU"
-    OVERLAY = "overlay"
-    FULL = "full packets"
-    TCP = "TCP on overlay"
-    EGRESS = "way out"
-    NAMES = "names"
-    BACKEND = "tasks listen"
-    VIP = "virtual IP"
-    PUBLISHED = "published port"
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    kind: Kind
-    node_id: str
-    """Who tries."""
-    task_id: str = ""
-    """From this task's namespace; "" = from the host itself."""
-    peer_id: str = ""
-    """The node at the other end, if one node is."""
-    network_id: str = ""
-    service_id: str = ""
-    backend_id: str = ""
-    """The task at the other end."""
-    address: str = ""
-    port: int = 0
-    protocol: Protocol.ValueType = TCP
-    name: str = ""
-    expected: frozenset[str] = frozenset()
-    """Addresses that the name has."""
-
-    def probe(self, number: int) -> Probe:
-        probe = Probe(number=number, task_id=self.task_id)
-        match self.kind:
-            case Kind.UNDERLAY | Kind.OVERLAY | Kind.EGRESS:
-                probe.ping.CopyFrom(Ping(address=self.address, sizes=[SMALL_BYTES]))
-            case Kind.PATH:
-                probe.ping.CopyFrom(Ping(address=self.address, sizes=PATH_BYTES, full=True))
-            case Kind.FULL:
-                probe.ping.CopyFrom(Ping(address=self.address, full=True))
-            case Kind.NAMES:
-                probe.lookup.CopyFrom(Lookup(name=self.name))
-            case _:
-                probe.connect.CopyFrom(Connect(address=self.address, port=self.port, protocol=self.protocol))
-        return probe
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    checks: tuple[Check, ...]
-    left_out: int = 0
-    """Checks beyond PROBES_MAX of a node."""
-    services_left_out: int = 0
-    names: Mapping[str, str] = field(default_factory=dict)
-    """ID -> what people call the node, network, service or task."""
-    endpoints: Mapping[tuple[str, str], frozenset[str]] = field(default_factory=dict)
-    """(node, network) -> addresses of tasks that the node should have been told of."""
-    unserved: frozenset[str] = frozenset()
-    """Services with ports, and tasks that should run, none of which serves."""
-    masquerading: frozenset[str] = frozenset()
-    """Nodes whose tasks of published services do not see the clients' own addresses."""
-
-    def by_node(self) -> dict[str, list[Check]]:
-        found: defaultdict[str, list[Check]] = defaultdict(list)
-        for check in self.checks:
-            found[check.node_id].append(check)
-        return dict(found)
 
 
 def plan(store: Store, service: Service | None = None) -> Plan:
@@ -215,17 +136,18 @@ class _Planner:
             clients = self._clients[network_id]
             for node_id, peer_id in self._pairs([each for each in self._nodes if each in clients]):
                 backend = clients[peer_id]
-                for kind in (Kind.OVERLAY, Kind.FULL, Kind.TCP):
-                    yield Check(
-                        kind,
-                        node_id,
-                        clients[node_id].id,
-                        peer_id,
-                        network_id,
-                        backend_id=backend.id,
-                        address=_address(backend, network_id),
-                        port=CLOSED_PORT if kind is Kind.TCP else 0,
-                    )
+                for address in _addresses(backend, network_id):
+                    for kind in (Kind.OVERLAY, Kind.FULL, Kind.TCP):
+                        yield Check(
+                            kind,
+                            node_id,
+                            clients[node_id].id,
+                            peer_id,
+                            network_id,
+                            backend_id=backend.id,
+                            address=address,
+                            port=CLOSED_PORT if kind is Kind.TCP else 0,
+                        )
 
     def _egress(self) -> Iterator[Check]:
         outside = [key for key, network in self._networks.items() if not network.spec.internal]
@@ -246,15 +168,20 @@ class _Planner:
                 for node_id, client in self._clients[config.network_id].items() if config.network_id in known else ():
                     seen = [known[each.network_id] for each in client.networks if each.network_id in known]
                     for name in (service.spec.annotations.name, f"tasks.{service.spec.annotations.name}"):
-                        yield Check(
-                            Kind.NAMES,
-                            node_id,
-                            client.id,
-                            network_id=config.network_id,
-                            service_id=service.id,
-                            name=name,
-                            expected=next(names[name] for names in seen if name in names),
-                        )
+                        answer = next(names[name] for names in seen if name in names)
+                        six = frozenset(address for address in answer if ":" in address)
+                        for ipv6, expected in ((False, answer - six), (True, six)):
+                            if expected or not ipv6:
+                                yield Check(
+                                    Kind.NAMES,
+                                    node_id,
+                                    client.id,
+                                    network_id=config.network_id,
+                                    service_id=service.id,
+                                    name=name,
+                                    expected=expected,
+                                    ipv6=ipv6,
+                                )
 
     def _names_on(self, network: Network) -> dict[str, frozenset[str]]:
         """Names of services -> addresses; two services that share one share its answer."""
@@ -263,9 +190,11 @@ class _Planner:
             config = next((each for each in service.spec.task.networks if each.network_id == network.id), None)
             if config is None:
                 continue
-            vips = [_bare(vip.address) for vip in service.endpoint.virtual_ips if vip.network_id == network.id]
-            tasks = frozenset(_address(task, network.id) for task in self._serving[service.id, network.id])
-            answer = tasks if service.spec.endpoint.mode == DNSRR or not vips else frozenset(vips)
+            vips = [vip for vip in service.endpoint.virtual_ips if vip.network_id == network.id]
+            serving = self._serving[service.id, network.id]
+            tasks = frozenset(address for task in serving for address in _addresses(task, network.id))
+            balanced = frozenset(address for vip in vips for address in _families(vip))
+            answer = tasks if service.spec.endpoint.mode == DNSRR or not vips else balanced
             for name in {service.spec.annotations.name, *config.aliases}:
                 found[name] |= answer
                 found[f"tasks.{name}"] |= tasks
@@ -278,7 +207,8 @@ class _Planner:
                 if port.published_port:
                     yield from self._published(service, port)
                 for vip in service.endpoint.virtual_ips if port.mode == INGRESS else ():
-                    yield from self._vip(service, port, vip.network_id, _bare(vip.address))
+                    for address in _families(vip):
+                        yield from self._vip(service, port, vip.network_id, address)
 
     def _backends(self, service: Service, port: PortConfig) -> Iterator[Check]:
         """From every host that balances to them; what listens in host mode, from its own."""
@@ -291,17 +221,18 @@ class _Planner:
             near = [task for task in tasks if task.node_id == node_id]
             far = [task for task in tasks if task.node_id != node_id] if port.mode == INGRESS else []
             for task in [*near, *far][: self._backends_max]:
-                yield Check(
-                    Kind.BACKEND,
-                    node_id,
-                    peer_id=task.node_id,
-                    network_id=network_id,
-                    service_id=service.id,
-                    backend_id=task.id,
-                    address=_address(task, network_id),
-                    port=port.target_port,
-                    protocol=port.protocol,
-                )
+                for address in _addresses(task, network_id):
+                    yield Check(
+                        Kind.BACKEND,
+                        node_id,
+                        peer_id=task.node_id,
+                        network_id=network_id,
+                        service_id=service.id,
+                        backend_id=task.id,
+                        address=address,
+                        port=port.target_port,
+                        protocol=port.protocol,
+                    )
 
     def _first_network(self, service: Service) -> str:
         """Where ports in host mode lead to."""
@@ -411,5 +342,10 @@ def _bare(address: str) -> str:
     return address.partition("/")[0]
 
 
-def _address(task: Task, network_id: str) -> str:
-    return next(_bare(each.address) for each in task.networks if each.network_id == network_id)
+def _families(has: NetworkAttachment | VirtualIP) -> list[str]:
+    """The IPv4 address, and the IPv6 one if there is one."""
+    return [_bare(address) for address in (has.address, has.address6) if address]
+
+
+def _addresses(task: Task, network_id: str) -> list[str]:
+    return next(_families(each) for each in task.networks if each.network_id == network_id)

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 
 from proto.objects_pb2 import SCTP, TCP, UDP, Protocol
 from swarm.doctor import causes
+from swarm.doctor.checks import Check, Kind
 from swarm.doctor.claims import Checks, Claim, broken, by_name, by_node, outcomes, some, warning
 from swarm.doctor.evidence import OUTCOMES, Evidence
-from swarm.doctor.plan import Check, Kind
 
 L4: dict[Protocol.ValueType, str] = {TCP: "tcp", UDP: "udp", SCTP: "sctp"}
 
