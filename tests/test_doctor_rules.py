@@ -84,6 +84,18 @@ def test_a_node_that_is_not_connected_is_one_finding() -> None:
     assert "pyswarm node rm --force n3" in frozen.remedy
 
 
+def test_a_silent_node_behind_a_narrow_path_says_so() -> None:
+    small = ProbeResult(sizes=[84, 1400], full_size=FULL_BYTES)
+    store, away = a_swarm(), {"n3": "its connection to the leader was lost meanwhile"}
+
+    def differs(check: Check) -> ProbeResult | None:
+        return small if check.peer_id == "n3" and check.kind is Kind.PATH else None
+
+    one = the_one(examined(store, differs, silent=away))
+    assert "packets of more than 1400 bytes do not reach it" in one.why
+    assert one.remedy.startswith("raise the MTU of the path to 1500")
+
+
 def test_hosts_that_do_not_reach_each_other_are_one_finding() -> None:
     one = the_one(examined(a_swarm(), between(SILENT, *ACROSS)))
     assert (one.subject, one.what) == ("n1 - n2", "they do not reach each other")

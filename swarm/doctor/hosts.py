@@ -33,6 +33,17 @@ def silent_nodes(evidence: Evidence, remaining: Checks) -> Iterator[Claim]:
             why += f"; its address does not answer {evidence.called(unreached)} either"
             why += f"; {dropped}" if dropped else ""
             remedy = f"{mended or 'see whether the host is up and its network works'}; then {remedy}"
+        narrow = [
+            result
+            for check, result in evidence.results.items()
+            if check.kind is Kind.PATH and check.peer_id == node_id and result.sizes and check in evidence.failing
+        ]
+        if narrow:
+            carried = min(max(result.sizes) for result in narrow)
+            why += (
+                f"; packets of more than {carried} bytes do not reach it: large messages of managers get lost, too"
+            )
+            remedy = f"raise the MTU of the path to {max(result.full_size for result in narrow)}; then {remedy}"
         explained = frozenset(check for check in remaining if node_id in pair_of(check))
         yield Claim(broken(name, "the node does not answer", why, remedy), explained)
 
