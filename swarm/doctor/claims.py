@@ -40,7 +40,7 @@ def some(words: Iterable[str]) -> str:
 
 def outcomes(evidence: Evidence, checks: Iterable[Check]) -> str:
     words = {OUTCOMES.REFUSED: "refused", OUTCOMES.SILENT: "no answer", OUTCOMES.UNREACHABLE: "unreachable"}
-    results = [evidence.results[check] for check in checks]
+    results = [evidence.results[check] for check in checks if check in evidence.results]
     return some(sorted({result.detail or words.get(result.outcome, "failed") for result in results}))
 
 

@@ -40,9 +40,7 @@ def silent_nodes(evidence: Evidence, remaining: Checks) -> Iterator[Claim]:
         ]
         if narrow:
             carried = min(max(result.sizes) for result in narrow)
-            why += (
-                f"; packets of more than {carried} bytes do not reach it: large messages of managers get lost, too"
-            )
+            why += f"; packets of more than {carried} bytes do not reach it: large messages of managers get lost, too"
             remedy = f"raise the MTU of the path to {max(result.full_size for result in narrow)}; then {remedy}"
         explained = frozenset(check for check in remaining if node_id in pair_of(check))
         yield Claim(broken(name, "the node does not answer", why, remedy), explained)
