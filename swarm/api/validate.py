@@ -26,7 +26,9 @@ from proto.objects_pb2 import (
     TaskSpec,
     UpdateConfig,
 )
+from swarm.allocate.ports import share_address
 from swarm.api import check, templates
+from swarm.api.validate_process import process
 from swarm.errors import Invalid
 from swarm.schedule.constraints import parse_constraint, parse_spread
 from swarm.schedule.generic import is_kind
@@ -52,6 +54,7 @@ _LOG_OPTIONS = {
     "max-file": (re.compile(r"0*[1-9]\d*"), "a number of files, 1 or more"),
 }
 """As the nodes understand them (node/inputs.py): what they would refuse, task after task, is refused here at once."""
+_WEIGHT_LABEL = re.compile(r"node\.labels\.\S+")
 _HEALTH_TESTS = ("CMD", "CMD-SHELL", "NONE")
 _PROPAGATIONS = ("", "private", "rprivate", "shared", "rshared", "slave", "rslave")
 _PROTOCOL = {pb.TCP: "tcp", pb.UDP: "udp", pb.SCTP: "sctp"}
@@ -171,6 +174,7 @@ def container_spec(spec: ContainerSpec) -> None:
     _unique(
         "device", (device.container_path or device.host_path for device in spec.devices), "give each a path of its own"
     )
+    process(spec)
     _templates(spec)
     _name_resolution(spec)
     for host in spec.hosts:
@@ -299,13 +303,29 @@ def endpoint_spec(spec: EndpointSpec) -> None:
             "port published with ingress mode can't be used with dnsrr mode: "
             "publish with mode=host, or use endpoint mode vip"
         )
-    published = (port_key(port) for port in spec.ports if port.published_port)
-    _unique("published port", (f"{number}/{protocol}" for number, protocol in published), "publish a port once")
+    _published_once(spec.ports)
     _unique(
         "port name",
         (port.name for port in spec.ports if port.name),
         "give each published port a name of its own or none",
     )
+
+    check.choice("balance", spec.balance, dict(pb.Balance.items()))
+    if spec.mode == pb.DNSRR and (spec.balance or spec.weight_label):
+        raise Invalid("balance and balance weight have no meaning in dnsrr mode, where clients choose: leave them out")
+    if spec.weight_label and not _WEIGHT_LABEL.fullmatch(spec.weight_label):
+        raise Invalid(f"balance weight {spec.weight_label!r}: write node.labels.LABEL, whose values are 1 to 100")
+
+
+def _published_once(ports: Iterable[PortConfig]) -> None:
+    """Of the same number, twice is possible on different addresses of the hosts only."""
+    seen: dict[tuple[int, str], list[str]] = {}
+    for port in ports:
+        others = seen.setdefault(port_key(port), [])
+        if port.published_port and any(share_address(port.host_ip, other) for other in others):
+            number, protocol = port_key(port)
+            raise Invalid(f"duplicate published port '{number}/{protocol}': publish a port once")
+        others.append(port.host_ip)
 
 
 def _port(port: PortConfig) -> None:
@@ -318,6 +338,11 @@ def _port(port: PortConfig) -> None:
             f"published port {port.published_port} is out of range: "
             f"use a number from 1 to {PORT_MAX}, or 0 to have one chosen"
         )
+    if port.host_ip:
+        try:
+            ipaddress.ip_address(port.host_ip)
+        except ValueError:
+            raise Invalid(f"host ip {port.host_ip!r} of port {port.target_port} is no IP address") from None
 
 
 def port_key(port: PortConfig) -> tuple[int, str]:

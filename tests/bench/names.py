@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import os
 import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -47,12 +46,7 @@ PORTS = {OURS: LISTEN_PORT, UNBOUND: UNBOUND_PORT, DNSMASQ: DNSMASQ_PORT}
 
 def install() -> dict[str, str]:
     """Program -> version of its package."""
-    missing = [package for program, package in PACKAGES.items() if shutil.which(program) is None]
-    if missing:
-        subprocess.run(["apt-get", "update", "-q"], check=True, capture_output=True, timeout=300)
-        argv = ["apt-get", "install", "-qy", "--no-install-recommends", *missing]
-        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        subprocess.run(argv, check=True, capture_output=True, timeout=600, env=environment)
+    measure.install(PACKAGES)
     query = ["dpkg-query", "-W", "-f", "${Version}"]
     return {
         program: subprocess.run([*query, package], check=True, capture_output=True, text=True, timeout=10).stdout
@@ -241,18 +235,6 @@ def hits(rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
 
 def misses(rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
     return asyncio.run(compare(MISS_SERVICES, (DNSMASQ,), True, rounds))
-
-
-def hit_ratio() -> float:
-    """Ours to unbound."""
-    found = hits()
-    return found[OURS][0] / found[UNBOUND][0]
-
-
-def miss_ratio() -> float:
-    """Ours to dnsmasq."""
-    found = misses()
-    return found[OURS][0] / found[DNSMASQ][0]
 
 
 def main() -> None:
