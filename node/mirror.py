@@ -40,6 +40,9 @@ class Mirror:
     def tasks(self) -> Iterator[Task]:
         return (item.task for item in self._all(TASK_PREFIX))
 
+    def endpoints(self) -> Iterator[NetworkEndpoint]:
+        return (item.endpoint for item in self._all(ENDPOINT))
+
     def networks(self) -> Iterator[Network]:
         return (item.network for item in self._all(NETWORK))
 

@@ -6,10 +6,12 @@ the kernel equal to it (adopting what already stands, touching nothing that is n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
+T = TypeVar("T")
 L4 = Literal["tcp", "udp", "sctp"]
 Balance = Literal["rr", "lc", "sh"]
 """Round robin, least connections (IPVS only; else round robin), by the source's address."""
@@ -167,6 +169,33 @@ class Attachment:
     sysctls: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class NetworkDrift:
+    """What of one network the kernel lacks, and what entries it has besides, in words."""
+
+    network_id: str
+    mtu_bytes: int
+    missing: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a look at the kernel shows, beside the picture applied last."""
+
+    networks: tuple[NetworkDrift, ...] = ()
+    forwards: bool = True
+    """net.ipv4.ip_forward"""
+    strict_links: tuple[str, ...] = ()
+    """Links of ours whose rp_filter is strict."""
+    tables_missing: tuple[str, ...] = ()
+    """IDs of tasks without our nftables table; "host" for the host's own."""
+    leg: str = ""
+    """A leg of some network, "" = there is none: they are all treated alike."""
+    underlay_link: str = ""
+    underlay_mtu_bytes: int = 0
+
+
 class NetworkError(Exception):
     """The kernel or the plan refuses; the message names the object, the reason and the remedy."""
 
@@ -189,6 +218,15 @@ class HostNetwork(Protocol):
 
     async def attached(self) -> frozenset[str]:
         """Task IDs that have a namespace now (after a restart: those to adopt or detach)."""
+        ...
+
+    async def inspect(self) -> Inspection:
+        """Changes nothing. Raises NetworkError."""
+        ...
+
+    async def inside(self, task_id: str, function: Callable[[], T]) -> T:
+        """Run it in the task's network namespace ("" = the host's). It must return at once: everything else waits.
+        Raises NetworkError when there is no such namespace, and what the function raises."""
         ...
 
     async def teardown(self) -> None:

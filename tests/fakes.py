@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from dns.interface import Picture
 from node.interface import (
@@ -27,8 +28,10 @@ from node.interface import (
     RuntimeFault,
     StoredImage,
 )
-from overlay.interface import Attachment, HostState, NetworkError
+from overlay.interface import Attachment, HostState, Inspection, NetworkError
 from proto.dispatch_pb2 import ExecStart, LogLine, LogOptions
+
+T = TypeVar("T")
 
 NO_PID = (1 << 22) + 1
 """Beyond the kernel's PID_MAX_LIMIT: no process has it."""
@@ -287,6 +290,12 @@ class FakeNetwork:
 
     async def attached(self) -> frozenset[str]:
         return frozenset(self.spaces)
+
+    async def inspect(self) -> Inspection:
+        return Inspection()
+
+    async def inside(self, task_id: str, function: Callable[[], T]) -> T:
+        raise NetworkError(f"task {task_id} has no network namespace on this host")
 
     async def teardown(self) -> None:
         self.spaces.clear()

@@ -32,6 +32,7 @@ from proto.dispatch_pb2_grpc import DispatcherServicer, add_DispatcherServicer_t
 from proto.objects_pb2 import MANAGER, Node
 from swarm.consensus.interface import Consensus
 from swarm.dispatch.assignments import AssignmentIndex
+from swarm.dispatch.doctor import ExamRelay
 from swarm.dispatch.execs import ExecRelay
 from swarm.dispatch.liveness import BEATS_PER_PERIOD
 from swarm.dispatch.logs import Link, LogRelay
@@ -92,6 +93,7 @@ class Dispatcher(DispatcherServicer):
         self._term: _Term | None = None
         self.logs = LogRelay(self._link)
         self.execs = ExecRelay(self._link)
+        self.exams = ExamRelay(self._link)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve `Dispatcher` on this server."""
@@ -276,6 +278,7 @@ class Dispatcher(DispatcherServicer):
             del term.sessions[session.node_id]
             self.logs.session_ended(session.node_id)
             self.execs.session_ended(session.node_id)
+            self.exams.session_ended(session.node_id)
 
     async def _serve(
         self, term: _Term, session: NodeSession, incoming: AsyncIterator[AgentMessage], context: Context
@@ -336,6 +339,8 @@ class Dispatcher(DispatcherServicer):
                     self._send_released(term)
                 case "exec":
                     self.execs.deliver(node_id, message.exec)
+                case "examined":
+                    self.exams.deliver(node_id, message.examined)
                 case "logs":
                     await self.logs.deliver(node_id, message.logs, alive)
                 case "hello":
