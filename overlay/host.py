@@ -65,7 +65,8 @@ class KernelNetwork:
         address is gone, nftables refuses); a network that cannot be made fails the `attach` of its tasks only.
         Called again with an equal state after AUDIT_PERIOD_S it audits the kernel and repairs."""
         try:
-            await self._thread.run(lambda: self._reconciler.apply(state))
+            # Before tasks that wait to be attached: what other hosts' balancers wait for must not wait for those.
+            await self._thread.run(lambda: self._reconciler.apply(state), urgent=True)
         except OSError as error:
             raise NetworkError(f"the kernel refuses this host's networking: {error}") from error
         self._paths.look((peer.vtep for peer in state.peers), self._reconciler.link_mtu_bytes)
