@@ -11,7 +11,7 @@ from pathlib import Path
 
 from overlay.act import NamespaceKernel
 from overlay.addressing import TAG_MAX_CHARS
-from overlay.interface import Attachment, HostState, NetworkError
+from overlay.interface import Attachment, EncryptionStatus, HostState, NetworkError
 from overlay.namespaces import NamespaceThread
 from overlay.reconcile import Reconciler
 
@@ -68,6 +68,14 @@ class KernelNetwork:
 
     async def attached(self) -> frozenset[str]:
         return await self._thread.run(self._reconciler.attached)
+
+    def encryption(self) -> EncryptionStatus:
+        """The first call asks the kernel, for a millisecond. Raises OSError."""
+        encryption = self._reconciler.encryption
+        if encryption.status is None:
+            self._thread.call(encryption.prepare)
+        assert encryption.status is not None
+        return encryption.status
 
     async def teardown(self) -> None:
         try:

@@ -43,6 +43,8 @@ class Peer:
     index: int
     masquerade: bool = False
     """Its tasks cannot answer through another host: clients' addresses must be hidden from them."""
+    encryption_epoch: int = 0
+    """0: it is on no encrypted network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,16 @@ class Attachment:
     sysctls: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class EncryptionStatus:
+    """What other hosts have to know of this one's encryption."""
+
+    supported: bool
+    """The kernel can."""
+    epoch: int
+    """Random, never 0; replaced when the kernel lost associations."""
+
+
 class NetworkError(Exception):
     """The kernel or the plan refuses; the message names the object, the reason and the remedy."""
 
@@ -142,6 +154,10 @@ class HostNetwork(Protocol):
 
     async def attached(self) -> frozenset[str]:
         """Task IDs that have a namespace now (after a restart: those to adopt or detach)."""
+        ...
+
+    def encryption(self) -> EncryptionStatus:
+        """As of now; the first call may ask the kernel. Raises OSError."""
         ...
 
     async def teardown(self) -> None:

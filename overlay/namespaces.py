@@ -50,6 +50,10 @@ class NamespaceThread:
         """Run it there; when the caller is cancelled it still runs to its end."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function)
 
+    def call(self, function: Callable[[], T]) -> T:
+        """Run it there and wait."""
+        return self._executor.submit(function).result()
+
     def close(self) -> None:
         self._executor.submit(self._end)
         self._executor.shutdown(wait=True)

@@ -29,6 +29,8 @@ from overlay.netlink import (
 from overlay.ruleset import ASKED_BY_UDP, PROTOCOLS, Element, ElementChange, Elements, Value, chain_backends
 
 _SUBSYSTEM = 10
+BRIDGE = 7
+"""NFPROTO_BRIDGE: tables of family bridge."""
 NEWTABLE, GETTABLE, NEWCHAIN, GETCHAIN, DELCHAIN, NEWRULE, GETRULE, DELRULE = 0, 1, 3, 4, 5, 6, 7, 8
 NEWSETELEM, GETSETELEM, DELSETELEM, GETGEN, DELTABLE = 12, 13, 14, 16, 2
 _BATCH_BEGIN, _BATCH_END = 16, 17
@@ -212,21 +214,21 @@ def generation(netlink: Netlink) -> int:
     return int(struct.unpack(">I", attributes(answer, 4)[1])[0])
 
 
-def chains(netlink: Netlink) -> frozenset[tuple[str, str]]:
-    """(table, chain) of family ip."""
-    answers = netlink.dump(_SUBSYSTEM << 8 | GETCHAIN, _header(), "read nftables chains")
+def chains(netlink: Netlink, family: int = socket.AF_INET) -> frozenset[tuple[str, str]]:
+    """(table, chain) of the family."""
+    answers = netlink.dump(_SUBSYSTEM << 8 | GETCHAIN, _header(family), "read nftables chains")
     found = [attributes(answer, 4) for answer in answers]
     return frozenset((text(item[1]), text(item[3])) for item in found)
 
 
-def rule_counts(netlink: Netlink, table: str) -> dict[str, int]:
+def rule_counts(netlink: Netlink, table: str, family: int = socket.AF_INET) -> dict[str, int]:
     """Chain -> its number of rules; {} when there is no such table."""
     kind = _SUBSYSTEM << 8
-    standing = [name for owner, name in chains(netlink) if owner == table]
+    standing = [name for owner, name in chains(netlink, family) if owner == table]
     if not standing:
         return {}
     counts = Counter[str]()
-    for answer in netlink.dump(kind | GETRULE, _header() + attribute(1, table), f"read the rules of {table}"):
+    for answer in netlink.dump(kind | GETRULE, _header(family) + attribute(1, table), f"read the rules of {table}"):
         found = attributes(answer, 4)
         if text(found[1]) == table:
             counts[text(found[2])] += 1

@@ -16,6 +16,7 @@ from overlay.addressing import (
     port_name,
     task_mac,
 )
+from overlay.esp import encrypted_mtu
 from overlay.interface import (
     Attachment,
     HostState,
@@ -63,6 +64,8 @@ class Sandbox:
     """(address, MAC) that the VXLAN device answers ARP for."""
     ports: frozenset[str] = frozenset()
     """Links that are up and in the bridge."""
+    encrypted: bool = False
+    """What leaves by the VXLAN device is marked for encryption."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ def read_port_alias(alias: str) -> tuple[str, str, str] | None:
 
 def network_mtu(network: OverlayNetwork, underlay_mtu_bytes: int) -> int:
     """MTU of the network's links. Raises NetworkError."""
-    mtu = underlay_mtu_bytes - VXLAN_OVERHEAD_BYTES
+    mtu = encrypted_mtu(underlay_mtu_bytes) if network.encrypted else underlay_mtu_bytes - VXLAN_OVERHEAD_BYTES
     if network.mtu_bytes is not None:
         mtu = network.mtu_bytes
     if mtu < MIN_MTU_BYTES:
@@ -154,6 +157,7 @@ def plan_sandbox(
         leg=_leg(network, state.index, tag, mtu),
         forwarding=frozenset(forwarding),
         neighbours=frozenset(neighbours),
+        encrypted=network.encrypted,
     )
 
 

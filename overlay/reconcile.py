@@ -35,6 +35,7 @@ from overlay.balance import (
     wanted_elements,
 )
 from overlay.diff import TaskKernel, task_operations
+from overlay.encryption import HostEncryption
 from overlay.interface import Attachment, HostState, Interface, NetworkError
 from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Netlink, acknowledged
 from overlay.plan import (
@@ -99,6 +100,7 @@ class Reconciler:
         """Whether `_state` was applied to its end."""
         self._mtu_bytes = 0
         self._sandboxes = Sandboxes(kernel, tag)
+        self.encryption = HostEncryption(kernel.directory.parent / "encryption", f"{host_table(tag)}_esp")
         self._tasks: dict[str, Attached] = {}
         self._vips: dict[str, Backends] = {}
         self._host: HostBalance | None = None
@@ -114,7 +116,7 @@ class Reconciler:
             if self._clock() - self._audited_at_s >= AUDIT_PERIOD_S:
                 self.audit()
             elif self._sandboxes.faults:
-                self._sandboxes.apply(state, self._mtu_bytes)
+                self._apply_networks(state)
             return
         self._complete = False
         old = self._state
@@ -125,7 +127,7 @@ class Reconciler:
         self._state = state
         # Before anything is made: a new network may have the VNI or the subnet of one that goes.
         self._remove_unused()
-        self._sandboxes.apply(state, self._mtu_bytes)
+        self._apply_networks(state)
         self._publish(state)
         self._share_vips(state)
         if old is None or old.networks != state.networks or old.index != state.index:
@@ -134,6 +136,11 @@ class Reconciler:
         for task_id, attached in self._tasks.items():
             self._guarded(f"task {task_id}", self._give, task_id, attached, changes)
         self._complete = True
+
+    def _apply_networks(self, state: HostState) -> None:
+        # First: an encrypted network's packets find everything in place.
+        self.encryption.apply(state, self._sandboxes.vnis())
+        self._sandboxes.apply(state, self._mtu_bytes, self.encryption.fault)
 
     def _guarded(self, what: str, action: Callable[..., object], *arguments: object) -> bool:
         """Failures of one object must not keep the others from being served. The audit tries it again."""
@@ -350,7 +357,8 @@ class Reconciler:
         self._guarded("host", self._audit_host)
         for network_id in self._sandboxes.standing() & self._sandboxes.networks.keys():
             self._guarded(f"network {network_id}", self._sandboxes.audit, network_id, host)
-        self._sandboxes.apply(state, self._mtu_bytes)
+        self.encryption.forget()
+        self._apply_networks(state)
         chains: ChainSets = {}
         for task_id, attached in list(self._tasks.items()):
             self._guarded(f"task {task_id}", self._audit_task, task_id, attached, chains)
@@ -401,6 +409,7 @@ class Reconciler:
             self._discard(task_id)
         for path in self._sandboxes.paths():
             self._kernel.remove_sandbox(path.name.removeprefix("net-"))
+        self.encryption.teardown()
         legs = [delete_link(name) for name in read_host().links if is_leg(self._tag, name)]
         with Netlink(NETLINK_ROUTE) as netlink:
             netlink.batch(acknowledged(legs))
