@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from dns.interface import NetworkNames, Picture, Sandbox, ServiceNames, TaskNames
 from node.mirror import Mirror
 from node.steps import State, ended
-from overlay.interface import L4, HostState, OverlayNetwork, Peer, PublishedPort, RemoteEndpoint, Vip
+from overlay.interface import L4, EncryptionKey, HostState, OverlayNetwork, Peer, PublishedPort, RemoteEndpoint, Vip
 from proto.dispatch_pb2 import NetworkEndpoint, NetworkService
 from proto.objects_pb2 import HOST, INGRESS, SCTP, TASK_RUNNING, TASK_SHUTDOWN, TCP, UDP, VIP, Network, PortConfig
 
 DEFAULT_VXLAN_PORT = 4789
 MTU_OPTION = "com.docker.network.driver.mtu"
+ENCRYPTED_OPTION = "encrypted"
 
 _L4: dict[int, L4] = {TCP: "tcp", UDP: "udp", SCTP: "sctp"}
 
@@ -35,6 +36,9 @@ class Local:
     vxlan_port: int = DEFAULT_VXLAN_PORT
     states: Mapping[str, State] = field(default_factory=dict)
     """Observed states of the tasks of this host."""
+    keys: tuple[EncryptionKey, ...] = ()
+    encrypts: bool = False
+    """Its kernel can."""
 
     def has_ended(self, task_id: str) -> bool:
         state = self.states.get(task_id)
@@ -63,6 +67,7 @@ def host_state(mirror: Mirror, local: Local) -> HostState:
             if vip.network_id in networks
         ),
         published=_published(mirror, local, serving, networks),
+        keys=local.keys,
     )
 
 
@@ -72,7 +77,9 @@ def _peers(mirror: Mirror, local: Local) -> tuple[Peer, ...]:
     others = [peer for peer in mirror.peers() if peer.node_id != local.node_id]
     taken = {local.vtep} | {peer.vtep_addr for peer in others if not peer.down}
     return tuple(
-        Peer(peer.node_id, peer.vtep_addr, peer.index) for peer in others if not (peer.down and peer.vtep_addr in taken)
+        Peer(peer.node_id, peer.vtep_addr, peer.index, encryption_epoch=peer.encryption_epoch)
+        for peer in others
+        if not (peer.down and peer.vtep_addr in taken)
     )
 
 
@@ -138,6 +145,10 @@ def _numeric(address: str) -> int:
     return int(ipaddress.ip_address(address))
 
 
+def is_encrypted(network: Network) -> bool:
+    return ENCRYPTED_OPTION in network.spec.options
+
+
 def _overlay_network(network: Network) -> OverlayNetwork:
     mtu = network.spec.options.get(MTU_OPTION, "")
     return OverlayNetwork(
@@ -147,6 +158,7 @@ def _overlay_network(network: Network) -> OverlayNetwork:
         gateway=network.ipam.gateway,
         internal=network.spec.internal,
         mtu_bytes=int(mtu) if mtu.isdigit() else None,
+        encrypted=is_encrypted(network),
     )
 
 
@@ -165,7 +177,10 @@ def _published(
     for service in mirror.services():
         for port in service.ports:
             if port.mode == INGRESS:
-                claim(port, serving[service.service_id, service.ingress_network_id])
+                network = networks.get(service.ingress_network_id)
+                # A host that cannot encrypt has no way into the network: it refuses, and nothing leaves in clear.
+                cut_off = network is not None and is_encrypted(network) and not local.encrypts
+                claim(port, () if cut_off else serving[service.service_id, service.ingress_network_id])
     for task in mirror.tasks():
         if local.states.get(task.id) != TASK_RUNNING or task.desired_state >= TASK_SHUTDOWN:
             continue

@@ -9,7 +9,7 @@ from dns.interface import Picture, Sandbox
 from node import view
 from node.mirror import Mirror
 from node.steps import State
-from overlay.interface import HostState
+from overlay.interface import EncryptionKey, HostState
 from proto.objects_pb2 import Node, NodeDescription
 
 
@@ -24,6 +24,8 @@ class World:
         """Own node object as the managers last sent it; empty before the first session."""
         self.vxlan_port = view.DEFAULT_VXLAN_PORT
         self.description = describe()
+        self.keys: tuple[EncryptionKey, ...] = ()
+        """In memory only, as told by the session: it names them before the networks that need them."""
         self.sandboxes: dict[str, Sandbox] = {}
         self.states: dict[str, State] = {}
         self._describe = describe
@@ -34,7 +36,15 @@ class World:
         return self.description
 
     def local(self) -> view.Local:
-        return view.Local(self.node_id, self.vtep, self.node.index, self.vxlan_port, self.states)
+        return view.Local(
+            self.node_id,
+            self.vtep,
+            self.node.index,
+            self.vxlan_port,
+            self.states,
+            self.keys,
+            self.description.encrypts,
+        )
 
     def host_state(self) -> HostState | None:
         """None until a manager has told what to be: what stands from before a restart stays untouched."""

@@ -74,6 +74,7 @@ class HostEncryption:
         self.fault = ""
         """Why encrypted networks do not work here now."""
         self._supported: bool | None = None
+        self._serial = 0
         self._table_name = table
         self._table: Table | None = None
         self._vnis: frozenset[int] = frozenset()
@@ -85,7 +86,7 @@ class HostEncryption:
     @property
     def status(self) -> EncryptionStatus | None:
         """None before `prepare`. On any thread."""
-        return None if self._supported is None else EncryptionStatus(self._supported, self.ledger.epoch)
+        return None if self._supported is None else EncryptionStatus(self._supported, self.ledger.epoch, self._serial)
 
     def prepare(self) -> None:
         """Know the epoch, and whether the kernel can. Raises OSError."""
@@ -177,7 +178,7 @@ class HostEncryption:
             self.ledger.note(todo.add)
             xfrm.change(netlink, todo)
         self._known = {item.place: item for item in wanted.associations | keep}
-        self._done = inputs
+        self._done, self._serial = inputs, state.keys[0].serial if state.keys else 0
 
     def _renew_epoch(self, state: HostState, actual: Encryption) -> None:
         """If it is used up. Also when the last encrypted network has gone: peers then know the new one long before the

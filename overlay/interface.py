@@ -134,6 +134,8 @@ class EncryptionStatus:
     """The kernel can."""
     epoch: int
     """Random, never 0; replaced when the kernel lost associations."""
+    serial: int = 0
+    """The newest key that the kernel accepts; 0 = none."""
 
 
 class NetworkError(Exception):

@@ -181,8 +181,8 @@ def remove_all(netlink: Netlink) -> None:
 
 
 def encrypts() -> bool:
-    """Whether this kernel has ESP with our algorithm (it loads its modules when asked): tried with an association of the
-    loopback address with itself. False as well without the privilege."""
+    """Whether this kernel has ESP with our algorithm (it loads its modules when asked): tried with an association
+    that no packet uses. False as well without the privilege."""
     probe = Association(
         "127.0.0.1", "127.0.0.1", 0xFFFF0000 | int.from_bytes(os.urandom(2), "big"), os.urandom(KEY_BYTES)
     )

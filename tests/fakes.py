@@ -27,7 +27,7 @@ from node.interface import (
     RuntimeFault,
     StoredImage,
 )
-from overlay.interface import Attachment, HostState, NetworkError
+from overlay.interface import Attachment, EncryptionStatus, HostState, NetworkError
 from proto.dispatch_pb2 import ExecStart, LogLine, LogOptions
 
 NO_PID = (1 << 22) + 1
@@ -251,6 +251,7 @@ class FakeNetwork:
         self.apply_faults: list[NetworkError] = []
         self.attach_calls = 0
         self.torn_down = False
+        self.epoch = 1
 
     @property
     def state(self) -> HostState:
@@ -283,6 +284,10 @@ class FakeNetwork:
 
     async def attached(self) -> frozenset[str]:
         return frozenset(self.spaces)
+
+    def encryption(self) -> EncryptionStatus:
+        keys = self.states[-1].keys if self.states else ()
+        return EncryptionStatus(True, self.epoch, keys[0].serial if keys else 0)
 
     async def teardown(self) -> None:
         self.spaces.clear()

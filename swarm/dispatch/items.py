@@ -109,11 +109,13 @@ def network_item(network: Network) -> Scoped | None:
     return Scoped(Item(network=copy), frozenset({network_scope(network.id)}))
 
 
-def peer_item(node: Node, network_ids: Iterable[str]) -> Scoped | None:
-    """The node, for those with whom it shares one of these networks."""
+def peer_item(node: Node, network_ids: Iterable[str], encrypts: bool = False) -> Scoped | None:
+    """The node, for those with whom it shares one of these networks. `encrypts`: one of them is encrypted."""
     if not node.data_path_addr or not node.index:
         return None
     peer = NetworkPeer(node_id=node.id, vtep_addr=node.data_path_addr, index=node.index, down=is_down(node))
+    if encrypts and node.description.encrypts:
+        peer.encryption_epoch = node.description.encryption_epoch
     return Scoped(Item(peer=peer), frozenset(map(network_scope, network_ids)))
 
 

@@ -10,6 +10,7 @@ from swarm.errors import Invalid
 from swarm.schedule.constraints import machine, parse_constraint
 from swarm.schedule.ledger import Account, HostPort, host_ports_of
 from swarm.store import states
+from swarm.store.store import Store
 
 
 class Load:
@@ -54,9 +55,11 @@ class Need:
     memory_bytes: int
     host_ports: frozenset[HostPort]
     max_per_node: int
+    encrypted: bool
+    """One of its networks is."""
 
     @classmethod
-    def of(cls, task: Task) -> Need:
+    def of(cls, task: Task, store: Store) -> Need:
         spec = task.spec
         reserved = spec.resources.reservations
         return cls(
@@ -66,16 +69,22 @@ class Need:
             reserved.memory_bytes,
             host_ports_of(task),
             spec.placement.max_replicas_per_node,
+            any(
+                states.is_encrypted(network)
+                for attachment in task.networks
+                if (network := store.networks.get(attachment.network_id)) is not None
+            ),
         )
 
     @property
-    def shape(self) -> tuple[bytes, bytes, frozenset[HostPort]]:
+    def shape(self) -> tuple[bytes, bytes, frozenset[HostPort], bool]:
         """Equal for needs that the same nodes can meet, whatever the service."""
         spec = self.spec
         return (
             spec.placement.SerializeToString(),
             spec.resources.reservations.SerializeToString(),
             self.host_ports,
+            self.encrypted,
         )
 
 
@@ -98,6 +107,10 @@ def _has_platform(need: Need, load: Load) -> bool:
     return runs_platform(load.node, need.spec)
 
 
+def _encrypts(need: Need, load: Load) -> bool:
+    return not need.encrypted or load.node.description.encrypts
+
+
 def _has_ports_free(need: Need, load: Load) -> bool:
     return not need.host_ports or need.host_ports.isdisjoint(load.host_ports)
 
@@ -111,10 +124,11 @@ FILTERS: tuple[tuple[Filter, str], ...] = (
     (_has_resources, "insufficient resources on {}"),
     (_satisfies_constraints, "scheduling constraints not satisfied on {}"),
     (_has_platform, "unsupported platform on {}"),
+    (_encrypts, "no encryption of networks on {}"),
     (_has_ports_free, "host-mode port already in use on {}"),
     (_is_below_max, "max replicas per node limit exceeded on {}"),
 )
-"""In the order in which they are asked. The texts are Docker's."""
+"""In the order in which they are asked. The texts are Docker's, which asks for no encryption."""
 
 
 def refusing(need: Need, load: Load) -> str | None:
