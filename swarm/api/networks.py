@@ -24,7 +24,7 @@ from swarm.store.store import Store
 REMOVAL_WAIT_S = 8.0
 """As for services: `network rm` followed by `network create` works."""
 KEYS_WAIT_S = 4.0
-"""For nodes to confirm a key: they do within a second, or are found down in three; twice this stays below the caller's patience."""
+"""For nodes to confirm a key: they do within a second, or are found down in three. Waited for twice."""
 GONE_WAIT_S = 2.0
 """An unused network is gone within milliseconds; waiting for that makes the next `network ls` true."""
 
