@@ -188,10 +188,21 @@ def test_twenty_quick_rotations_lose_no_packet(secret: SecretLab) -> None:
 
     with flowing(secret) as lost:
         asyncio.run(rotate())
-    assert lost() == (0, True)
+    assert lost() == (0, True), errors(secret)
     assert secret.xfrm(secret.lab.hosts[0], "state").count("reqid") == 2 * (3 + 2), (
         "three to receive, at most two to send"
     )
+
+
+def errors(secret: SecretLab) -> list[str]:
+    """What the hosts' kernels counted as wrong, for the message of a failure."""
+    found = []
+    for host in secret.lab.hosts:
+        counters = secret.lab.sockets.run(host.netns, "cat", "/proc/net/xfrm_stat").stdout
+        found += [
+            f"{host.node_id} {' '.join(line.split())}" for line in counters.splitlines() if line.split()[1] != "0"
+        ]
+    return found
 
 
 @contextlib.contextmanager
