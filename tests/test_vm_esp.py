@@ -9,7 +9,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -206,7 +206,7 @@ def errors(secret: SecretLab) -> list[str]:
 
 
 @contextlib.contextmanager
-def flowing(secret: SecretLab) -> Iterator[object]:
+def flowing(secret: SecretLab) -> Iterator[Callable[[], tuple[int, bool]]]:
     """UDP between every pair of hosts, numbered, without pause; afterwards: (how many were lost, whether there were
     any)."""
     pairs = [(a, b) for a in (1, 2, 3) for b in (1, 2, 3) if a != b]
