@@ -36,17 +36,15 @@ KEYS = {serial: EncryptionKey(serial, os.urandom(20)) for serial in range(1, 60)
 
 @dataclass
 class Capture:
-    """What the underlay carries: (IP protocol, VNI of clear VXLAN or None)."""
+    """What the underlay carries: (IP protocol, VNI of clear VXLAN or None). `inside` opens its socket there."""
 
-    lab: OverlayLab
+    inside: Callable[[Callable[[], socket.socket]], socket.socket]
     seen: list[tuple[int, int | None]] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Capture]:
-        opened = self.lab.sockets.inside(
-            self.lab.outside, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-        )
+        opened = self.inside(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)))
         opened.settimeout(0.2)
         reader = threading.Thread(target=self._read, args=(opened,))
         reader.start()
@@ -73,12 +71,20 @@ class Capture:
             self.seen.append((protocol, vni))
 
 
+def here(action: Callable[[], socket.socket]) -> socket.socket:
+    """In this process's namespace: a lab's underlay."""
+    return action()
+
+
 class SecretLab:
     """Three hosts with a task each on the encrypted network (s1..s3) and on a clear one (c1..c3)."""
 
     def __init__(self) -> None:
         self.lab = OverlayLab()
         self.newest = 3
+
+    def capture(self) -> Capture:
+        return Capture(lambda action: self.lab.sockets.inside(self.lab.outside, action))
 
     def state(self, host: SimulatedHost) -> HostState:
         made = self.lab.state(host, networks=(SECRET, CLEAR))
@@ -129,7 +135,7 @@ def secret() -> Iterator[SecretLab]:
 
 
 def test_the_underlay_sees_esp_and_no_clear_packet_of_the_encrypted_network(secret: SecretLab) -> None:
-    with Capture(secret.lab).running() as capture:
+    with secret.capture().running() as capture:
         assert secret.all_reach_all()
         for number in (2, 3):
             assert secret.lab.sockets.ask(secret.lab.path("s1"), f"10.77.4.1{number}", 7000) == (
@@ -143,7 +149,7 @@ def test_the_underlay_sees_esp_and_no_clear_packet_of_the_encrypted_network(secr
 
 @pytest.mark.parametrize(("payload", "passes"), [(1388, True), (1389, False)])
 def test_the_mtu_leaves_room_for_esp(secret: SecretLab, payload: int, passes: bool) -> None:
-    with Capture(secret.lab).running() as capture:
+    with secret.capture().running() as capture:
         assert secret.ping("s1", "10.77.4.12", "-M", "do", "-s", str(payload)) is passes
     assert not any(vni == SECRET.vni for _, vni in capture.seen)
 
@@ -251,7 +257,7 @@ def flowing(secret: SecretLab) -> Iterator[Callable[[], tuple[int, bool]]]:
 def test_a_flush_is_repaired_and_nothing_goes_out_in_clear_meanwhile(secret: SecretLab, what: str) -> None:
     h1 = secret.lab.hosts[0]
     epoch = h1.network.encryption().epoch
-    with Capture(secret.lab).running() as capture:
+    with secret.capture().running() as capture:
         secret.xfrm(h1, what, "flush")
         assert not secret.ping("s1", "10.77.4.12")
         asyncio.run(secret.audit())
@@ -262,7 +268,7 @@ def test_a_flush_is_repaired_and_nothing_goes_out_in_clear_meanwhile(secret: Sec
 
 def test_without_the_hosts_rules_packets_are_encrypted_all_the_same_and_the_rules_come_back(secret: SecretLab) -> None:
     h1 = secret.lab.hosts[0]
-    with Capture(secret.lab).running() as capture:
+    with secret.capture().running() as capture:
         secret.lab.sockets.run(h1.netns, "nft", "flush", "ruleset")
         assert secret.ping("s1", "10.77.4.12")
         asyncio.run(secret.audit())

@@ -11,6 +11,8 @@ from swarm.errors import Invalid
 PREFIX_MIN, PREFIX_MAX = 8, 29
 """A /29 has room for a gateway, a VIP and a few tasks; less is of no use."""
 MTU_OPTIONS = ("com.docker.network.driver.mtu", "mtu")
+ENCRYPTED_VALUES = ("", "true", "1")
+"""Docker encrypts whatever the value is, also at "false"."""
 MTU_BYTES_MIN, MTU_BYTES_MAX = 576, 65_535
 PREDEFINED = ("bridge", "host", "none", "ingress")
 
@@ -29,6 +31,9 @@ def network_spec(spec: NetworkSpec) -> None:
     for option in MTU_OPTIONS:
         if option in spec.options:
             _mtu(option, spec.options[option])
+    if spec.options.get("encrypted", "") not in ENCRYPTED_VALUES:
+        value = spec.options["encrypted"]
+        raise Invalid(f"option encrypted={value}: write --opt encrypted, or leave it out for a network in clear")
     ipam(spec.ipam)
 
 
