@@ -75,12 +75,22 @@ def log_limits(options: Mapping[str, str]) -> tuple[int, int]:
 
 
 def container_spec(task: Task, node: NodeDescription, node_labels: Mapping[str, str]) -> ContainerSpec:
-    """The task's spec on this node: templates expanded, volumes per slot named. Raises RuntimeFault."""
+    """The task's spec on this node: templates expanded, volumes per slot and generic resources named. Raises
+    RuntimeFault."""
     spec = expanded(task.spec.container, values_for(task, node, node_labels))
     for mount in spec.mounts:
         if mount.per_slot:
             mount.source = f"{mount.source}.{task.slot}"
+    spec.env.extend(generic_env(task))
     return spec
+
+
+def generic_env(task: Task) -> list[str]:
+    """What the task was given, as Docker tells it: "DOCKER_RESOURCE_GPU=GPU1,GPU2", "DOCKER_RESOURCE_LICENCES=4"."""
+    values: dict[str, list[str]] = {}
+    for resource in task.assigned_generic:
+        values.setdefault(resource.kind.upper(), []).append(resource.id or str(resource.count))
+    return [f"DOCKER_RESOURCE_{kind}={','.join(given)}" for kind, given in values.items()]
 
 
 def volume_names(task: Task, node: NodeDescription, node_labels: Mapping[str, str]) -> frozenset[str]:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the command line starts without protobuf
+    from proto.objects_pb2 import GenericResource
 
 DEFAULT_STATE_DIR = Path("/var/lib/pyswarm")
 DEFAULT_RUN_DIR = Path("/run/pyswarm")
@@ -26,6 +30,8 @@ class DaemonConfig:
     """Further containers-storage directories, read-only, searched after the daemon's own."""
     insecure_registries: tuple[str, ...] = ()
     """host[:port] of registries spoken to over plain HTTP or with an unverified certificate."""
+    generic_resources: tuple[GenericResource, ...] = ()
+    """What tasks may reserve here, beside CPU and memory."""
     runtime: str = "crun"
     """Name or path of the OCI runtime."""
     log_level: str = "info"

@@ -195,10 +195,11 @@ class Daemon:
 
     def _describe(self, network: KernelNetwork) -> NodeDescription:
         hostname = self._config.hostname or socket.gethostname()
-        made = describe(hostname, __version__, lambda link: link.startswith(LINK_PREFIX))
+        description = describe(hostname, __version__, lambda link: link.startswith(LINK_PREFIX))
+        description.generic.extend(self._config.generic_resources)
         encryption = network.encryption()
-        made.encrypts, made.encryption_epoch = encryption.supported, encryption.epoch
-        return made
+        description.encrypts, description.encryption_epoch = encryption.supported, encryption.epoch
+        return description
 
 
 def run(config: DaemonConfig) -> None:

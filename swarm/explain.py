@@ -75,16 +75,29 @@ def explain_node(store: Store, node: Node) -> Explanation:
         summary=f"{len(here)} tasks",
         details=[f"{name}: {count}" for name, count in sorted(counts.items())],
     )
+    made.findings.append(_reserved(store, node, here))
+    return made
+
+
+def _reserved(store: Store, node: Node, here: Iterable[Task]) -> Finding:
     has, used_cpus, used_bytes = node.description.resources, 0, 0
+    offered, used = Counter[str](), Counter[str]()
+    for resource in node.description.generic:
+        offered[resource.kind] += resource.count
+    details = []
     for task in filter(states.reserves, here):
         used_cpus += task.spec.resources.reservations.nano_cpus
         used_bytes += task.spec.resources.reservations.memory_bytes
-    made.findings.add(
-        subject="reserved",
-        summary=f"{used_cpus / 1e9:g} of {has.nano_cpus / 1e9:g} CPUs,"
-        f" {used_bytes / 2**20:.0f} of {has.memory_bytes / 2**20:.0f} MiB memory",
-    )
-    return made
+        for resource in task.assigned_generic:
+            used[resource.kind] += resource.count
+            if resource.id:
+                details.append(f"{resource.kind} {resource.id}: {_task_name(store, task)}")
+    parts = [
+        f"{used_cpus / 1e9:g} of {has.nano_cpus / 1e9:g} CPUs",
+        f"{used_bytes / 2**20:.0f} of {has.memory_bytes / 2**20:.0f} MiB memory",
+        *(f"{used[kind]} of {offered[kind]} {kind}" for kind in sorted(offered | used)),
+    ]
+    return Finding(subject="reserved", summary=", ".join(parts), details=sorted(details))
 
 
 def _aim(store: Store, service: Service, wanted: list[Task]) -> str:

@@ -24,9 +24,9 @@ from swarm.store.store import Event, Store
 
 DEBOUNCE_S = 0.005
 """Wait so long after the first change for others that belong to it: far below what a person or a task notices."""
-REST_MAX_S = 0.5
-"""A round is followed by a rest as long as itself, up to this: one that looks at a service of thousands of tasks would
-otherwise be made for each handful of reports, and keep the process from reading the next ones."""
+REST_SHARE, REST_MAX_S = 2.0, 1.0
+"""A round is followed by a rest so many times as long as itself, up to this: one that looks at a service of thousands
+of tasks would otherwise be made for each handful of reports, and keep the process from reading the next ones."""
 CHUNK_GROUPS = 1000
 """Groups handed to the writer at a time: a tenth of its queue, so users' writes always find room."""
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 0.1, 5.0
@@ -52,7 +52,7 @@ class Commits(Protocol):
 STAGES: tuple[tuple[str, Stage], ...] = (
     ("keys", partial(keys.decide, random_bytes=secrets.token_bytes)),  # of encrypted networks
     ("allocate", allocate.decide),  # VNIs, subnets, VIPs, published ports
-    ("orchestrate", partial(orchestrate.decide, fits=schedule.fits)),  # tasks, NEW
+    ("orchestrate", partial(orchestrate.decide, fits=schedule.fits, surplus=schedule.surplus)),  # tasks, NEW
     ("allocate", allocate.decide),  # the new tasks' addresses: PENDING
     ("schedule", schedule.decide),  # ASSIGNED
 )
@@ -95,7 +95,7 @@ class LeaderLoop:
                 self._take_due()
                 started_at = loop.time()
                 fine = await self._round()
-                rested_at = loop.time() + min(REST_MAX_S, loop.time() - started_at)
+                rested_at = loop.time() + min(REST_MAX_S, REST_SHARE * (loop.time() - started_at))
                 if fine:
                     backoff_s = BACKOFF_FIRST_S
                 else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -62,6 +63,9 @@ STOP_TIMEOUT_S = 5.0
 TELL_TIMEOUT_S = 2.0
 """The agent answers from memory; while it is down the manager's key is rewrapped all the same."""
 MESSAGE_BYTES_MAX = 8 << 20
+GC_THRESHOLDS = (50_000, 20, 20)
+"""A manager holds much that lives long, and next to no cycles: at the interpreter's 700 it looks for garbage an eighth
+of its time while it stores 100,000 tasks."""
 
 log = structlog.get_logger()
 
@@ -266,6 +270,7 @@ def main() -> None:
     parser.add_argument("--log-level", default="info")
     options = parser.parse_args()
     configure(options.log_level)
+    gc.set_threshold(*GC_THRESHOLDS)
     lock = hold_lock(options.run_dir / "manager.lock")
     if lock is None:
         log.error("another manager process runs", run_dir=str(options.run_dir))

@@ -159,7 +159,7 @@ def lab_up(name: str, managers: int, workers: int, insecure_registries: Sequence
     name = os.environ.get("PYSWARM_TEST_LAB_PREFIX", "") + name
     if name in lab.names():
         lab.down(name)
-    lab.up(name, managers, workers, lambda line: None, insecure_registries)
+    lab.up(name, managers, workers, lambda line: None, insecure_registries=insecure_registries)
     try:
         yield Lab(lab.load(name))
     finally:

@@ -3,6 +3,7 @@ with agents that only move task states. Every committed entry is checked against
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,11 +11,15 @@ from proto import objects_pb2 as pb
 from proto import store_pb2
 from proto.objects_pb2 import Cluster, Network, Node, NodeStatus, Service, Task
 from swarm.leader import STAGES
+from swarm.schedule import generic
 from swarm.store import states
 from swarm.store.changes import Change, Create, Record, Update, copy_of, transaction
 from swarm.store.dirty import Dirty
 from swarm.store.store import Event, Store
 
+COUNTED_MAX = 3
+"""The most of a counted resource that a node of any simulation ever offers: where it lost some since, tasks that have
+still to stop may hold more than it has."""
 ROUNDS_MAX = 60
 """A quiet cluster settles in a handful of rounds; more means that two stages undo each other's work."""
 
@@ -52,6 +57,24 @@ def service(service_id: str, replicas: int | None = 1, networks: Sequence[str] =
     return made
 
 
+def offering(made: Node, **kinds: int | Sequence[str]) -> Node:
+    """The node with generic resources: gpu=["A", "B"] are named, licences=3 counted."""
+    for kind, offer in kinds.items():
+        if isinstance(offer, int):
+            made.description.generic.add(kind=kind, count=offer)
+        else:
+            for which in offer:
+                made.description.generic.add(kind=kind, count=1, id=which)
+    return made
+
+
+def wanting(made: Service, **kinds: int) -> Service:
+    """The service, each of whose tasks reserves so many of each kind."""
+    for kind, count in kinds.items():
+        made.spec.task.resources.reservations.generic.add(kind=kind, count=count)
+    return made
+
+
 class Simulation:
     def __init__(self, *records: Record) -> None:
         self.store = Store()
@@ -72,6 +95,17 @@ class Simulation:
         for event in events:
             if isinstance(event.before, Task) and isinstance(event.after, Task):
                 assert event.after.status.state >= event.before.status.state, "an observed state went back"
+                if event.before.status.state < pb.TASK_ASSIGNED <= event.after.status.state:
+                    self._check_offer(event.after)
+
+    def _check_offer(self, placed: Task) -> None:
+        """Of what it was given its node has enough for all."""
+        held = [t.assigned_generic for t in self.store.tasks.where("node", placed.node_id) if states.reserves(t)]
+        left = generic.left_of(self.node(placed.node_id).description.generic, Counter())
+        for resource in itertools.chain(*held):
+            left[resource.kind, resource.id] = left.get((resource.kind, resource.id), 0) - resource.count
+        for resource in placed.assigned_generic:
+            assert left[resource.kind, resource.id] >= 0, f"{placed.id} was given {resource} that is not there"
 
     # ---- writing
 
@@ -140,6 +174,12 @@ class Simulation:
         if availability is not None:
             changed.spec.availability = availability
         self.commit((Update(changed),))
+
+    def offer(self, node_id: str, **kinds: int | Sequence[str]) -> None:
+        """The node's agent reports these generic resources from now on."""
+        changed = copy_of(self.node(node_id))
+        del changed.description.generic[:]
+        self.replace(offering(changed, **kinds))
 
     # ---- the leader
 
@@ -271,16 +311,30 @@ def check(store: Store) -> None:
         if port.mode == pb.HOST
     )
     reserved: Counter[str] = Counter()
+    given: Counter[tuple[str, str, str]] = Counter()
     for task in store.tasks:
         assert task.status.state != pb.TASK_REMOVE
         assert task.node_id or task.status.state < pb.TASK_ASSIGNED
         assert task.reason or task.desired_state == pb.TASK_NEW, task
         if states.reserves(task):
             reserved[task.node_id] += task.spec.resources.reservations.nano_cpus
+            for resource in task.assigned_generic:
+                given[task.node_id, resource.kind, resource.id] += resource.count
+            assert _counts(task.assigned_generic) == _counts(task.spec.resources.reservations.generic), task
     for node_id, nano_cpus in reserved.items():
         at = store.nodes.get(node_id)
         assert at is None or nano_cpus <= at.description.resources.nano_cpus
+    for (node_id, kind, which), count in given.items():
+        most = 1 if which else COUNTED_MAX
+        assert count <= most, f"{kind} {which} of {node_id} is given to {count} tasks"
     _one_per_slot(store)
+
+
+def _counts(resources: Iterable[pb.GenericResource]) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for resource in resources:
+        counts[resource.kind] += resource.count
+    return counts
 
 
 def _one_per_slot(store: Store) -> None:

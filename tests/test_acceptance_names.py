@@ -1,7 +1,7 @@
 """Each acceptance case of the reference on orchestration, scheduling, jobs and logs has a test that names it.
 
 Its dispatcher's have a module of their own (test_dispatch_acceptance.py). Not here, because what they test does not
-exist yet: GenericResources, VolumeEnforcer (cluster volumes), PluginConstraint (there are no plug-ins), and
+exist yet: VolumeEnforcer (cluster volumes), PluginConstraint (there are no plug-ins), and
 FaultyNodeSpecVersion (here failures count whatever spec they had).
 """
 
@@ -18,7 +18,7 @@ CASES = """
     ServiceRemoveDeadTasks ServiceRemoveUnassignedTasks ConstraintEnforcer OutdatedTaskPlacementConstraints
     HA Preferences MultiplePreferences MultiplePreferencesScaleUp FaultyNode
     ResourceConstraint ResourceConstraintHA ResourceConstraintDeadTask HostPort MaxReplicas Platform PreassignedTasks
-    UnscheduleableTask TreeTaskCountConsistency ReplicatedJob NoFollowDisconnect NoFollowMissingNode
+    UnscheduleableTask GenericResources TreeTaskCountConsistency ReplicatedJob NoFollowDisconnect NoFollowMissingNode
     NoFollowNotYetRunningTask
 """
 

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -231,6 +232,40 @@ def test_a_task_runs_when_it_is_healthy_and_an_unhealthy_one_is_replaced(cluster
     wait_for(lambda: "unhealthy: its health check failed 2 times: taken ill" in errors(), 20, "told")
     wait_for(lambda: len(cluster.running("frail")) == 1, 20, "replaced")
     remove(cluster, "frail")
+
+
+def offer(cluster: Lab, name: str, *resources: str) -> None:
+    """Start the host's daemon again, with these generic resources."""
+    host = cluster.host(name)
+    hosts.kill(hosts.daemon_pids(host), signal.SIGTERM)
+    hosts.start_daemon(replace(cluster.plan, generic_resources=resources), host)
+
+
+def test_generic_resources_are_given_out_told_to_the_container_and_lost_with_the_node(
+    cluster: Lab, web_image: str
+) -> None:
+    offer(cluster, "w1", "gpu=GPU1", "gpu=GPU2", "licence=3")
+    wait_for(lambda: "gpu=GPU1" in cluster.pyswarm("m1", "node", "inspect", "--pretty", "w1"), 20, "offered")
+    command = ["--detach", "--name", "cards", "--replicas", "3", "--restart-delay", "0s", web_image]
+    cluster.pyswarm("m1", "service", "create", "--generic-resource", "gpu=1,licence=1", *command)
+    wait_for(lambda: {row["Node"] for row in cluster.running("cards")} == {"w1"}, 20, "placed")
+    wait_for(lambda: "w1: lacks 1 of 1 gpu" in cluster.pyswarm("m2", "explain", "cards"), 20, "told")
+    first, second = (row["ID"] for row in cluster.running("cards"))
+    got = [cluster.pyswarm("m1", "service", "exec", task, "env").split() for task in (first, second)]
+    assert sorted(word for words in got for word in words if "_GPU=" in word) == [
+        "DOCKER_RESOURCE_GPU=GPU1",
+        "DOCKER_RESOURCE_GPU=GPU2",
+    ]
+    assert all("DOCKER_RESOURCE_LICENCE=1" in words for words in got)
+    offer(cluster, "w1", "gpu=GPU2", "licence=3")
+    offer(cluster, "w2", "gpu=OTHER", "licence=1")
+    wait_for(lambda: {row["Node"] for row in cluster.running("cards")} == {"w1", "w2"}, 30, "moved")
+    assert "gpu GPU2: cards" in cluster.pyswarm("m1", "explain", "w1")
+    cluster.pyswarm("m1", "service", "update", "--generic-resource-rm", "gpu", "cards")
+    assert len(cluster.running("cards")) == 3
+    remove(cluster, "cards")
+    for name in ("w1", "w2"):
+        offer(cluster, name)
 
 
 def test_a_missing_image_rejects_the_task_with_the_reason(cluster: Lab) -> None:

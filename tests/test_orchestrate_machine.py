@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import NodeStatus, Task
 from swarm.store import states
-from tests.simulated import Simulation, network, node, service
+from tests.simulated import Simulation, network, node, offering, service, wanting
 
 NODES = ("n0", "n1", "n2")
 SERVICES = ("web", "db", "agent")
@@ -21,7 +21,7 @@ class Cluster(RuleBasedStateMachine):
     @initialize(start_first=st.booleans(), parallelism=st.integers(0, 2), max_attempts=st.sampled_from((0, 0, 2)))
     def start(self, start_first: bool, parallelism: int, max_attempts: int) -> None:
         self.sim = Simulation(
-            *(node(node_id, cpus=2, labels={"zone": node_id}) for node_id in NODES),
+            *(offering(node(n, cpus=2, labels={"zone": n}), gpu=["A", "B"], licence=2) for n in NODES),
             network("ingress", ingress=True),
             network("front", subnet="10.0.9.0/28"),  # small enough to run out
             network("back"),
@@ -32,7 +32,7 @@ class Cluster(RuleBasedStateMachine):
         web.spec.endpoint.ports.add(target_port=80)
         db = service("db", 2, networks=["front", "back"])
         db.spec.endpoint.ports.add(target_port=5432, published_port=5432, mode=pb.HOST)
-        for made in (web, db, service("agent", None)):
+        for made in (wanting(web, licence=1), wanting(db, gpu=1), service("agent", None)):
             made.spec.update.order = pb.START_FIRST if start_first else pb.STOP_FIRST
             made.spec.update.parallelism = parallelism
             made.spec.update.failure_action = pb.ROLLBACK if start_first else pb.CONTINUE
@@ -76,6 +76,10 @@ class Cluster(RuleBasedStateMachine):
     @rule(node_id=st.sampled_from(NODES), availability=st.sampled_from((pb.ACTIVE, pb.ACTIVE, pb.PAUSED, pb.DRAINED)))
     def availability_changes(self, node_id: str, availability: pb.Availability.ValueType) -> None:
         self.sim.set_node(node_id, availability=availability)
+
+    @rule(node_id=st.sampled_from(NODES), gpus=st.sampled_from(("AB", "A", "B", "")), licences=st.integers(0, 2))
+    def a_node_offers_something_else(self, node_id: str, gpus: str, licences: int) -> None:
+        self.sim.offer(node_id, gpu=list(gpus), licence=licences)
 
     @rule(replicas=st.integers(0, 8), name=st.sampled_from(("web", "db")))
     def a_user_scales(self, replicas: int, name: str) -> None:

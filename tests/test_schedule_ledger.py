@@ -107,7 +107,7 @@ def write(sim: Simulation, task: Task, remove: bool) -> None:
 @given(st.lists(st.tuples(tasks(), st.booleans()), max_size=25))
 def test_kept_up_to_date_it_says_what_counting_anew_says(steps: list[tuple[Task, bool]]) -> None:
     """The reference's TreeTaskCountConsistency."""
-    sim = Simulation()
+    sim = Simulation(node("n1"), node("n2"))
     kept = sim.store.view(Ledger)
     for task, remove in steps:
         write(sim, task, remove)

@@ -18,7 +18,7 @@ from tests.sim.fleet import failures, quiet
 from tests.sim.scenarios import SWARMS
 from tests.sim.swarm import Swarm, Trouble
 
-ORCHESTRATE = partial(orchestrate.decide, fits=schedule.fits)
+ORCHESTRATE = partial(orchestrate.decide, fits=schedule.fits, surplus=schedule.surplus)
 
 
 def found(**broken: Stage) -> str:
@@ -87,3 +87,13 @@ def test_tasks_that_no_node_gets_are_noticed() -> None:
         return Decision()
 
     assert "run" in found(schedule=nothing)
+
+
+def test_a_card_that_is_given_twice_is_noticed() -> None:
+    def same(change: Change) -> Change | None:
+        if isinstance(change, Update) and isinstance(change.record, Task):
+            for resource in change.record.assigned_generic:
+                resource.id = "A"
+        return change
+
+    assert "gpu A of" in found(schedule=altered(schedule.decide, same))

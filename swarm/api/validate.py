@@ -15,6 +15,7 @@ from proto.objects_pb2 import (
     ContainerSpec,
     Device,
     EndpointSpec,
+    GenericResource,
     HealthConfig,
     Mount,
     PortConfig,
@@ -27,6 +28,7 @@ from proto.objects_pb2 import (
 from swarm.api import check, templates
 from swarm.errors import Invalid
 from swarm.schedule.constraints import parse_constraint, parse_spread
+from swarm.schedule.generic import is_kind
 from swarm.store import states
 
 REPLICAS_MAX = 100_000
@@ -58,7 +60,6 @@ def service_spec(spec: ServiceSpec) -> None:
     """Raises Invalid for the first thing that is wrong."""
     check.name("service", spec.annotations.name)
     check.labels("labels", spec.annotations.labels)
-    _without_what_comes_later(spec)
     if spec.WhichOneof("mode") == "replicated" and spec.replicated.replicas > REPLICAS_MAX:
         raise Invalid(
             f"replicas: {spec.replicated.replicas} is out of range: use a number from 0 to {REPLICAS_MAX} "
@@ -96,17 +97,6 @@ def _job(spec: ServiceSpec) -> None:
             raise Invalid(f"{field.replace('_', ' ')}: {count} is out of range: use a number up to {REPLICAS_MAX}")
 
 
-def _without_what_comes_later(spec: ServiceSpec) -> None:
-    """The object model has fields that nothing acts on yet: they are refused rather than ignored."""
-    limits = spec.task.resources.limits
-    asked = {
-        "generic resources": bool(spec.task.resources.reservations.generic or limits.generic),
-    }
-    for what, is_asked in asked.items():
-        if is_asked:
-            raise Invalid(f"{what}: this version of pyswarm does not have them yet: leave them out")
-
-
 def task_spec(spec: TaskSpec) -> None:
     container_spec(spec.container)
     limits, reservations = spec.resources.limits, spec.resources.reservations
@@ -114,6 +104,11 @@ def task_spec(spec: TaskSpec) -> None:
     resources("reserve", reservations)
     if reservations.pids:
         raise Invalid("reserve pids: processes can only be limited, not reserved")
+    if limits.generic:
+        raise Invalid("limit generic resources: they can only be reserved, not limited")
+    for resource in reservations.generic:
+        _generic_resource(resource)
+    _unique("generic resource", (resource.kind for resource in reservations.generic), "ask once for each kind")
     if limits.nano_cpus and reservations.nano_cpus > limits.nano_cpus:
         raise Invalid("reserve cpu is higher than limit cpu: lower it or raise the limit")
     if limits.memory_bytes and reservations.memory_bytes > limits.memory_bytes:
@@ -126,6 +121,15 @@ def task_spec(spec: TaskSpec) -> None:
     for descriptor in spec.placement.spread:
         parse_spread(descriptor)
     _unique("network", (config.network_id for config in spec.networks), "attach a network once")
+
+
+def _generic_resource(resource: GenericResource) -> None:
+    if not is_kind(resource.kind):
+        raise Invalid(f"generic resource {resource.kind!r}: a kind has up to 63 letters, digits, '-', '_' and '.'")
+    if resource.id:
+        raise Invalid(f"generic resource {resource.kind}={resource.id}: a service can only ask for a number of them")
+    if resource.count < 1:
+        raise Invalid(f"generic resource {resource.kind}={resource.count}: use a number of 1 or more")
 
 
 def log_option(option: str, value: str) -> None:

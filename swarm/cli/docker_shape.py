@@ -188,7 +188,10 @@ def node_json(node: pb.Node) -> Json:
         "Description": {
             "Hostname": description.hostname,
             "Platform": {"Architecture": description.platform.architecture, "OS": description.platform.os},
-            "Resources": _resources(description.resources),
+            "Resources": {
+                **_resources(description.resources),
+                **_given("GenericResources", [_generic(resource) for resource in description.generic]),
+            },
             "Engine": {
                 "EngineVersion": description.engine_version,
                 **_given("Labels", dict(description.engine_labels)),
@@ -266,7 +269,14 @@ def _resources(resources: pb.Resources) -> Json:
         **_given("NanoCPUs", resources.nano_cpus),
         **_given("MemoryBytes", resources.memory_bytes),
         **_given("Pids", resources.pids),
+        **_given("GenericResources", [_generic(resource) for resource in resources.generic]),
     }
+
+
+def _generic(resource: pb.GenericResource) -> Json:
+    if resource.id:
+        return {"NamedResourceSpec": {"Kind": resource.kind, "Value": resource.id}}
+    return {"DiscreteResourceSpec": {"Kind": resource.kind, "Value": resource.count}}
 
 
 def _update_config(config: pb.UpdateConfig) -> Json:

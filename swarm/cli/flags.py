@@ -105,6 +105,7 @@ LISTS: tuple[Flag, ...] = (
     _list("placement-pref", "PREFERENCE", "Spread tasks over values: spread=node.labels.zone"),
     _list("mount", "MOUNT", "type=bind|volume|tmpfs,source=,target=,readonly", removal="TARGET"),
     _list("volume-per-slot", "NAME:TARGET", "Mount a volume of its own in each slot: NAME.1, ...", removal="TARGET"),
+    _list("generic-resource", "KIND=N", "What a node must have free for a task: gpu=2,licences=1", removal="KIND"),
     _list("device", "PATH", "Give access to a device of the node: HOST[:CONTAINER[:rwm]]", removal="PATH"),
     _list("host", "NAME:IP", "Line for /etc/hosts"),
     _list("dns", "IP", "Name server used instead of the node's"),
@@ -152,7 +153,6 @@ UPDATE: tuple[Flag, ...] = (
 
 _SECRETS = "secrets do not exist in this version of pyswarm; use a bind mount or an environment variable"
 _CONFIGS = "configs do not exist in this version of pyswarm; use a bind mount"
-_DEVICES = "nodes offer no generic resources in this version of pyswarm"
 _WINDOWS = "it is for Windows containers only"
 
 _REFUSED_BOTH: dict[str, str] = {
@@ -164,12 +164,10 @@ REFUSED_CREATE: dict[str, str] = {
     **_REFUSED_BOTH,
     "secret": _SECRETS,
     "config": _CONFIGS,
-    "generic-resource": _DEVICES,
 }
 REFUSED_UPDATE: dict[str, str] = {
     **_REFUSED_BOTH,
     **{f"secret-{form}": _SECRETS for form in ("add", "rm")},
     **{f"config-{form}": _CONFIGS for form in ("add", "rm")},
-    **{f"generic-resource-{form}": _DEVICES for form in ("add", "rm")},
 }
 """Docker's flags that take a value and are refused by name, with the reason: never silently ignored."""

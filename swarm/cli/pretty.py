@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from proto import objects_pb2 as pb
 from swarm.cli.docker_shape import FAILURE, MONITOR_S, ORDER, PARALLELISM, RESTART, RESTART_DELAY_S, update_state
+from swarm.cli.generic import shown
 from swarm.cli.rows import AVAILABILITY, manager_word, mode_word
 from swarm.cli.units import NANO, format_duration, format_time, human_memory
 
@@ -41,7 +42,8 @@ def pretty_service(service: pb.Service, network_name: Mapping[str, str]) -> str:
     lines += _rollout("UpdateConfig", spec.update) + _rollout("RollbackConfig", spec.rollback)
     lines += _restart(task.restart)
     lines += _container(task.container)
-    lines += _resources("Reservations", task.resources.reservations) + _resources("Limits", task.resources.limits)
+    reserved = task.resources.reservations
+    lines += _resources("Reservations", reserved, reserved.generic) + _resources("Limits", task.resources.limits)
     if task.networks:
         names = (network_name.get(item.network_id, item.network_id) for item in task.networks)
         lines += [(0, "Networks", " ".join(names))]
@@ -72,7 +74,7 @@ def pretty_node(node: pb.Node) -> str:
         lines += [(1, "Raft Status", reached), (1, "Leader", "Yes" if node.manager_status.leader else "No")]
     platform = description.platform
     lines += [(0, "Platform", ""), (1, "Operating System", platform.os), (1, "Architecture", platform.architecture)]
-    lines += _resources("Resources", description.resources)
+    lines += _resources("Resources", description.resources, description.generic)
     lines += [(0, "Engine Version", description.engine_version)]
     return _text(lines)
 
@@ -154,7 +156,7 @@ def _container(container: pb.ContainerSpec) -> list[Line]:
     return lines
 
 
-def _resources(heading: str, resources: pb.Resources) -> list[Line]:
+def _resources(heading: str, resources: pb.Resources, generic: Iterable[pb.GenericResource] = ()) -> list[Line]:
     lines: list[Line] = []
     if resources.nano_cpus:
         lines += [(1, "CPU", f"{resources.nano_cpus / NANO:g}")]
@@ -162,6 +164,8 @@ def _resources(heading: str, resources: pb.Resources) -> list[Line]:
         lines += [(1, "Memory", human_memory(resources.memory_bytes))]
     if resources.pids:
         lines += [(1, "PIDs", str(resources.pids))]
+    if text := shown(generic):
+        lines += [(1, "Generic", text)]
     return [(0, heading, ""), *lines] if lines else []
 
 

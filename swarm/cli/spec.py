@@ -29,6 +29,7 @@ from proto.objects_pb2 import (
     ServiceSpec,
     Ulimit,
 )
+from swarm.cli.generic import parse_wanted
 from swarm.cli.mounts import csv_fields, parse_device, parse_mount, parse_volume_per_slot
 from swarm.cli.ports import parse_publish
 from swarm.cli.units import parse_bytes, parse_duration_s, parse_nano_cpus, parse_uint
@@ -164,6 +165,8 @@ def build_spec(
     container.devices.extend(parse_device(text) for text in flags.get("device", ()))
     spec.task.placement.constraints.extend(check_constraint(text) for text in flags.get("constraint", ()))
     spec.task.placement.spread.extend(parse_preference(text) for text in flags.get("placement-pref", ()))
+    if wanted := parse_wanted(flags.get("generic-resource", ()), "generic-resource"):
+        spec.task.resources.reservations.generic.extend(wanted)
     container.hosts.extend(parse_host(text) for text in flags.get("host", ()))
     container.dns_nameservers.extend(flags.get("dns", ()))
     container.dns_search.extend(flags.get("dns-search", ()))

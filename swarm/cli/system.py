@@ -29,6 +29,13 @@ def client_version() -> str:
 @click.option(
     "--insecure-registry", "insecure", multiple=True, metavar="HOST[:PORT]", help="Registry to be spoken to unverified."
 )
+@click.option(
+    "--node-generic-resource",
+    "generic",
+    multiple=True,
+    metavar="KIND=VALUE",
+    help="What tasks may reserve here: a number (licences=4), or each by name (gpu=GPU1).",
+)
 @click.option("--runtime", default="crun", show_default=True, help="OCI runtime: name or path.")
 @click.option(
     "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"]),
@@ -42,6 +49,7 @@ def daemon(
     cgroup_parent: str,
     image_stores: tuple[str, ...],
     insecure: tuple[str, ...],
+    generic: tuple[str, ...],
     runtime: str,
     log_level: str,
 ) -> None:
@@ -51,6 +59,8 @@ def daemon(
     Example:
       pyswarm daemon --state-dir /srv/pyswarm --log-level debug
     """
+    from swarm.cli.generic import parse_offered
+
     config = DaemonConfig(
         state_dir=Path(state_dir).absolute(),
         run_dir=Path(run_dir).absolute(),
@@ -58,6 +68,7 @@ def daemon(
         cgroup_parent=cgroup_parent,
         image_stores=tuple(Path(store).absolute() for store in image_stores),
         insecure_registries=insecure,
+        generic_resources=tuple(parse_offered(generic, "node-generic-resource")),
         runtime=runtime,
         log_level=log_level,
     )

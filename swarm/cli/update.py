@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from proto.objects_pb2 import ContainerSpec, ServiceSpec
+from swarm.cli.generic import parse_wanted
 from swarm.cli.mounts import parse_device, parse_mount, parse_volume_per_slot
 from swarm.cli.ports import add_ports, parse_publish, remove_ports
 from swarm.cli.spec import (
@@ -57,6 +58,7 @@ def updated_spec(current: ServiceSpec, flags: Flags, environ: Mapping[str, str],
         pairs.update(parse_pairs(flags.get(f"{name}-add", ()), f"{name}-add"))
     spec.task.log_options.update(parse_pairs(flags.get("log-opt", ()), "log-opt"))
     _update_placement(spec, flags)
+    _update_generic_resources(spec, flags)
     _update_container(spec.task.container, flags, environ)
     _update_networks(spec, flags, network_id)
     _update_ports(spec, flags)
@@ -70,6 +72,18 @@ def _update_placement(spec: ServiceSpec, flags: Flags) -> None:
     removed = [parse_preference(text, "--placement-pref-rm") for text in flags.get("placement-pref-rm", ())]
     preferred = [parse_preference(text, "--placement-pref-add") for text in flags.get("placement-pref-add", ())]
     placement.spread[:] = _merge(placement.spread, removed, preferred)
+
+
+def _update_generic_resources(spec: ServiceSpec, flags: Flags) -> None:
+    added = parse_wanted(flags.get("generic-resource-add", ()), "generic-resource-add")
+    removed = flags.get("generic-resource-rm", ())
+    if not added and not removed:
+        return
+    wanted = spec.task.resources.reservations.generic
+    for kind in removed:
+        if all(resource.kind != kind for resource in wanted):
+            raise Invalid(f'invalid value "{kind}" for --generic-resource-rm: the service asks for no {kind}')
+    _replace(wanted, added, lambda resource: resource.kind, removed)
 
 
 def _update_container(container: ContainerSpec, flags: Flags, environ: Mapping[str, str]) -> None:

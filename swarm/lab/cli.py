@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import click
 
+from swarm.cli.generic import parse_offered
 from swarm.lab import hosts as lab_hosts
 from swarm.lab import lab as labs
 from swarm.lab.plan import DEFAULT_NAME, Plan
@@ -58,9 +59,18 @@ def _print_nodes(plan: Plan) -> None:
     "--insecure-registry", "insecure", multiple=True, metavar="HOST[:PORT]",
     help="Registry that every host speaks to unverified.",
 )  # fmt: skip
-def up(name: str, managers: int, workers: int, insecure: tuple[str, ...]) -> None:
+@click.option(
+    "--node-generic-resource", "generic", multiple=True, metavar="KIND=VALUE",
+    help="What tasks may reserve on every host, such as gpu=2.",
+)  # fmt: skip
+def up(name: str, managers: int, workers: int, insecure: tuple[str, ...], generic: tuple[str, ...]) -> None:
     """Make a lab, or complete it: run again, it changes nothing that is right."""
-    _guard(lambda: labs.up(name, managers, workers, lambda line: click.echo(line, err=True), insecure))
+    parse_offered(generic, "node-generic-resource")  # every daemon would refuse it, in a log that nobody watches
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
+    _guard(lambda: labs.up(name, managers, workers, say, insecure_registries=insecure, generic_resources=generic))
     _print_nodes(labs.load(name))
 
 

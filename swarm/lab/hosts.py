@@ -65,6 +65,7 @@ def start_daemon(plan: Plan, host: Host) -> None:
     argv += ["--state-dir", str(host.state_dir), "--run-dir", str(host.run_dir)]
     argv += ["--cgroup-parent", host.cgroup, "--image-store", IMAGE_STORE]
     argv += [word for registry in plan.insecure_registries for word in ("--insecure-registry", registry)]
+    argv += [word for resource in plan.generic_resources for word in ("--node-generic-resource", resource)]
     host.state_dir.mkdir(parents=True, exist_ok=True)
     with open(host.log, "ab") as log:
         subprocess.Popen(

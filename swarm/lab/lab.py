@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from proto.local_pb2 import InfoReply
@@ -60,8 +60,9 @@ def load(name: str) -> Plan:
     except FileNotFoundError:
         known = ", ".join(names()) or "none"
         raise LabError(f"no such lab: {name} (there are: {known}); make it with `pyswarm lab up {name}`") from None
-    registries = tuple(raw.get("insecure_registries", ()))  # absent in the file of a lab of an older version
-    return Plan(raw["name"], raw["subnet"], tuple(Host(**host) for host in raw["hosts"]), registries)
+    # Absent in the file of a lab of an older version.
+    registries, generic = (tuple(raw.get(key, ())) for key in ("insecure_registries", "generic_resources"))
+    return Plan(raw["name"], raw["subnet"], tuple(Host(**host) for host in raw["hosts"]), registries, generic)
 
 
 def find_host(plan: Plan, name: str) -> Host:
@@ -78,9 +79,18 @@ def _save(plan: Plan) -> None:
     temporary.replace(plan.state_dir / "lab.json")
 
 
-def up(name: str, managers: int, workers: int, say: Say, insecure_registries: Sequence[str] = ()) -> list[Node]:
+def up(
+    name: str,
+    managers: int,
+    workers: int,
+    say: Say,
+    *,
+    insecure_registries: Sequence[str] = (),
+    generic_resources: Sequence[str] = (),
+) -> list[Node]:
     """Make the lab as wanted, start what does not run, join what has not joined; returns the nodes.
-    `insecure_registries`: host[:port] that all hosts speak to unverified; none given = as the lab has it.
+    `insecure_registries`: host[:port] that all hosts speak to unverified; `generic_resources`: what each offers, such
+    as "gpu=2"; none given = as the lab has it.
     A lab that did not exist before is taken down again if anything fails or the user interrupts."""
     if not NAME.match(name):
         raise LabError(f"lab name {name!r}: use up to 20 lower-case letters, digits and dashes, a letter first")
@@ -88,7 +98,7 @@ def up(name: str, managers: int, workers: int, say: Say, insecure_registries: Se
         raise LabError(f"a lab has 1 to {HOSTS_MAX} hosts, at least one of them a manager")
     with _locked(name):
         existed = name in names()
-        plan = _planned(name, managers, workers, tuple(insecure_registries))
+        plan = _planned(name, managers, workers, tuple(insecure_registries), tuple(generic_resources))
         try:
             return _bring_up(plan, say)
         except BaseException:
@@ -99,13 +109,13 @@ def up(name: str, managers: int, workers: int, say: Say, insecure_registries: Se
             raise
 
 
-def _planned(name: str, managers: int, workers: int, insecure: tuple[str, ...]) -> Plan:
+def _planned(name: str, managers: int, workers: int, insecure: tuple[str, ...], generic: tuple[str, ...]) -> Plan:
     if name not in names():
         used = [item["dst"] for item in run_json("ip", "-j", "-4", "route") if item["dst"] != "default"]
         subnet = free_subnet([*used, *(load(other).subnet for other in names())])
         if subnet is None:
             raise LabError("no free subnet for a lab in 192.168.200.0/24 to 192.168.249.0/24: take a lab down first")
-        return Plan(name, subnet, wanted_hosts(name, subnet, managers, workers), insecure)
+        return Plan(name, subnet, wanted_hosts(name, subnet, managers, workers), insecure, generic)
     plan = load(name)
     wanted = wanted_hosts(name, plan.subnet, managers, workers)
     surplus = [host.name for host in plan.hosts if host not in wanted]
@@ -113,10 +123,14 @@ def _planned(name: str, managers: int, workers: int, insecure: tuple[str, ...]) 
         raise LabError(
             f"lab {name} has more hosts than asked for ({' '.join(surplus)}): `pyswarm lab down {name}` first"
         )
-    if insecure and insecure != plan.insecure_registries:
-        had = " ".join(plan.insecure_registries) or "none"
-        raise LabError(f"lab {name} was made with other insecure registries ({had}): `pyswarm lab down {name}` first")
-    return Plan(name, plan.subnet, wanted, plan.insecure_registries)
+    for what, given, has in (
+        ("insecure registries", insecure, plan.insecure_registries),
+        ("generic resources", generic, plan.generic_resources),
+    ):
+        if given and given != has:
+            had = " ".join(has) or "none"
+            raise LabError(f"lab {name} was made with other {what} ({had}): `pyswarm lab down {name}` first")
+    return replace(plan, hosts=wanted)
 
 
 def _bring_up(plan: Plan, say: Say) -> list[Node]:

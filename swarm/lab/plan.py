@@ -79,6 +79,8 @@ class Plan:
     hosts: tuple[Host, ...]
     insecure_registries: tuple[str, ...] = ()
     """What every daemon gets as --insecure-registry."""
+    generic_resources: tuple[str, ...] = ()
+    """What every daemon gets as --node-generic-resource."""
 
     @property
     def bridge(self) -> str:

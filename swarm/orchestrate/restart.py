@@ -100,6 +100,8 @@ def misplaced(view: View, task: Task, node: Node | None) -> str | None:
     # service has nothing to move: what does not belong on a node any more just stops.
     if (view.is_global or task.spec.placement == view.spec.task.placement) and not view.fits_on(node):
         return f"node {name} no longer satisfies the placement constraints"
+    if not view.has_room_for(node, task):
+        return f"node {name} no longer has the resources that were reserved there"
     return None
 
 

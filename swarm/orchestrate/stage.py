@@ -6,23 +6,25 @@ from collections.abc import Callable
 
 from proto.objects_pb2 import Service
 from swarm.orchestrate import everywhere, jobs, moves, reaper, replicated, restart, rollout
-from swarm.orchestrate.view import Fits, View, slots_of
+from swarm.orchestrate.view import Fits, Surplus, View, slots_of
 from swarm.store import states
 from swarm.store.changes import Decision, Group, Remove
 from swarm.store.dirty import Dirty
 from swarm.store.store import Store
 
 
-def decide(store: Store, now: float, new_id: Callable[[], str], dirty: Dirty, fits: Fits) -> Decision:
+def decide(
+    store: Store, now: float, new_id: Callable[[], str], dirty: Dirty, *, fits: Fits, surplus: Surplus
+) -> Decision:
     """What must change so that the tasks become what the services say: created, stopped, moved, updated, forgotten.
 
-    `now` is Unix s; `new_id` gives fresh task IDs; `fits` is `swarm.schedule.fits`. Only services named by `dirty`,
-    and those with tasks on its nodes, are looked at. Each is settled per slot and look; what follows from a
-    decision is found in the next look, which its own changes cause."""
+    `now` is Unix s; `new_id` gives fresh task IDs; `fits` and `surplus` are those of `swarm.schedule`. Only
+    services named by `dirty`, and those with tasks on its nodes, are looked at. Each is settled per slot and look;
+    what follows from a decision is found in the next look, which its own changes cause."""
     groups: list[Group] = []
     wakes: list[tuple[str, float]] = []
     for service in _touched(store, dirty):
-        view = look(store, now, new_id, service, fits)
+        view = look(store, now, new_id, service, fits=fits, surplus=surplus)
         groups.extend(view.groups)
         if view.wake_at is not None:
             wakes.append((service.id, view.wake_at))
@@ -30,9 +32,11 @@ def decide(store: Store, now: float, new_id: Callable[[], str], dirty: Dirty, fi
     return Decision(tuple(groups), wakes=tuple(wakes))
 
 
-def look(store: Store, now: float, new_id: Callable[[], str], service: Service, fits: Fits) -> View:
+def look(
+    store: Store, now: float, new_id: Callable[[], str], service: Service, *, fits: Fits, surplus: Surplus
+) -> View:
     """Decide about one service; the view's groups and wake time say what."""
-    view = View(store, now, new_id, fits, service, slots_of(store, service))
+    view = View(store, now, new_id, fits, surplus, service, slots_of(store, service))
     if service.pending_delete:
         reaper.remove_service(view)
         return view

@@ -13,6 +13,8 @@ from swarm.store.store import Store
 
 Fits = Callable[[Node, TaskSpec], bool]
 """Whether a node satisfies the constraints and platforms of a task (the scheduler's own filters, handed in)."""
+Surplus = Callable[[Store, Node], frozenset[str]]
+"""Tasks (IDs) for which the node has no room any more since it has less than it had (handed in as well)."""
 
 
 @dataclass(slots=True)
@@ -22,14 +24,12 @@ class Slot:
     key: int | str
     tasks: list[Task] = field(default_factory=list)
     """Oldest first, without those that are to be removed."""
+    runnable: list[Task] = field(default_factory=list)
+    """Those of them that shall run."""
     leaving: list[Task] = field(default_factory=list)
     """Desired REMOVE: the user does not want them any more; they wait for their end only."""
     settled: bool = False
     """Something was decided for it in this look: leave the rest to the next one."""
-
-    @property
-    def runnable(self) -> list[Task]:
-        return [task for task in self.tasks if states.is_runnable(task)]
 
 
 @dataclass(slots=True)
@@ -38,6 +38,7 @@ class View:
     now: float
     new_id: Callable[[], str]
     fits: Fits
+    surplus: Surplus
     service: Service
     slots: dict[int | str, Slot]
     groups: list[Group] = field(default_factory=list)
@@ -45,6 +46,7 @@ class View:
     outdated_versions: dict[int, bool] = field(default_factory=dict)
     """Spec versions of tasks seen, and whether their spec differs from today's: tasks of one version are alike."""
     fitting: dict[str, bool] = field(default_factory=dict)
+    surplus_on: dict[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def spec(self) -> ServiceSpec:
@@ -68,6 +70,13 @@ class View:
         if known is None:
             known = self.fitting[node.id] = self.fits(node, self.spec.task)
         return known
+
+    def has_room_for(self, node: Node, task: Task) -> bool:
+        """The node still has what the task was given there."""
+        known = self.surplus_on.get(node.id)
+        if known is None:
+            known = self.surplus_on[node.id] = self.surplus(self.store, node)
+        return task.id not in known
 
     def node_of(self, task: Task) -> Node | None:
         return self.store.nodes.get(task.node_id)
@@ -149,6 +158,7 @@ def slots_of(store: Store, service: Service) -> dict[int | str, Slot]:
     for slot in slots.values():
         if len(slot.tasks) > 1:
             slot.tasks.sort(key=lambda task: (task.meta.created_at, task.id))
+        slot.runnable = [task for task in slot.tasks if states.is_runnable(task)]
     return slots
 
 

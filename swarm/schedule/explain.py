@@ -7,6 +7,7 @@ from collections.abc import Callable
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import NodeStatus, Task
 from swarm.errors import Invalid
+from swarm.schedule import generic
 from swarm.schedule.constraints import parse_constraint
 from swarm.schedule.filters import FILTERS, Filter, Load, Need
 from swarm.schedule.stage import Board
@@ -55,6 +56,10 @@ def _resources(need: Need, load: Load) -> str:
         lacks.append(f"{cpus:g} of {need.nano_cpus / 1e9:g} CPUs")
     if memory_mib > 0:
         lacks.append(f"{memory_mib:.0f} of {need.memory_bytes / 2**20:.0f} MiB memory")
+    for resource in need.generic:
+        missing_count = resource.count - generic.free(load.generic_left, resource.kind)
+        if missing_count > 0:
+            lacks.append(f"{missing_count} of {resource.count} {resource.kind}")
     return f"lacks {' and '.join(lacks)}" if lacks else "lacks resources"
 
 

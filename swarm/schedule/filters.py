@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from proto.objects_pb2 import Node, Task, TaskSpec
+from proto.objects_pb2 import GenericResource, Node, Task, TaskSpec
 from swarm.errors import Invalid
+from swarm.schedule import generic
 from swarm.schedule.constraints import machine, parse_constraint
-from swarm.schedule.ledger import Account, HostPort, host_ports_of
+from swarm.schedule.ledger import Account, HostPort, Ledger, host_ports_of
 from swarm.store import states
 from swarm.store.store import Store
 
@@ -17,6 +18,8 @@ class Load:
     """What a node carries, and what this pass has put on it."""
 
     __slots__ = (
+        "generic_left",
+        "given",
         "host_ports",
         "memory_bytes_free",
         "nano_cpus_free",
@@ -34,13 +37,23 @@ class Load:
         has = node.description.resources
         self.nano_cpus_free = has.nano_cpus - account.nano_cpus
         self.memory_bytes_free = has.memory_bytes - account.memory_bytes
+        self.generic_left = generic.left_of(node.description.generic, account.generic)
+        self.given: list[GenericResource] = []
+        """Generic resources of the task that was taken last."""
         self.host_ports = set(account.host_ports)
         self.service_tasks: dict[str, int] = {}
+
+    @property
+    def is_exceeded(self) -> bool:
+        """More is reserved than the node has: it had more when it took its tasks."""
+        left = (self.nano_cpus_free, self.memory_bytes_free, *self.generic_left.values())
+        return min(left) < 0
 
     def take(self, need: Need) -> None:
         self.tasks += 1
         self.nano_cpus_free -= need.nano_cpus
         self.memory_bytes_free -= need.memory_bytes
+        self.given = generic.take(self.generic_left, need.generic) if need.generic else []
         self.host_ports.update(need.host_ports)
         self.service_tasks[need.service_id] = self.service_tasks.get(need.service_id, 0) + 1
 
@@ -53,8 +66,11 @@ class Need:
     spec: TaskSpec
     nano_cpus: int
     memory_bytes: int
+    generic: tuple[GenericResource, ...]
     host_ports: frozenset[HostPort]
     max_per_node: int
+    is_plain: bool
+    """Nothing of this counts: a node that takes one takes any number."""
     encrypted: bool
     """One of its networks is."""
 
@@ -62,19 +78,16 @@ class Need:
     def of(cls, task: Task, store: Store) -> Need:
         spec = task.spec
         reserved = spec.resources.reservations
-        return cls(
-            task.service_id,
-            spec,
+        counted = (
             reserved.nano_cpus,
             reserved.memory_bytes,
+            tuple(reserved.generic),
             host_ports_of(task),
             spec.placement.max_replicas_per_node,
-            any(
-                states.is_encrypted(network)
-                for attachment in task.networks
-                if (network := store.networks.get(attachment.network_id)) is not None
-            ),
         )
+        networks = (store.networks.get(attachment.network_id) for attachment in task.networks)
+        encrypted = any(network is not None and states.is_encrypted(network) for network in networks)
+        return cls(task.service_id, spec, *counted, is_plain=not any(counted), encrypted=encrypted)
 
     @property
     def shape(self) -> tuple[bytes, bytes, frozenset[HostPort], bool]:
@@ -96,7 +109,11 @@ def _is_ready(need: Need, load: Load) -> bool:
 
 
 def _has_resources(need: Need, load: Load) -> bool:
-    return need.nano_cpus <= max(0, load.nano_cpus_free) and need.memory_bytes <= max(0, load.memory_bytes_free)
+    return (
+        need.nano_cpus <= max(0, load.nano_cpus_free)
+        and need.memory_bytes <= max(0, load.memory_bytes_free)
+        and (not need.generic or generic.covers(load.generic_left, need.generic))
+    )
 
 
 def _satisfies_constraints(need: Need, load: Load) -> bool:
@@ -143,11 +160,11 @@ def accepts_any(need: Need, load: Load) -> bool:
 
 def has_room(need: Need, load: Load) -> bool:
     """A node that passed every filter would take one more task, of a service that it has none of."""
-    return _has_resources(need, load) and _has_ports_free(need, load)
+    return need.is_plain or (_has_resources(need, load) and _has_ports_free(need, load))
 
 
 def still_accepts(need: Need, load: Load) -> bool:
-    return has_room(need, load) and _is_below_max(need, load)
+    return need.is_plain or (has_room(need, load) and _is_below_max(need, load))
 
 
 def explain(refusals: Iterable[str]) -> str:
@@ -165,6 +182,22 @@ def explain(refusals: Iterable[str]) -> str:
 def fits(node: Node, spec: TaskSpec) -> bool:
     """The node satisfies the constraints and platforms of `spec`, whatever its state and load are now."""
     return satisfies(node, spec) and runs_platform(node, spec)
+
+
+def surplus(store: Store, node: Node) -> frozenset[str]:
+    """Tasks (IDs) that shall run on the node but cannot stay, because it has less by now than they reserve together:
+    the youngest, and those that were given what is gone."""
+    account = store.view(Ledger).account(node.id)
+    if not account.holding or not Load(node, account).is_exceeded:
+        return frozenset()
+    kept, found = Account(), set()
+    held = (task for task in store.tasks.where("node", node.id) if states.reserves(task) and states.is_runnable(task))
+    for task in sorted(held, key=lambda task: (task.meta.created_at, task.id)):
+        kept.reserve(task, 1)
+        if Load(node, kept).is_exceeded:
+            kept.reserve(task, -1)
+            found.add(task.id)
+    return frozenset(found)
 
 
 def satisfies(node: Node, spec: TaskSpec) -> bool:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import Task
+from swarm.schedule.generic import Claim
 from swarm.store import states
 from swarm.store.store import Event, Store
 
@@ -30,6 +31,19 @@ class Account:
     nano_cpus: int = 0
     memory_bytes: int = 0
     host_ports: dict[HostPort, int] = field(default_factory=dict)
+    generic: dict[Claim, int] = field(default_factory=dict)
+
+    def reserve(self, task: Task, sign: int) -> None:
+        """Count what the task holds besides its place (1), or no longer (-1)."""
+        if not (task.spec.HasField("resources") or task.HasField("endpoint") or task.assigned_generic):
+            return  # most tasks of most clusters: reading what is not there would cost more than all the rest
+        reserved = task.spec.resources.reservations
+        self.nano_cpus += sign * reserved.nano_cpus
+        self.memory_bytes += sign * reserved.memory_bytes
+        for port in host_ports_of(task):
+            _count(self.host_ports, port, sign)
+        for resource in task.assigned_generic:
+            _count(self.generic, (resource.kind, resource.id), sign * resource.count)
 
 
 class Ledger:
@@ -58,23 +72,22 @@ class Ledger:
 
     def note(self, events: Sequence[Event]) -> None:
         for event in events:
-            before, after = event.before, event.after
-            if not isinstance(event.record, Task):
+            before = event.before if isinstance(event.before, Task) else None
+            after = event.after if isinstance(event.after, Task) else None
+            if before is not None and after is not None and _hold_alike(before, after):
                 continue
-            if isinstance(before, Task) and isinstance(after, Task) and _hold_alike(before, after):
-                continue
-            if isinstance(before, Task):
+            if before is not None:
                 self._file(before, -1)
-            if isinstance(after, Task):
+            if after is not None:
                 self._file(after, 1)
 
     def _file(self, task: Task, sign: int) -> None:
         """Enter the task (1), or strike it out (-1)."""
         state = task.status.state
-        if state in (pb.TASK_FAILED, pb.TASK_REJECTED):
-            _keep(self._failed, task.service_id, task, sign)
-        elif pb.TASK_ASSIGNED <= state <= pb.TASK_RUNNING:
+        if pb.TASK_ASSIGNED <= state <= pb.TASK_RUNNING:
             self._charge(task, sign)
+        elif state in (pb.TASK_FAILED, pb.TASK_REJECTED):
+            _keep(self._failed, task.service_id, task, sign)
         elif states.waiting_for(task) == "node":
             alike = (task.spec_version, task.node_id, "" if task.service_id else task.id)
             groups = self.waiting.setdefault(task.service_id, {})
@@ -93,11 +106,7 @@ class Ledger:
             _count(self._tasks_on.setdefault(task.service_id, {}), node_id, sign)
             if not self._tasks_on[task.service_id]:
                 del self._tasks_on[task.service_id]
-        reserved = task.spec.resources.reservations
-        account.nano_cpus += sign * reserved.nano_cpus
-        account.memory_bytes += sign * reserved.memory_bytes
-        for port in host_ports_of(task):
-            _count(account.host_ports, port, sign)
+        account.reserve(task, sign)
         if not account.holding:
             del self._accounts[node_id]
 

@@ -176,6 +176,7 @@ class Board:
         placed = copy_of(task)
         placed.node_id = load.node_id
         placed.placement_reason = reason
+        placed.assigned_generic.extend(load.given)
         status = placed.status
         status.Clear()
         status.state = pb.TASK_ASSIGNED

@@ -87,7 +87,14 @@ def unwrap(wrapped: pb.Object) -> Record:
 
 def transaction(changes: Iterable[Change], at: float, request_id: str = "") -> pb.Transaction:
     """The wire form of one group."""
-    message = pb.Transaction(request_id=request_id, at=at)
+    message = pb.Transaction()
+    fill(message, changes, at, request_id)
+    return message
+
+
+def fill(message: pb.Transaction, changes: Iterable[Change], at: float, request_id: str = "") -> None:
+    """The same, in an empty message that is part of an entry."""
+    message.request_id, message.at = request_id, at
     for change in changes:
         match change:
             case Create(record) | Update(record):
@@ -97,4 +104,3 @@ def transaction(changes: Iterable[Change], at: float, request_id: str = "") -> p
                 message.changes.add(
                     action=pb.Change.REMOVE, kind=_KINDS[type(record)][1], id=record.id, version=record.meta.version
                 )
-    return message

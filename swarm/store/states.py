@@ -48,11 +48,11 @@ def waiting_for(task: Task) -> str:
 
 
 def reserves(task: Task) -> bool:
-    """Holds CPU or memory on its node: from assignment until it has stopped, whatever is desired of it."""
+    """Holds CPU, memory or generic resources of its node: from assignment until it has stopped."""
     if not task.node_id or not pb.TASK_ASSIGNED <= task.status.state <= pb.TASK_RUNNING:
         return False
     wanted = task.spec.resources.reservations
-    return wanted.nano_cpus > 0 or wanted.memory_bytes > 0
+    return wanted.nano_cpus > 0 or wanted.memory_bytes > 0 or bool(wanted.generic)
 
 
 def is_lost(node: Node | None) -> bool:

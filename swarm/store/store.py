@@ -18,7 +18,7 @@ from proto import store_pb2 as pb
 from proto.objects_pb2 import Cluster, Network, Node, Service, Task
 from swarm.store import states
 from swarm.store.changes import Record, copy_of, unwrap, wrap
-from swarm.store.table import DIGEST_MODULUS, Table, digest_of
+from swarm.store.table import DIGEST_MODULUS, Keys, Table, digest_of
 
 DEDUPE_LIMIT = 10_000
 """Remembered request IDs: at 1,000 writes per second a retry has 10 s, three times its deadline."""
@@ -76,11 +76,7 @@ class Store:
         self.services: Table[Service] = Table(name_of=lambda s: s.spec.annotations.name)
         self.networks: Table[Network] = Table(name_of=lambda n: n.spec.annotations.name)
         self.tasks: Table[Task] = Table(
-            service=lambda t: t.service_id,
-            slot=states.slot_of,
-            node=lambda t: t.node_id,
-            network=lambda t: {leg.network_id for leg in t.networks},
-            allocation=lambda t: "waiting" if states.waiting_for(t) == "allocation" else "",
+            indexes=("service", "slot", "node", "network", "allocation"), keys_of=_task_keys
         )
         self._tables: dict[type, Table[Any]] = {
             Cluster: self.clusters,
@@ -138,21 +134,23 @@ class Store:
         except DecodeError as error:
             result.verdicts.add(code=pb.Verdict.INVALID, message=f"undecodable entry: {error}")
             transactions = ()
+        sized = len(entry) > OBJECT_BYTES_MAX  # else no object in it can be too large
         for transaction in transactions:
-            result.verdicts.append(self._apply_once(transaction, events))
+            result.verdicts.append(self._apply_once(transaction, sized, events))
         if events:
             self._notify(events)
         return result.SerializeToString(deterministic=True)
 
-    def _apply_once(self, transaction: pb.Transaction, events: list[Event]) -> pb.Verdict:
+    def _apply_once(self, transaction: pb.Transaction, sized: bool, events: list[Event]) -> pb.Verdict:
         known = self._verdicts.get(transaction.request_id) if transaction.request_id else None
         if known is not None:
             return known
-        verdict = self._check(transaction)
+        changes = [(change, _record_of(change)) for change in transaction.changes]
+        verdict = self._check(changes, sized)
         if verdict.code == pb.Verdict.OK:
             self.version += 1
-            events.extend(self._perform(change, transaction.at) for change in transaction.changes)
-            verdict.version = self.version
+            verdict.version, at = self.version, transaction.at
+            events.extend(self._remove(c) if record is None else self._put(record, at) for c, record in changes)
         if transaction.request_id:
             self._remember(transaction.request_id, verdict)
         return verdict
@@ -163,27 +161,27 @@ class Store:
         while len(self._verdicts) > DEDUPE_LIMIT:
             self._verdicts_digest -= _digest_of_verdict(*self._verdicts.popitem(last=False))
 
-    def _check(self, transaction: pb.Transaction) -> pb.Verdict:
-        """The first reason why the transaction cannot be applied, or OK."""
+    def _check(self, changes: Sequence[tuple[pb.Change, Record | None]], sized: bool) -> pb.Verdict:
+        """The first reason why the changes cannot be applied, or OK. `sized`: some may be too large."""
         names: set[tuple[str, str]] = set()
-        for change in transaction.changes:
-            if change.action == pb.Change.REMOVE:
+        for change, record in changes:
+            action = change.action
+            if action == pb.Change.REMOVE:
                 existing = self._table_of(change.kind).get(change.id)
                 if existing is None:
                     return pb.Verdict(code=pb.Verdict.NOT_FOUND, message=change.id)
                 if change.version and existing.meta.version != change.version:
                     return pb.Verdict(code=pb.Verdict.CONFLICT, message=change.id)
                 continue
-            if change.object.WhichOneof("kind") is None or change.object.ByteSize() > OBJECT_BYTES_MAX:
+            if record is None or (sized and record.ByteSize() > OBJECT_BYTES_MAX):
                 return pb.Verdict(
                     code=pb.Verdict.INVALID, message=f"object empty or larger than {OBJECT_BYTES_MAX} bytes"
                 )
-            record = unwrap(change.object)
             table = self._table(record)
             existing = table.get(record.id)
-            if change.action == pb.Change.CREATE and existing is not None:
+            if action == pb.Change.CREATE and existing is not None:
                 return pb.Verdict(code=pb.Verdict.EXISTS, message=record.id)
-            if change.action == pb.Change.UPDATE:
+            if action == pb.Change.UPDATE:
                 if existing is None:
                     return pb.Verdict(code=pb.Verdict.NOT_FOUND, message=record.id)
                 if existing.meta.version != record.meta.version:
@@ -196,18 +194,19 @@ class Store:
                 names.add(key)
         return pb.Verdict(code=pb.Verdict.OK)
 
-    def _perform(self, change: pb.Change, at: float) -> Event:
-        if change.action == pb.Change.REMOVE:
-            table = self._table_of(change.kind)
-            before = table.get(change.id)
-            table.discard(change.id)
-            return Event(before, None)
-        record = copy_of(unwrap(change.object))  # in its own memory: as a part of the entry it would keep all of that
+    def _remove(self, change: pb.Change) -> Event:
+        table = self._table_of(change.kind)
+        before = table.get(change.id)
+        table.discard(change.id)
+        return Event(before, None)
+
+    def _put(self, decoded: Record, at: float) -> Event:
+        record = copy_of(decoded)  # in its own memory: as a part of the entry it would keep all of that
         table = self._table(record)
         before = table.get(record.id)
-        record.meta.version = self.version
-        record.meta.updated_at = at
-        record.meta.created_at = before.meta.created_at if before is not None else at
+        meta = record.meta
+        meta.version, meta.updated_at = self.version, at
+        meta.created_at = before.meta.created_at if before is not None else at
         table.put(record)
         return Event(before, record)
 
@@ -255,6 +254,17 @@ class Store:
         """Equal on every manager that has applied the same entries; kept up to date, so that asking costs nothing."""
         tables = (getattr(self, name).digest for name in _TABLE_NAMES.values())
         return f"{(sum(tables) + self._verdicts_digest + self.version) % DIGEST_MODULUS:032x}"
+
+
+def _task_keys(task: Task) -> Keys:
+    networks = frozenset(leg.network_id for leg in task.networks) if task.networks else ""
+    allocation = "waiting" if states.waiting_for(task) == "allocation" else ""
+    return task.service_id, states.slot_of(task), task.node_id, networks, allocation
+
+
+def _record_of(change: pb.Change) -> Record | None:
+    """What the change stores; None for a removal, and for one that names no object."""
+    return unwrap(change.object) if change.object.WhichOneof("kind") is not None else None
 
 
 def _digest_of_verdict(request_id: str, verdict: pb.Verdict) -> int:

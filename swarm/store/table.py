@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
@@ -15,20 +15,30 @@ DIGEST_MODULUS = 1 << (8 * DIGEST_BYTES)
 
 T = TypeVar("T", bound=Record)
 NameOf = Callable[[T], str]
-KeysOf = Callable[[T], str | Iterable[str]]
-"""What an index files an object under: one key, several distinct keys, or none ("")."""
+Keys = tuple[str | frozenset[str], ...]
+"""What each index files an object under: one key, several, or none ("")."""
+KeysOf = Callable[[T], Keys]
+NO_KEYS: Keys = ()
 
 
 class Table(Generic[T]):
     """Objects are never mutated by readers: copy, change the copy, and commit that."""
 
-    def __init__(self, name_of: NameOf[T] | None = None, **indexes: KeysOf[T]) -> None:
+    def __init__(
+        self,
+        name_of: NameOf[T] | None = None,
+        indexes: Sequence[str] = (),
+        keys_of: KeysOf[T] = lambda record: NO_KEYS,
+    ) -> None:
+        """`keys_of` gives one entry for each of `indexes`, in their order."""
         self._rows: dict[str, T] = {}
+        self._kept: dict[str, tuple[int, Keys]] = {}
+        """Digest and keys of each row: making them anew for what an update replaces would double its cost."""
         self._name_of = name_of
         self._ids_by_name: dict[str, str] = {}
         self.digest = 0
         """Sum of the objects' digests: equal wherever the objects are equal."""
-        self._keys_of: Mapping[str, KeysOf[T]] = indexes
+        self._keys_of = keys_of
         self._indexes: dict[str, dict[str, dict[str, None]]] = {name: {} for name in indexes}
         """IDs only: an object that stays under its key costs nothing when it changes."""
 
@@ -72,47 +82,45 @@ class Table(Generic[T]):
 
     def put(self, record: T) -> None:
         object_id = record.id  # one string for all places: each reading of the field makes another
-        before = self._rows.get(object_id)
+        if self._name_of is not None:
+            self._name(self._rows.get(object_id), record)
         self._rows[object_id] = record
-        self._name(before, record)
-        for index, keys_of in self._keys_of.items():
-            keys = keys_of(record)
-            if before is not None:
-                earlier = keys_of(before)
-                if keys == earlier:
-                    continue
-                self._unfile(index, object_id, earlier, _several(keys))
-            for key in _several(keys):
-                self._indexes[index].setdefault(key, {})[object_id] = None
-        self.digest = (
-            self.digest + digest_of(record) - (digest_of(before) if before is not None else 0)
-        ) % DIGEST_MODULUS
+        digest, keys = digest_of(record), self._keys_of(record)
+        old_digest, old_keys = self._kept.get(object_id, (0, NO_KEYS))
+        self._kept[object_id] = digest, old_keys if keys == old_keys else self._refile(object_id, old_keys, keys)
+        self.digest = (self.digest + digest - old_digest) % DIGEST_MODULUS
 
     def discard(self, object_id: str) -> None:
         before = self._rows.pop(object_id, None)
         if before is None:
             return
-        self._name(before, None)
-        for index, keys_of in self._keys_of.items():
-            self._unfile(index, object_id, keys_of(before), ())
-        self.digest = (self.digest - digest_of(before)) % DIGEST_MODULUS
+        if self._name_of is not None:
+            self._name(before, None)
+        digest, keys = self._kept.pop(object_id)
+        self._refile(object_id, keys, NO_KEYS)
+        self.digest = (self.digest - digest) % DIGEST_MODULUS
 
     def _name(self, before: T | None, after: T | None) -> None:
-        if self._name_of is None:
-            return
+        assert self._name_of is not None
         if before is not None:
             self._ids_by_name.pop(self._name_of(before).lower(), None)
         if after is not None and (name := self._name_of(after)):
             self._ids_by_name[name.lower()] = after.id
 
-    def _unfile(self, index: str, object_id: str, keys: str | Iterable[str], but: Container[str]) -> None:
-        """Drop what the index says about an object under these keys, except those where it stays."""
-        filed = self._indexes[index]
-        for key in _several(keys):
-            if key not in but:
-                del filed[key][object_id]
-                if not filed[key]:
-                    del filed[key]
+    def _refile(self, object_id: str, old: Keys, new: Keys) -> Keys:
+        """File an object under its new keys only; where a key stays, so does its place in the order."""
+        for number, filed in enumerate(self._indexes.values()):
+            before, after = old[number] if old else "", new[number] if new else ""
+            if before == after:
+                continue
+            for key in _several(before):
+                if key not in _several(after):
+                    del filed[key][object_id]
+                    if not filed[key]:
+                        del filed[key]
+            for key in _several(after):
+                filed.setdefault(key, {})[object_id] = None
+        return new
 
 
 def digest_of(message: Message) -> int:
@@ -121,7 +129,7 @@ def digest_of(message: Message) -> int:
     return int.from_bytes(hashlib.blake2b(raw, digest_size=DIGEST_BYTES).digest(), "big")
 
 
-def _several(keys: str | Iterable[str]) -> Collection[str]:
+def _several(keys: str | frozenset[str]) -> Collection[str]:
     if isinstance(keys, str):
         return (keys,) if keys else ()
-    return keys if isinstance(keys, Collection) else tuple(keys)
+    return keys

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from proto import store_pb2 as pb
 from swarm.consensus.interface import Consensus
 from swarm.errors import AlreadyExists, Busy, Conflict, Invalid, NoLeader, NotFound, OutcomeUnknown, SwarmError
-from swarm.store.changes import Group, transaction
+from swarm.store.changes import Group, fill
 
 ENTRY_BYTES_MAX = 1_500_000
 """As in the reference (Batch splits at 1.5 MiB); below gRPC's 4 MiB message limit."""
@@ -34,8 +34,8 @@ _ERRORS: dict[pb.Verdict.Code.ValueType, tuple[type[SwarmError], str]] = {
 
 @dataclass(slots=True)
 class _Waiting:
-    message: pb.Transaction
-    size_bytes: int
+    packed: bytes
+    """The transaction as it stands in an entry."""
     done: asyncio.Future[int]
 
 
@@ -74,9 +74,10 @@ class Writer:
     def _enqueue(self, group: Group, request_id: str) -> asyncio.Future[int]:
         if len(self._waiting) >= PENDING_MAX:
             raise Busy(f"{PENDING_MAX} writes are waiting already: try again in a moment")
-        message = transaction(group, self._now(), request_id)
+        entry = pb.Entry()
+        fill(entry.transactions.add(), group, self._now(), request_id)
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(message, message.ByteSize(), done))
+        self._waiting.append(_Waiting(entry.SerializeToString(), done))
         if self._flushing is None:
             self._flushing = asyncio.create_task(self._flush())
         return done
@@ -92,16 +93,16 @@ class Writer:
     def _take(self) -> list[_Waiting]:
         """The next entry's transactions: at least one, at most ENTRY_BYTES_MAX in all."""
         batch = [self._waiting.popleft()]
-        size_bytes = batch[0].size_bytes
-        while self._waiting and size_bytes + self._waiting[0].size_bytes <= ENTRY_BYTES_MAX:
-            size_bytes += self._waiting[0].size_bytes
+        size_bytes = len(batch[0].packed)
+        while self._waiting and size_bytes + len(self._waiting[0].packed) <= ENTRY_BYTES_MAX:
+            size_bytes += len(self._waiting[0].packed)
             batch.append(self._waiting.popleft())
         return batch
 
     async def _propose(self, batch: list[_Waiting]) -> None:
-        entry = pb.Entry(transactions=[item.message for item in batch])
+        entry = b"".join(item.packed for item in batch)  # messages one after the other are one with all they repeat
         try:
-            raw = await self._consensus.propose(entry.SerializeToString(), COMMIT_TIMEOUT_S)
+            raw = await self._consensus.propose(entry, COMMIT_TIMEOUT_S)
             verdicts = pb.EntryResult.FromString(raw).verdicts
         except SwarmError as error:
             for item in batch:

@@ -26,6 +26,7 @@ from proto import store_pb2
 from proto.objects_pb2 import Node, NodeStatus, Task
 from swarm import schedule
 from swarm.leader import LeaderLoop
+from swarm.manager import GC_THRESHOLDS
 from swarm.store.changes import Create, Record, transaction
 from swarm.store.store import Event, Store
 from swarm.store.writer import Writer
@@ -136,6 +137,7 @@ async def watch_stalls(stalls: list[float]) -> None:
 
 async def run(shape: Shape) -> Result:
     """Raises TimeoutError after SHAPE_MAX_S."""
+    gc.set_threshold(*GC_THRESHOLDS)  # as the manager process does
     store = Store()
     fill(store, shape)
     gc.collect()

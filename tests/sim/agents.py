@@ -23,6 +23,8 @@ START_S = (0.02, 0.3)
 STOP_S = (0.02, 1.5)
 JOB_S = (0.2, 5.0)
 NEVER_S = 1e9
+CARDS = ("A", "B", "C")
+"""Named resources that a sound host offers."""
 
 
 @dataclass
@@ -52,6 +54,8 @@ class Host:
         self.containers: dict[str, Container] = {}
         self.executions: dict[str, int] = {}
         """Of job tasks: how often each was run to its end."""
+        self.cards: tuple[str, ...] = CARDS
+        """What the agent finds when it starts."""
         self._chance = chance
         self._dial = dial
         self._managers = managers
@@ -79,6 +83,11 @@ class Host:
     def running(self) -> set[str]:
         return {task_id for task_id, each in self.containers.items() if each.phase is Phase.RUNNING}
 
+    def cards_in_use(self) -> list[str]:
+        """One entry for each container that has it."""
+        tasks = (each.task for each in self.containers.values() if each.phase is Phase.RUNNING)
+        return [resource.id for task in tasks for resource in task.assigned_generic]
+
 
 class _Life:
     """One agent process."""
@@ -101,6 +110,8 @@ class _Life:
         description = NodeDescription(hostname=host.node_id)
         description.platform.os, description.platform.architecture = "linux", "x86_64"
         description.resources.nano_cpus, description.resources.memory_bytes = 8 * 10**9, 16 << 30
+        for card in host.cards:
+            description.generic.add(kind="gpu", count=1, id=card)
         session = Session(
             open_channel=lambda addr: cast("Any", Channel(lambda: dial(host, addr))),
             managers=managers,

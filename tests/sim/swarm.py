@@ -16,13 +16,13 @@ from swarm.leader import STAGES, Stage
 from swarm.store import states
 from swarm.store.changes import Change, Update, copy_of
 from swarm.store.store import Store
-from tests.sim.agents import Host
+from tests.sim.agents import CARDS, Host
 from tests.sim.calls import Call
 from tests.sim.checks import Checks
 from tests.sim.disk import PowerFailure
 from tests.sim.manager import SimManager
 from tests.sim.net import STEP_S, Net
-from tests.sim.users import Users, founding
+from tests.sim.users import Users, founding, networks_for
 from tests.sim.virtual import VirtualLoop
 from tests.simulated import check
 
@@ -134,10 +134,13 @@ class Swarm:
         if manager is not None and manager.store.version != self._checked_version:
             self._checked_version = manager.store.version
             check(manager.store)
+        for name, host in self.hosts.items():
+            cards = host.cards_in_use()
+            assert len(cards) == len(set(cards)), f"containers of {name} share a card: {cards}"
 
     async def _story(self) -> None:
         names = [f"host{number:04}" for number in range(self._size.hosts)]
-        await self._insist(lambda _: founding(names))
+        await self._insist(lambda _: founding(names, networks_for(self._size.services)))
         for name in names:
             host = Host(name, self.net.generator("host", name), self._dial, self._addrs(), self._container_fails)
             self.hosts[name] = host
@@ -185,6 +188,11 @@ class Swarm:
                 self._start_manager(name)
         for name in list(self._off):
             self._host_back(name)
+        for host in self.hosts.values():
+            if host.cards != CARDS:
+                host.kill_agent()
+                host.cards = CARDS
+                host.start()
         for name in self.hosts:
             await self._insist(lambda store, name=name: _activate(store, name))  # type: ignore[misc]
         end_s = self.net.now_s + RECOVERY_S
@@ -337,8 +345,10 @@ class Swarm:
     def _host_back(self, name: str) -> None:
         del self._off[name]
         self._heal_host(name)
-        self._tell(f"{name} is back")
-        self.hosts[name].start()
+        host = self.hosts[name]
+        host.cards = self._chance.choice((CARDS, CARDS, CARDS[:1])) if self._stormy else CARDS
+        self._tell(f"{name} is back, with {len(host.cards)} cards")
+        host.start()
 
     def _died(self, name: str, error: BaseException) -> None:
         assert isinstance(error, PowerFailure), f"{name} died without a reason: {error}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import Cluster, Network, Node, Service, ServiceSpec
@@ -13,15 +13,21 @@ from swarm.store import states
 from swarm.store.changes import Change, Create, Update, copy_of
 from swarm.store.store import Store
 
-NETWORKS = 4
+NETWORKS_MIN, SERVICES_PER_NETWORK = 4, 10
 REPLICAS_MAX = 12
 
 
-def founding(hosts: list[str]) -> tuple[Change, ...]:
+def networks_for(services: int) -> int:
+    """How many networks so many services share: a node is told of all that is on its networks, so a thousand services
+    on four of them would be a thousand nodes that know everything."""
+    return max(NETWORKS_MIN, services // SERVICES_PER_NETWORK)
+
+
+def founding(hosts: list[str], networks: int) -> tuple[Change, ...]:
     """The objects of a new cluster."""
     cluster = Cluster(id="cluster", default_addr_pool=["10.0.0.0/8"], subnet_size=22)
     made: list[Change] = [Create(cluster)]
-    for number in range(NETWORKS + 1):
+    for number in range(networks + 1):
         network = Network(id=f"net{number}")
         network.spec.annotations.name = network.id if number else "ingress"
         network.spec.ingress = not number
@@ -38,13 +44,14 @@ class Users:
     def __init__(self, chance: random.Random, services_max: int) -> None:
         self._chance = chance
         self._services_max = services_max
+        self._networks = networks_for(services_max)
         self._made = 0
 
     def wish(self, store: Store) -> tuple[str, Change] | None:
         """What is wanted, in words and as a change; None: nothing at the moment."""
         services = sorted((s for s in store.services if not s.pending_delete), key=lambda service: service.id)
         if len(services) < self._services_max and (not services or self._chance.random() < 0.5):
-            return self._create()
+            return self._create(store.services)
         draw = self._chance.random()
         if draw < 0.15:
             return self._node(store)
@@ -54,7 +61,7 @@ class Users:
             return f"remove {service.id}", Update(service)
         return self._change(store, service)
 
-    def _create(self) -> tuple[str, Change]:
+    def _create(self, services: Iterable[Service]) -> tuple[str, Change]:
         chance = self._chance
         self._made += 1
         service = Service(id=f"s{self._made:04}", spec_version=1)
@@ -72,10 +79,12 @@ class Users:
         else:
             spec.replicated.replicas = chance.randint(0, REPLICAS_MAX)
             spec.max_unavailable = chance.randint(0, 3)
-        for number in chance.sample(range(1, NETWORKS + 1), chance.randint(0, 2)):
+        for number in chance.sample(range(1, self._networks + 1), chance.randint(0, 2)):
             spec.task.networks.add(network_id=f"net{number}")
         if chance.random() < 0.4:
             spec.task.resources.reservations.nano_cpus = chance.choice((10**7, 10**8))
+        if chance.random() < 0.5 and not any(each.spec.task.resources.reservations.generic for each in services):
+            spec.task.resources.reservations.generic.add(kind="gpu", count=1)  # one service at a time: all find room
         if chance.random() < 0.3:
             spec.endpoint.ports.add(target_port=80, published_port=8000 + self._made)
         if states.is_job(spec):
