@@ -8,7 +8,6 @@ from pathlib import Path
 
 from node.interface import CreateRequest, ResolvedImage, RuntimeFault
 from node.templates import expanded, task_name, values_for
-from overlay.interface import Attachment, Interface
 from proto.objects_pb2 import TCP, VIP, ContainerSpec, Mount, NodeDescription, Task
 
 DEFAULT_STOP_GRACE_S = 10.0
@@ -22,18 +21,10 @@ _SIZE = re.compile(r"(\d+)\s*([kmg]?)b?", re.IGNORECASE)
 _UNIT_BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
-def attachment(task: Task) -> Attachment:
-    """eth0, eth1, ... in the order of the service's networks."""
-    return Attachment(
-        task_id=task.id,
-        interfaces=tuple(Interface(net.network_id, net.address) for net in task.networks),
-        sysctls={k: v for k, v in task.spec.container.sysctls.items() if k.startswith("net.")},
-    )
-
-
 def addresses(task: Task) -> tuple[str, ...]:
-    """Without prefix lengths."""
-    return tuple(net.address.partition("/")[0] for net in task.networks)
+    """Those that the swarm gave, without prefix lengths."""
+    given = (address for net in task.networks for address in (net.address, net.address6) if address)
+    return tuple(address.partition("/")[0] for address in given)
 
 
 def network_ids(task: Task) -> frozenset[str]:
@@ -108,7 +99,8 @@ def create_request(
     node: NodeDescription,
     node_labels: Mapping[str, str],
 ) -> CreateRequest:
-    """Everything the runtime needs to make the task's container. Raises RuntimeFault (permanent) for a
+    """Everything the runtime needs to make the task's container; `netns` None: it has the host's network, and as in
+    Docker the host's name. Raises RuntimeFault (permanent) for a
     template or an option that cannot be understood."""
     spec = container_spec(task, node, node_labels)
     max_bytes, max_files = log_limits(task.spec.log_options)
@@ -127,7 +119,7 @@ def create_request(
         spec=spec,
         image=image,
         netns=netns,
-        hostname=spec.hostname or task.id[:HOSTNAME_LENGTH],
+        hostname=spec.hostname or (task.id[:HOSTNAME_LENGTH] if netns is not None else node.hostname),
         addresses=addresses(task),
         limits=task.spec.resources.limits,
         reservations=task.spec.resources.reservations,

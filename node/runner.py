@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,6 +61,8 @@ class TaskRunner:
         }
         self._note_ending()
         self._shell.world.states[task.id] = self.status.state
+        if attached and record.given_address:
+            self._shell.world.given[task.id] = record.given_address
 
     # ------------------------------------------------------------ what the agent says
 
@@ -182,7 +185,9 @@ class TaskRunner:
 
     def _save(self) -> None:
         try:
-            self._shell.files.save(TaskRecord(task=self.snapshot(), image_id=self.image_id, health=self._health))
+            given = self._shell.world.given.get(self.task.id, "")
+            record = TaskRecord(task=self.snapshot(), image_id=self.image_id, health=self._health, given_address=given)
+            self._shell.files.save(record)
         except OSError as error:
             # Not fatal: a restarted agent then finds the container and asks the managers about the rest.
             log.warning("task file could not be written", task=self.task.id, reason=str(error))
@@ -213,22 +218,31 @@ class TaskRunner:
 
     # ------------------------------------------------------------ the actions
 
-    async def _wire(self) -> Path:
-        """The task's namespace on its networks, and in the picture of names. Raises NetworkError."""
-        await self._shell.networks_ready(inputs.network_ids(self.task))
+    async def _wire(self) -> Path | None:
+        """The task's namespace on its networks, and in the picture of names; None: it lives in the host's.
+        Raises NetworkError."""
+        shell, world = self._shell, self._shell.world
+        await shell.networks_ready(inputs.network_ids(self.task))
+        attachment = world.attachment(self.task)
         self._attached = True
-        self._netns = await _within(
-            self._shell.network.attach(inputs.attachment(self.task)), limits.ATTACH_DEADLINE_S, "attaching to networks"
-        )
-        self._shell.world.sandboxes[self.task.id] = Sandbox(
-            task_id=self.task.id,
-            netns_path=str(self._netns),
-            network_ids=tuple(net.network_id for net in self.task.networks),
-            upstreams=tuple(self.task.spec.container.dns_nameservers),
-        )
+        if attachment is None:
+            return None
+        self._netns = await _within(shell.network.attach(attachment), limits.ATTACH_DEADLINE_S, "attaching to networks")
+        if not all(interface.address for interface in attachment.interfaces):
+            world.given[self.task.id] = await _within(
+                shell.network.given_address(self.task.id), limits.ATTACH_DEADLINE_S, "asking for the task's address"
+            )
+            shell.networks.poke()
+        if attachment.interfaces:
+            world.sandboxes[self.task.id] = Sandbox(
+                task_id=self.task.id,
+                netns_path=str(self._netns),
+                network_ids=tuple(interface.network_id for interface in attachment.interfaces),
+                upstreams=tuple(self.task.spec.container.dns_nameservers),
+            )
         return self._netns
 
-    async def _wire_in_slot(self) -> Path:
+    async def _wire_in_slot(self) -> Path | None:
         await self._shell.networks_ready(inputs.network_ids(self.task))
         async with self._shell.slots:
             return await self._wire()
@@ -249,6 +263,8 @@ class TaskRunner:
         named = shell.names.poke()
         world = shell.world
         request = inputs.create_request(self.task, image, netns, world.description, world.node.spec.annotations.labels)
+        if self.task.id in world.given:
+            request = replace(request, addresses=(*request.addresses, world.given[self.task.id]))
         async with shell.slots:
             if self._ending.is_set():
                 raise _Ending
@@ -381,6 +397,7 @@ class TaskRunner:
         if self._adoption is not None:
             self._adoption.cancel()
         self._shell.world.sandboxes.pop(self.task.id, None)
+        self._shell.world.given.pop(self.task.id, None)
         self._shell.names.poke()
         if self._attached:
             await _within(self._shell.network.detach(self.task.id), limits.ATTACH_DEADLINE_S, "detaching from networks")

@@ -118,7 +118,9 @@ class Shell:
 
     def _standing(self) -> frozenset[str]:
         state = self.networks.applied
-        return frozenset(net.network_id for net in state.networks) if state is not None else frozenset()
+        if state is None:
+            return frozenset()
+        return state.network_ids() | self.world.networks_without_links()
 
     async def image(self, name: str, registry_auth: str) -> ResolvedImage:
         """As Images.ensure; callers that ask for the same image share one look-up, which goes on (and fills the

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dns.interface import Picture, Sandbox
-from node import view
+from node import drivers, view
 from node.mirror import Mirror
 from node.steps import State
-from overlay.interface import EncryptionKey, HostState
-from proto.objects_pb2 import Node, NodeDescription
+from overlay.interface import Attachment, EncryptionKey, HostState
+from proto.objects_pb2 import Node, NodeDescription, Task
 
 
 class World:
@@ -27,6 +27,8 @@ class World:
         self.keys: tuple[EncryptionKey, ...] = ()
         """In memory only, as told by the session: it names them before the networks that need them."""
         self.sandboxes: dict[str, Sandbox] = {}
+        self.given: dict[str, str] = {}
+        """Task -> the address that this host gave it on its own bridge."""
         self.states: dict[str, State] = {}
         self._describe = describe
         self._upstreams = upstreams
@@ -41,6 +43,7 @@ class World:
             self.vtep,
             self.node.index,
             self.vxlan_port,
+            self.given,
             self.states,
             self.keys,
             self.description.encrypts,
@@ -56,6 +59,12 @@ class World:
         if not self.mirror.known:
             return None
         return view.picture(self.mirror, self.local(), self.sandboxes.values(), self._upstreams())
+
+    def attachment(self, task: Task) -> Attachment | None:
+        return drivers.attachment(task, self.mirror.networks())
+
+    def networks_without_links(self) -> frozenset[str]:
+        return frozenset(n.id for n in self.mirror.networks() if drivers.driver(n) in (drivers.HOST, drivers.NONE))
 
     def ingress_ids(self) -> frozenset[str]:
         return view.ingress_network_ids(self.mirror)

@@ -5,15 +5,12 @@ All of it runs on the namespace thread, synchronously.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from overlay import namespaces, nfnl, nft, rtnl
 from overlay.addressing import (
-    NODE_RANGE,
-    NODE_RANGE_PREFIX,
     TASK_LINK_INDEX,
     is_leg,
     network_namespace,
@@ -34,32 +31,19 @@ from overlay.diff import (
     SetLeg,
     SetLink,
     SetPort,
+    SetVxlan,
     TaskKernel,
     TaskOperation,
-    wanted_routes,
 )
 from overlay.esp import MARKING, MARKING_RULES, MARKING_TABLE
+from overlay.interface import MACVLAN_MODES, Interface, NetworkError
 from overlay.namespaces import NamespaceThread
 from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, Netlink, acknowledged
-from overlay.plan import Leg, Sandbox, Task, TaskLink, Vxlan, port_alias
+from overlay.plan import Leg, Sandbox, Task, TaskLink, Vxlan, port_alias, read_port_alias
+from overlay.sysctls import IPV6_SYSCTLS, TASK_SYSCTLS, set_all_optional, set_leg_sysctls, set_optional
 
-TASK_SYSCTLS = {
-    # As Docker: ping and low ports need no privilege inside a container.
-    "net.ipv4.ip_unprivileged_port_start": "0",
-    "net.ipv4.ping_group_range": "0 2147483647",
-    # Answers may come by another of the task's networks than their question left by.
-    "net.ipv4.conf.all.rp_filter": "2",
-    # A published port of this host leads back into the network it was asked from: the host would redirect.
-    "net.ipv4.conf.all.accept_redirects": "0",
-    "net.ipv4.conf.default.accept_redirects": "0",
-}
-NO_IPV6 = "net.ipv6.conf.default.disable_ipv6"
-
-
-def set_optional(name: str, value: str) -> None:
-    """A sysctl that some kernels lack (IPv6 off, no br_netfilter)."""
-    with contextlib.suppress(OSError):
-        namespaces.sysctl(name, value)
+NO_ADDRESS = "1"
+"""addr_gen_mode "none": no link-local address, so nothing that is sent by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +61,8 @@ class HostKernel:
                 link.mac,
                 link.mtu_bytes,
                 frozenset((address, prefix) for index, address, prefix in self.addresses if index == link.index),
+                link.ipv6,
+                link.routing,
             )
             for name, link in self.links.items()
             if is_leg(tag, name) and link.up
@@ -150,14 +136,16 @@ class NamespaceKernel:
         picture = Sandbox(
             network_id=network_id,
             bridge=bridge is not None and bridge.up,
-            vxlan=Vxlan(info.vni, info.port, info.local, device.mtu_bytes) if device and info else None,
+            vxlan=Vxlan(info.vni, info.port, info.local, device.mtu_bytes, device.ipv6) if device and info else None,
             leg=None,
             # Both tables must have it; an entry in one only is added again.
             forwarding=frozenset(
                 (entry.mac, entry.vtep) for entry in entries if entry.link == index and entry.mac in bridged
             ),
             neighbours=frozenset((address, mac) for link, address, mac in known if link == index),
-            ports=frozenset(link.name for link in links.values() if link.master == master and link.up),
+            ports=frozenset(
+                (link.name, link.mtu_bytes) for link in links.values() if link.master == master and link.up
+            ),
         )
         ours = {LEG_PORT_NAME, VXLAN_NAME, BRIDGE_NAME}
         ports = [link for link in links.values() if link.kind == "veth" and link.name not in ours]
@@ -166,7 +154,7 @@ class NamespaceKernel:
     def marks(self, network_id: str) -> bool:
         """Whether packets of an encrypted network are marked."""
         with self.thread.inside(self.network_path(network_id)), Netlink(NETLINK_NETFILTER) as netlink:
-            return nfnl.rule_counts(netlink, MARKING_TABLE, nfnl.BRIDGE) == MARKING_RULES
+            return nfnl.rule_counts(netlink, nfnl.BRIDGE, MARKING_TABLE) == MARKING_RULES
 
     def network_identity(self, path: Path) -> str:
         """The network ID that was written on the bridge; "" if there is none."""
@@ -178,7 +166,7 @@ class NamespaceKernel:
         path = self.network_path(network_id)
         self.thread.create(path)
         with self.thread.inside(path), Netlink(NETLINK_ROUTE) as netlink:
-            set_optional(NO_IPV6, "1")
+            set_all_optional(IPV6_SYSCTLS)
             # br_netfilter would send bridged frames through IP hooks for nothing.
             set_optional("net.bridge.bridge-nf-call-iptables", "0")
             netlink.batch(acknowledged([rtnl.set_link("lo")]))
@@ -196,6 +184,8 @@ class NamespaceKernel:
                         nft.run(MARKING)
                     case MakeVxlan():
                         self._make_vxlan(outer, inner, descriptor, operation)
+                    case SetVxlan(vxlan):
+                        self._set_vxlan(inner, vxlan)
                     case MakeLeg(leg):
                         near = rtnl.VethEnd(leg.name, leg.mac)
                         far = rtnl.VethEnd(LEG_PORT_NAME, in_group=True)
@@ -228,9 +218,17 @@ class NamespaceKernel:
             VXLAN_NAME, vxlan.vni, vxlan.port, vxlan.local, mtu_bytes=vxlan.mtu_bytes, namespace_fd=descriptor
         )
         outer.batch(acknowledged([made]))
+        self._set_vxlan(inner, vxlan)
+
+    def _set_vxlan(self, inner: Netlink, vxlan: Vxlan) -> None:
+        # The kernel refuses IPv6 neighbours to a device without IPv6.
+        set_optional(f"net.ipv6.conf.{VXLAN_NAME}.addr_gen_mode", NO_ADDRESS)
+        set_optional(f"net.ipv6.conf.{VXLAN_NAME}.disable_ipv6", "0" if vxlan.ipv6 else "1")
         self._enslave(inner, VXLAN_NAME, vxlan.mtu_bytes)
 
     def _set_leg(self, outer: Netlink, leg: Leg, stale: frozenset[tuple[str, int]]) -> None:
+        with self.thread.home():
+            set_leg_sysctls(leg)
         index = rtnl.link_index(outer, leg.name)
         outer.batch(
             acknowledged(
@@ -241,8 +239,6 @@ class NamespaceKernel:
                 ]
             )
         )
-        with self.thread.home():
-            set_leg_sysctls(leg.name)
 
     @staticmethod
     def _set_entries(inner: Netlink, entries: SetEntries) -> None:
@@ -272,7 +268,7 @@ class NamespaceKernel:
         with self.thread.inside(path):
             for name, value in TASK_SYSCTLS.items():
                 namespaces.sysctl(name, value)
-            set_optional(NO_IPV6, "1")
+            set_all_optional(IPV6_SYSCTLS)
             for name, value in sysctls.items():
                 namespaces.sysctl(name, value)
 
@@ -290,6 +286,7 @@ class NamespaceKernel:
             ),
             neighbours=frozenset((names.get(index, ""), address, mac) for index, address, mac in known),
             present=frozenset((link.name, link.mac) for link in links.values()),
+            ipv6=frozenset(link.name for link in links.values() if link.ipv6),
         )
 
     def do_task(self, task: Task, operations: Iterable[TaskOperation]) -> None:
@@ -302,13 +299,48 @@ class NamespaceKernel:
                     case MakeLink(link, replaces):
                         if replaces:
                             inner.batch(acknowledged([rtnl.delete_link(link.name)]))
-                        self._make_link(task, link, descriptor)
+                        if link.parent:
+                            self._make_macvlan(task, link, descriptor, inner)
+                        else:
+                            self._make_link(task, link, descriptor)
                     case SetLink(link):
                         settings.append(link)
             messages = [rtnl.set_link("lo")]
             for link in settings:
+                if link.ipv6:
+                    namespaces.sysctl(f"net.ipv6.conf.{link.name}.disable_ipv6", "0")
                 messages += _link_settings(link, rtnl.link_index(inner, link.name))
             inner.batch(acknowledged(messages))
+
+    def _make_macvlan(self, task: Task, link: TaskLink, descriptor: int, inner: Netlink) -> None:
+        index = TASK_LINK_INDEX + task.links.index(link)
+        with self.thread.home(), Netlink(NETLINK_ROUTE) as outer:
+            try:
+                parent = rtnl.link_index(outer, link.parent)
+            except OSError as error:
+                raise NetworkError(
+                    f"task {task.task_id}: this host has no link {link.parent}, the parent of macvlan network"
+                    f" {link.network_id}; make that link, keep the service's tasks on hosts that have it with a"
+                    " constraint, or make the network anew with another parent"
+                ) from error
+            made = rtnl.new_macvlan(
+                link.name,
+                parent,
+                MACVLAN_MODES[link.mode],
+                link.mac,
+                mtu_bytes=link.mtu_bytes,
+                index=index,
+                namespace_fd=descriptor,
+            )
+            outer.batch(acknowledged([made]))
+        inner.batch(acknowledged([rtnl.set_link(link.name, alias=port_alias(task.task_id, link))]))
+
+    def read_macvlans(self, task_id: str) -> dict[str, Interface]:
+        """Link name -> interface, of those in its namespace that are no veth: their alias is on themselves."""
+        with self.thread.inside(self.task_path(task_id)), Netlink(NETLINK_ROUTE) as netlink:
+            aliases = [link.alias for link in rtnl.links(netlink).values() if link.kind == "macvlan"]
+        known = [found for alias in aliases if (found := read_port_alias(alias)) is not None]
+        return {name: interface for _, name, interface in known}
 
     def _make_link(self, task: Task, link: TaskLink, descriptor: int) -> None:
         index = TASK_LINK_INDEX + task.links.index(link)
@@ -332,21 +364,9 @@ class NamespaceKernel:
 
 
 def _link_settings(link: TaskLink, index: int) -> list[Message]:
-    messages = [
+    return [
         rtnl.set_link(index=index, mtu_bytes=link.mtu_bytes),
-        rtnl.add_address(index, link.address, link.prefix),
+        *(rtnl.add_address(index, address, prefix) for address, prefix in link.addresses),
+        *(rtnl.add_neighbour(index, gateway, link.gateway_mac) for gateway in link.gateways),
+        *(rtnl.add_route(index, destination, prefix, gateway or None) for destination, prefix, gateway in link.routes),
     ]
-    if link.gateway and link.gateway_mac:
-        messages.append(rtnl.add_neighbour(index, link.gateway, link.gateway_mac))
-    for _, destination, prefix, gateway in wanted_routes(link, NODE_RANGE, NODE_RANGE_PREFIX):
-        messages.append(rtnl.add_route(index, destination, prefix, gateway or None))
-    return messages
-
-
-def set_leg_sysctls(name: str) -> None:
-    base = f"net.ipv4.conf.{name}"
-    namespaces.sysctl(f"{base}.rp_filter", "2")
-    # Answers to a client at 127.0.0.1 of a published port come in here.
-    namespaces.sysctl(f"{base}.route_localnet", "1")
-    namespaces.sysctl(f"{base}.forwarding", "1")
-    set_optional(f"net.ipv6.conf.{name}.disable_ipv6", "1")

@@ -11,6 +11,9 @@ VXLAN_OVERHEAD_BYTES = 50
 NODE_RANGE = "198.18.0.0"
 NODE_RANGE_PREFIX = 16
 """RFC 2544: never routed on the internet. Each node's ingress traffic comes from its address in it."""
+NODE_RANGE6 = "2001:2::"
+NODE_RANGE6_PREFIX = 48
+"""RFC 5180: the same for IPv6."""
 MAX_NODE_INDEX = 65534
 TAG_MAX_CHARS = 6
 """The name of a leg is "pys" + tag + "-" + VNI in base 36 (at most 5 digits): 15 characters, the kernel's limit."""
@@ -30,6 +33,16 @@ def task_mac(address: str) -> str:
 def node_address(index: int) -> str:
     """198.18.x.y of the node with this index (0 <= index <= MAX_NODE_INDEX)."""
     return f"198.18.{index // 256}.{index % 256}"
+
+
+def node_address6(index: int) -> str:
+    """2001:2::x of the same node."""
+    return str(ipaddress.IPv6Address(NODE_RANGE6) + index)
+
+
+def canonical(address: str) -> str:
+    """An address of either family as the kernel's answers are written here. Raises ValueError."""
+    return str(ipaddress.ip_address(address))
 
 
 def leg_mac(index: int) -> str:
@@ -72,8 +85,9 @@ def host_table(tag: str) -> str:
 
 def overlaps(subnet: str, others: list[tuple[str, str]]) -> tuple[str, str] | None:
     """The first of (prefix, what it is) that overlaps `subnet`; None when all is clear."""
-    network = ipaddress.IPv4Network(subnet, strict=False)
+    network = ipaddress.ip_network(subnet, strict=False)
     for prefix, what in others:
-        if network.overlaps(ipaddress.IPv4Network(prefix, strict=False)):
+        other = ipaddress.ip_network(prefix, strict=False)
+        if network.version == other.version and network.overlaps(other):
             return prefix, what
     return None

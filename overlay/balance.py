@@ -1,192 +1,320 @@
-"""The nftables tables of the host and of all tasks, kept equal to the services. Runs on the namespace thread."""
+"""The balancing of one task, and of the host: brought from one picture of the services to the next, and verified. Runs
+on the namespace thread."""
 
 from __future__ import annotations
 
 import socket
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
-from overlay import conntrack, nfnl
-from overlay.interface import L4, HostState
-from overlay.netlink import Message, Netlink, NetlinkError
-from overlay.plan import plan_published
-from overlay.ruleset import (
-    ASKED_BY_UDP,
-    ASKED_MAX,
+from overlay import conntrack, ipvs, nfnl
+from overlay.elements import (
     ElementChange,
     Elements,
+    chains_of,
     element_change,
+    gateway_elements,
+    hidden_elements,
     joined,
-    vip_chain_name,
-    vip_elements,
 )
-from overlay.tables import UNKNOWN, Table
+from overlay.interface import HostState, PublishedPort, Vip
+from overlay.ipvs import Key, Services, VirtualServices
+from overlay.netlink import Message, Netlink, NetlinkError
+from overlay.ruleset import ASKED_BY_UDP, ASKED_MAX, Layout
+from overlay.schemes import Scheme
+from overlay.tables import UNKNOWN, Chains, Tables
 
-Backends = Mapping[str, tuple[str, ...]]
-"""VIP -> backends, of one network"""
-NO_VIPS: Backends = {}
+Vips = Mapping[str, Vip]
+"""By address, of one network."""
+NO_VIPS: Vips = {}
+Service = TypeVar("Service", Vip, PublishedPort)
+
+
+def vips_by_network(state: HostState) -> dict[str, dict[str, Vip]]:
+    found: defaultdict[str, dict[str, Vip]] = defaultdict(dict)
+    for vip in state.vips:
+        found[vip.network_id][vip.address] = distinct(vip)
+    return dict(found)
+
+
+def distinct(service: Service) -> Service:
+    """Each backend named once, with the weight that it has first."""
+    backends = tuple(dict.fromkeys(service.backends))
+    if len(backends) == len(service.backends):
+        return service
+    weights = dict(zip(reversed(service.backends), reversed(service.weights), strict=False))
+    return replace(service, backends=backends, weights=tuple(weights[item] for item in backends) if weights else ())
 
 
 @dataclass(slots=True)
 class TaskBalance:
-    """The table in one task's namespace and what it was last given."""
+    """The balancing in one task's namespace and what it was last given."""
 
-    table: Table
+    scheme: Scheme
+    tables: Tables
     netlink: Netlink
     """Kept open: a change then needs no visit to the namespace, and closing an nftables socket waits (12 ms)
     for the clean-up of what earlier transactions removed."""
-    given: dict[str, Backends] = field(default_factory=dict)
+    ipvs: VirtualServices | None
+    given: dict[str, Vips] = field(default_factory=dict)
     """Network -> its VIPs."""
 
+    def close(self) -> None:
+        self.netlink.close()
+        if self.ipvs is not None:
+            self.ipvs.close()
 
-def network_elements(vips: Backends) -> Elements:
+
+def network_elements(scheme: Scheme, vips: Vips) -> Elements:
     out: Elements = {}
-    for address, backends in vips.items():
-        out |= vip_elements(address, backends)
+    for vip in vips.values():
+        out |= scheme.vip_elements(vip)
     return out
 
 
-def vips_change(old: Backends, new: Backends) -> ElementChange:
+def changed(old: Vips, new: Vips) -> list[str]:
     """Only the VIPs that differ are expanded: a change costs what changes, not what there is."""
-    changed = [address for address in old.keys() | new.keys() if old.get(address) != new.get(address)]
-    before = network_elements({address: old[address] for address in changed if address in old})
-    after = network_elements({address: new[address] for address in changed if address in new})
+    return [address for address in old.keys() | new.keys() if old.get(address) != new.get(address)]
+
+
+def vips_change(scheme: Scheme, old: Vips, new: Vips) -> ElementChange:
+    differ = changed(old, new)
+    before = network_elements(scheme, {address: old[address] for address in differ if address in old})
+    after = network_elements(scheme, {address: new[address] for address in differ if address in new})
     return element_change(before, after)
 
 
-def withdrawn(old: Backends, new: Backends) -> dict[str, tuple[str, ...]]:
+def services_change(scheme: Scheme, old: Vips, new: Vips) -> dict[Key, ipvs.Service | None]:
+    out: dict[Key, ipvs.Service | None] = {}
+    differ = changed(old, new)
+    for address in differ:
+        out |= dict.fromkeys(scheme.vip_services(old[address]) if address in old else ())
+    for address in differ:
+        out |= scheme.vip_services(new[address]) if address in new else {}
+    return out
+
+
+def withdrawn(old: Vips, new: Vips) -> dict[str, tuple[str, ...]]:
     """VIPs that lost a backend -> those they have now."""
-    return {
-        address: new.get(address, ())
-        for address, backends in old.items()
-        if backends != new.get(address) and not set(backends) <= set(new.get(address, ()))
-    }
+    out = {}
+    for address, vip in old.items():
+        kept = new[address].backends if address in new else ()
+        if vip.backends != kept and not set(vip.backends) <= set(kept):
+            out[address] = kept
+    return out
 
 
 class Changes:
     """Work shared by the tasks within one pass: most of them go from the same picture to the same picture, so
     differences and netlink messages are made once and sent to each namespace."""
 
-    def __init__(self) -> None:
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
         self._changes: dict[tuple[int, int], ElementChange] = {}
         self._withdrawn: dict[tuple[int, int], dict[str, tuple[str, ...]]] = {}
         self._messages: dict[tuple[object, ...], list[Message]] = {}
         self._kept: list[object] = []
         """Keeps the pictures alive: they are known by their id()."""
 
-    def between(self, old: Backends, new: Backends) -> ElementChange:
+    def between(self, old: Vips, new: Vips) -> ElementChange:
         key = (id(old), id(new))
         if key not in self._changes:
             self._kept += [old, new]
-            self._changes[key] = vips_change(old, new)
+            self._changes[key] = vips_change(self.scheme, old, new)
         return self._changes[key]
 
-    def withdrawn(self, old: Backends, new: Backends) -> dict[str, tuple[str, ...]]:
+    def withdrawn(self, old: Vips, new: Vips) -> dict[str, tuple[str, ...]]:
         key = (id(old), id(new))
         if key not in self._withdrawn:
             self._withdrawn[key] = withdrawn(old, new)
         return self._withdrawn[key]
 
-    def messages(
-        self, table: Table, pairs: Iterable[tuple[Backends, Backends]], change: ElementChange
-    ) -> list[Message]:
-        missing = frozenset(change.chains() - table.chains)
+    def messages(self, tables: Tables, pairs: Iterable[tuple[Vips, Vips]], change: ElementChange) -> list[Message]:
+        missing = frozenset(change.chains() - tables.chains)
         key = (tuple((id(old), id(new)) for old, new in pairs), missing)
         if key not in self._messages:
-            self._messages[key] = table.messages(change)
+            self._messages[key] = tables.messages(change)
         return self._messages[key]
 
 
-def wanted_elements(vips: Mapping[str, Backends], networks: Iterable[str]) -> Elements:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """For the tasks of this host."""
+
+    vips: Mapping[str, Vips]
+    """By network."""
+    alive: frozenset[bytes]
+    """Addresses of tasks that still run, wherever: under IPVS connections to them go on."""
+
+    def on(self, networks: Iterable[str]) -> dict[str, Vips]:
+        return {network_id: self.vips.get(network_id, NO_VIPS) for network_id in networks}
+
+
+def wanted_elements(scheme: Scheme, vips: Mapping[str, Vips]) -> Elements:
     out: Elements = {}
-    for network_id in networks:
-        out |= network_elements(vips.get(network_id, NO_VIPS))
+    for found in vips.values():
+        out |= network_elements(scheme, found)
     return out
 
 
-def wanted_chains(vips: Mapping[str, Backends], networks: Iterable[str]) -> frozenset[str]:
+def wanted_chains(scheme: Scheme, vips: Mapping[str, Vips]) -> Chains:
     """Balancing chains in use, without expanding all elements."""
-    return frozenset(
-        vip_chain_name(address, len(backends))
-        for network_id in networks
-        for address, backends in vips.get(network_id, NO_VIPS).items()
-        if backends
-    )
+    return frozenset(chain for found in vips.values() for vip in found.values() for chain in scheme.vip_chains(vip))
 
 
-def give(balance: TaskBalance, vips: Mapping[str, Backends], networks: Iterable[str], changes: Changes) -> bool:
-    """Bring one task's table up to date, in whatever namespace the thread is. False when the kernel refused: the
-    table is not as we left it, and `Table.adopt` must repair it from inside its namespace."""
-    networks = tuple(networks)
-    wanted = {network_id: vips.get(network_id, NO_VIPS) for network_id in networks}
-    pairs = [(balance.given.get(network_id, NO_VIPS), new) for network_id, new in wanted.items()]
+def wanted_services(scheme: Scheme, vips: Mapping[str, Vips]) -> Services:
+    return {
+        key: service
+        for found in vips.values()
+        for vip in found.values()
+        for key, service in scheme.vip_services(vip).items()
+    }
+
+
+def give(balance: TaskBalance, wanted: Wanted, networks: Iterable[str], changes: Changes) -> bool:
+    """Bring one task's balancing up to date, in whatever namespace the thread is. False when the kernel refused: it
+    is not as we left it, and `adopt` must repair it from inside its namespace."""
+    new_vips = wanted.on(networks)
+    pairs = [(balance.given.get(network_id, NO_VIPS), new) for network_id, new in new_vips.items()]
     pairs = [(old, new) for old, new in pairs if old is not new]
     change = joined([changes.between(old, new) for old, new in pairs])
-    balance.given = wanted
-    if not change:
-        return True
+    balance.given = new_vips
     try:
-        balance.table.change(balance.netlink, change, changes.messages(balance.table, pairs, change))
+        if balance.ipvs is not None:
+            for old, new in pairs:
+                balance.ipvs.change(services_change(balance.scheme, old, new), wanted.alive)
+        if change:
+            balance.tables.change(balance.netlink, change, changes.messages(balance.tables, pairs, change))
     except NetlinkError:
-        # The table is not what we left there: the audit compares and repairs, in the namespace.
-        balance.table.generation = UNKNOWN
+        balance.tables.generation = UNKNOWN
         return False
     lost = {vip: left for old, new in pairs for vip, left in changes.withdrawn(old, new).items()}
     if lost:
-        forget_task_flows(balance.netlink, balance.table.layout.table, lost)
+        forget_task_flows(balance.netlink, balance.tables, lost)
     return True
 
 
-def forget_task_flows(netlink: Netlink, table: str, lost: Mapping[str, tuple[str, ...]]) -> None:
+def adopt(balance: TaskBalance, layouts: tuple[Layout, ...], wanted: Wanted, networks: Iterable[str]) -> None:
+    """Whatever stands, make it as wanted. Runs inside the namespace."""
+    vips = wanted.on(networks)
+    if balance.ipvs is not None:
+        balance.ipvs.audit(wanted_services(balance.scheme, vips), wanted.alive)
+    balance.tables.adopt(balance.netlink, layouts, wanted_elements(balance.scheme, vips))
+    balance.given = vips
+
+
+def audit(balance: TaskBalance, layouts: tuple[Layout, ...], wanted: Wanted) -> bool:
+    """True when something had to be repaired. Runs inside the namespace."""
+    scheme, vips = balance.scheme, balance.given
+    repaired = balance.ipvs is not None and balance.ipvs.audit(wanted_services(scheme, vips), wanted.alive)
+    return balance.tables.audit(balance.netlink, layouts, lambda: wanted_elements(scheme, vips)) or repaired
+
+
+def forget_task_flows(netlink: Netlink, tables: Tables, lost: Mapping[str, tuple[str, ...]]) -> None:
     """Cut the UDP flows of this namespace to backends that their VIP no longer has."""
-    asked = nfnl.elements(netlink, table, [ASKED_BY_UDP])
-    full = len(asked) >= ASKED_MAX
-    hit = lost.keys() if full else {socket.inet_ntoa(key) for _, key in asked} & lost.keys()
-    if hit:
-        conntrack.forget_udp(netlink, lambda flow: flow.to in hit and flow.answered_by not in lost[flow.to])
+    for family in {layout.family for layout in tables.layouts if ASKED_BY_UDP in dict(layout.sets)}:
+        asked = nfnl.elements(netlink, family, tables.name, [ASKED_BY_UDP])
+        full = len(asked) >= ASKED_MAX
+        hit = lost.keys() if full else {socket.inet_ntop(family, key) for _, _, key in asked} & lost.keys()
+        left = {vip: lost[vip] for vip in hit}
+        if left:
+            conntrack.forget_udp(netlink, family, partial(_is_stale, left))
+
+
+def _is_stale(left: Mapping[str, tuple[str, ...]], flow: conntrack.Flow) -> bool:
+    return flow.to in left and flow.answered_by not in left[flow.to]
 
 
 # --- published ports ---------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class HostPicture:
+    """What balances in the host's namespace."""
+
+    elements: Elements
+    services: Services
+    udp: Mapping[int, frozenset[tuple[str, int]]]
+    """Published UDP ports -> backends."""
+
+
+def host_picture(scheme: Scheme, state: HostState, families: Iterable[int]) -> HostPicture:
+    families = tuple(families)
+    unable = {peer.node_id for peer in state.peers if peer.masquerade}
+    hidden = [endpoint for endpoint in state.endpoints if endpoint.node_id in unable]
+    elements = gateway_elements(state.networks)
+    elements |= hidden_elements(item for end in hidden for item in (end.address, end.address6) if item)
+    elements = {key: value for key, value in elements.items() if key[0] in families}
+    services: dict[Key, ipvs.Service] = {}
+    udp: defaultdict[int, frozenset[tuple[str, int]]] = defaultdict(frozenset)
+    for published in map(distinct, state.published):
+        elements |= scheme.port_elements(published, families)
+        services |= scheme.port_services(published, families)
+        if published.protocol == "udp":
+            udp[published.port] |= frozenset(published.backends)
+    return HostPicture(elements, services, dict(udp))
+
+
 @dataclass(slots=True)
 class HostBalance:
-    table: Table
+    tables: Tables
     netlink: Netlink
-    elements: Elements = field(default_factory=dict)
-    udp: dict[int, frozenset[tuple[str, int]]] = field(default_factory=dict)
+    ipvs: VirtualServices | None
+    given: HostPicture
 
+    def give(self, wanted: HostPicture, alive: frozenset[bytes], local_addresses: frozenset[str]) -> None:
+        """Bring it up to date, in the host's namespace."""
+        if self.ipvs is not None:
+            services: dict[Key, ipvs.Service | None] = dict.fromkeys(self.given.services)
+            self.ipvs.change(services | dict(wanted.services), alive)
+        change = element_change(self.given.elements, wanted.elements)
+        try:
+            self.tables.change(self.netlink, change)
+        except NetlinkError:
+            self.tables.adopt(self.netlink, self.tables.layouts, wanted.elements)
+        if self.ipvs is None:
+            self._forget_flows(wanted.udp, local_addresses)
+        self.given = wanted
 
-def udp_backends(state: HostState) -> dict[int, frozenset[tuple[str, int]]]:
-    protocol: L4 = "udp"
-    return {item.port: frozenset(item.backends) for item in state.published if item.protocol == protocol}
+    def _forget_flows(self, new: Mapping[int, frozenset[tuple[str, int]]], local_addresses: frozenset[str]) -> None:
+        """Cut UDP flows to backends that their port has no more. A port that is new may be known to conntrack,
+        untranslated, from a client that already tries it."""
+        old = self.given.udp
+        moved = {
+            port: new.get(port, frozenset())
+            for port in old.keys() | new.keys()
+            if port not in old or old[port] - new.get(port, frozenset())
+        }
+        if not moved or not conntrack.any_flows():
+            return
+        for layout in self.tables.layouts:
+            conntrack.forget_udp(
+                self.netlink,
+                layout.family,
+                lambda flow: (
+                    flow.to_port in moved
+                    and flow.to in local_addresses
+                    and (flow.answered_by, flow.answered_port) not in moved[flow.to_port]
+                ),
+            )
 
+    def adopt(self, layouts: tuple[Layout, ...], alive: frozenset[bytes]) -> None:
+        if self.ipvs is not None:
+            self.ipvs.audit(self.given.services, alive)
+        self.tables.adopt(self.netlink, layouts, self.given.elements)
 
-def give_host(balance: HostBalance, state: HostState, local_addresses: frozenset[str]) -> bool:
-    """Bring the host's table up to date, in the host's namespace; True when it changed."""
-    wanted, udp = plan_published(state), udp_backends(state)
-    change = element_change(balance.elements, wanted)
-    if not change:
-        return False
-    netlink = balance.netlink
-    try:
-        balance.table.change(netlink, change)
-    except NetlinkError:
-        balance.table.adopt(netlink, wanted)
-    # A port that is new may be known to conntrack, untranslated, from a client that already tries it.
-    moved = {
-        port: udp.get(port, frozenset())
-        for port in udp.keys() | balance.udp.keys()
-        if port not in balance.udp or balance.udp[port] - udp.get(port, frozenset())
-    }
-    if moved and conntrack.any_flows():
-        conntrack.forget_udp(
-            netlink,
-            lambda flow: (
-                flow.to_port in moved
-                and flow.to in local_addresses
-                and (flow.answered_by, flow.answered_port) not in moved[flow.to_port]
-            ),
-        )
-    balance.elements, balance.udp = wanted, udp
-    return True
+    def audit(self, alive: frozenset[bytes]) -> bool:
+        """True when something had to be repaired."""
+        repaired = self.ipvs is not None and self.ipvs.audit(self.given.services, alive)
+        elements = self.given.elements
+        repaired |= self.tables.audit(self.netlink, self.tables.layouts, lambda: elements)
+        self.tables.sweep(self.netlink, chains_of(elements))
+        return repaired
+
+    def close(self) -> None:
+        self.netlink.close()
+        if self.ipvs is not None:
+            self.ipvs.close()

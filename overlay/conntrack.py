@@ -16,7 +16,6 @@ from overlay.netlink import NLM_F_ACK, Message, Netlink, attribute, attributes
 
 _SUBSYSTEM = 1
 _GET, _DELETE = 1, 2
-_HEADER = struct.pack("=BBH", socket.AF_INET, 0, 0)
 _ORIGINAL, _REPLY, _ZONE = 1, 2, 18
 _NESTED = 0x8000
 
@@ -35,7 +34,8 @@ def _tuple(data: bytes) -> tuple[str, str, int, int, int]:
     """(source, destination, protocol, source port, destination port)"""
     found = attributes(data)
     ip, protocol = attributes(found[1]), attributes(found[2])
-    source, target = socket.inet_ntoa(ip[1]), socket.inet_ntoa(ip[2])
+    family, source_kind = (socket.AF_INET, 1) if 1 in ip else (socket.AF_INET6, 3)
+    source, target = (socket.inet_ntop(family, ip[kind]) for kind in (source_kind, source_kind + 1))
     ports = [int(struct.unpack(">H", protocol.get(kind, b"\0\0"))[0]) for kind in (2, 3)]
     return source, target, protocol[1][0], ports[0], ports[1]
 
@@ -51,17 +51,18 @@ def any_flows() -> bool:
     return read_sysctl("net.netfilter.nf_conntrack_count") != "0"
 
 
-def forget_udp(netlink: Netlink, stale: Callable[[Flow], bool]) -> int:
-    """Delete the UDP flows of the socket's namespace for which `stale` holds; returns how many."""
+def forget_udp(netlink: Netlink, family: int, stale: Callable[[Flow], bool]) -> int:
+    """Delete the UDP flows of the socket's namespace and that family for which `stale` holds; returns how many."""
+    header = struct.pack("=BBH", family, 0, 0)
     deletions = []
-    for answer in netlink.dump(_SUBSYSTEM << 8 | _GET, _HEADER, "read tracked connections"):
+    for answer in netlink.dump(_SUBSYSTEM << 8 | _GET, header, "read tracked connections"):
         found = attributes(answer, 4)
         if _ORIGINAL not in found or _REPLY not in found:
             continue
         flow = _flow(found[_ORIGINAL], found[_REPLY])
         if flow is None or not stale(flow):
             continue
-        body = _HEADER + attribute(_ORIGINAL | _NESTED, found[_ORIGINAL])
+        body = header + attribute(_ORIGINAL | _NESTED, found[_ORIGINAL])
         body += attribute(_ZONE, found[_ZONE]) if _ZONE in found else b""
         what = f"forget the UDP flow to {flow.to}:{flow.to_port}"
         deletions.append(Message(_SUBSYSTEM << 8 | _DELETE, NLM_F_ACK, body, what, frozenset({errno.ENOENT})))

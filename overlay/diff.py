@@ -25,6 +25,13 @@ class MakeVxlan:
 
 
 @dataclass(frozen=True, slots=True)
+class SetVxlan:
+    """Bring it into the bridge and up, with this MTU, IPv6 on or off."""
+
+    vxlan: Vxlan
+
+
+@dataclass(frozen=True, slots=True)
 class MakeLeg:
     leg: Leg
 
@@ -59,15 +66,15 @@ class SetEntries:
     forget: frozenset[str]
 
 
-SandboxOperation = MakeBridge | Mark | MakeVxlan | MakeLeg | SetLeg | DeleteLeg | SetPort | SetEntries
+SandboxOperation = MakeBridge | Mark | MakeVxlan | SetVxlan | MakeLeg | SetLeg | DeleteLeg | SetPort | SetEntries
 
 VXLAN_NAME, BRIDGE_NAME, LEG_PORT_NAME = "vx0", "br0", "leg"
 
 
 def settled(wanted: Sandbox) -> Sandbox:
     """What stands once the operations towards `wanted` are done."""
-    ports = {VXLAN_NAME} | ({LEG_PORT_NAME} if wanted.leg else set())
-    return replace(wanted, ports=frozenset(ports))
+    names = [VXLAN_NAME] * bool(wanted.vxlan) + [LEG_PORT_NAME] * bool(wanted.leg)
+    return replace(wanted, ports=frozenset((name, wanted.mtu_bytes) for name in names))
 
 
 def empty_sandbox(network_id: str) -> Sandbox:
@@ -77,7 +84,7 @@ def empty_sandbox(network_id: str) -> Sandbox:
 def sandbox_operations(wanted: Sandbox, actual: Sandbox, ports: Iterable[str] = ()) -> tuple[SandboxOperation, ...]:
     """In the order to be done. `ports`: task links that should be in the bridge if they exist at all."""
     out: list[SandboxOperation] = []
-    vxlan, mtu = wanted.vxlan, wanted.vxlan.mtu_bytes if wanted.vxlan else 0
+    vxlan, mtu = wanted.vxlan, wanted.mtu_bytes
     if not actual.bridge:
         out.append(MakeBridge())
     if wanted.encrypted and not actual.encrypted:
@@ -86,14 +93,15 @@ def sandbox_operations(wanted: Sandbox, actual: Sandbox, ports: Iterable[str] = 
     if vxlan is not None and actual.vxlan != vxlan:
         old = actual.vxlan
         if old is not None and (old.vni, old.port, old.local) == (vxlan.vni, vxlan.port, vxlan.local):
-            out.append(SetPort(VXLAN_NAME, mtu))
+            # Turning IPv6 off forgets the device's IPv6 neighbours, and no other setting has entries of its own.
+            out.append(SetVxlan(vxlan))
         else:
             out.append(MakeVxlan(vxlan, replaces=old is not None))
             entries_lost = True
-    elif vxlan is not None and VXLAN_NAME not in actual.ports:
-        out.append(SetPort(VXLAN_NAME, mtu))
+    elif vxlan is not None and (VXLAN_NAME, mtu) not in actual.ports:
+        out.append(SetVxlan(vxlan))
     out += _leg_operations(wanted.leg, actual, mtu)
-    out += [SetPort(name, mtu) for name in ports if name not in actual.ports]
+    out += [SetPort(name, mtu) for name in ports if (name, mtu) not in actual.ports]
     entries = _entries(wanted, empty_sandbox(wanted.network_id) if entries_lost else actual)
     return (*out, entries) if entries is not None else tuple(out)
 
@@ -108,7 +116,7 @@ def _leg_operations(leg: Leg | None, actual: Sandbox, mtu_bytes: int) -> list[Sa
     out: list[SandboxOperation] = []
     if old != leg:
         out.append(SetLeg(leg, old.addresses - leg.addresses))
-    if LEG_PORT_NAME not in actual.ports or old.mtu_bytes != leg.mtu_bytes:
+    if (LEG_PORT_NAME, mtu_bytes) not in actual.ports:
         out.append(SetPort(LEG_PORT_NAME, mtu_bytes))
     return out
 
@@ -142,12 +150,8 @@ class TaskKernel:
     """(link, address, MAC)"""
     present: frozenset[tuple[str, str]] = frozenset()
     """(name, MAC) of all links, down ones as well."""
-
-
-def wanted_routes(link: TaskLink, node_range: str, node_prefix: int) -> list[tuple[str, str, int, str]]:
-    if not link.default or link.gateway is None:
-        return []
-    return [(link.name, "0.0.0.0", 0, link.gateway), (link.name, node_range, node_prefix, "")]
+    ipv6: frozenset[str] = frozenset()
+    """Names of the links on which it is on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,28 +169,28 @@ class SetLink:
 TaskOperation = MakeLink | SetLink
 
 
-def task_operations(wanted: Task, actual: TaskKernel, node_range: str, node_prefix: int) -> tuple[TaskOperation, ...]:
+def task_operations(wanted: Task, actual: TaskKernel) -> tuple[TaskOperation, ...]:
     """A made link needs its settings too: `SetLink` follows each `MakeLink`."""
     out: list[TaskOperation] = []
     names = {name for name, _ in actual.present}
     for link in wanted.links:
         if (link.name, link.mac) not in actual.present:
             out += [MakeLink(link, link.name in names), SetLink(link)]
-        elif not _is_set(link, actual, node_range, node_prefix):
+        elif not _is_set(link, actual):
             out.append(SetLink(link))
     return tuple(out)
 
 
-def _is_set(link: TaskLink, actual: TaskKernel, node_range: str, node_prefix: int) -> bool:
-    neighbour = (link.name, link.gateway, link.gateway_mac)
+def _is_set(link: TaskLink, actual: TaskKernel) -> bool:
     return (
-        (link.name, link.mac, link.mtu_bytes) in actual.links
-        and (link.name, link.address, link.prefix) in actual.addresses
-        and (link.gateway is None or neighbour in actual.neighbours)
-        and all(_reachable(route, actual) for route in wanted_routes(link, node_range, node_prefix))
+        any((link.name, link.mac) == found[:2] and link.mtu_bytes in (0, found[2]) for found in actual.links)
+        and (link.name in actual.ipv6 or not link.ipv6)
+        and all((link.name, *address) in actual.addresses for address in link.addresses)
+        and all((link.name, gateway, link.gateway_mac) in actual.neighbours for gateway in link.gateways)
+        and all(_reachable(destination, prefix, actual) for destination, prefix, _ in link.routes)
     )
 
 
-def _reachable(route: tuple[str, str, int, str], actual: TaskKernel) -> bool:
+def _reachable(destination: str, prefix: int, actual: TaskKernel) -> bool:
     """Any route to that destination will do: a container with NET_ADMIN (a VPN's) may have put its own there."""
-    return any(route[1:3] == found[1:3] for found in actual.routes)
+    return any((destination, prefix) == found[1:3] for found in actual.routes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,22 @@ from pathlib import Path
 import structlog
 
 from overlay import nfnl, nft, xfrm
-from overlay.esp import Association, Encryption, changes, fault, guard, guarded, kept, lost, plan_encryption
+from overlay.esp import (
+    ENCRYPTED,
+    Association,
+    Encryption,
+    changes,
+    fault,
+    guard,
+    guarded,
+    kept,
+    lost,
+    plan_encryption,
+    vni_of,
+)
 from overlay.interface import EncryptionStatus, HostState, NetworkError
 from overlay.netlink import NETLINK_NETFILTER, Netlink
-from overlay.tables import Table
+from overlay.tables import Tables, delete_tables
 
 log = structlog.get_logger("overlay")
 
@@ -75,10 +88,9 @@ class HostEncryption:
         """Why encrypted networks do not work here now."""
         self._supported: bool | None = None
         self._serial = 0
-        self._table_name = table
-        self._table: Table | None = None
-        self._vnis: frozenset[int] = frozenset()
-        """Guarded now."""
+        self._tables = Tables(table, lambda family, table, chain: [], 0)
+        self._vnis: frozenset[int] | None = None
+        """Guarded now; None = not looked yet."""
         self._done: object = None
         """What the associations were made for: as long as it is equal, nothing is to be done."""
         self._known: dict[tuple[str, int], Association] = {}
@@ -97,7 +109,7 @@ class HostEncryption:
 
     def _accepts_guard(self) -> bool:
         """Loaded and deleted in one transaction: nothing of it is ever seen."""
-        scratch = f"{self._table_name}_probe"
+        scratch = f"{self._tables.name}_probe"
         try:
             nft.run(f"{guard(scratch, 1).text(replace=False)}delete table ip {scratch}\n")
         except NetworkError as error:
@@ -131,35 +143,25 @@ class HostEncryption:
 
     def _guard(self, state: HostState, standing_vnis: frozenset[int]) -> None:
         """A network that left the state is guarded until it is gone."""
-        wanted = frozenset(network.vni for network in state.networks if network.encrypted)
-        layout = guard(self._table_name, state.vxlan_port)
+        layouts = (guard(self._tables.name, state.vxlan_port),)
         with Netlink(NETLINK_NETFILTER) as netlink:
-            first = self._table is None or self._table.layout != layout
-            if first:
-                if self._table is None:
-                    self._vnis = self._standing_vnis(netlink)
-                self._table = Table(layout, lambda table, chain: [], 0)
-            table = self._table
-            assert table is not None
-            vnis = wanted | self._vnis & standing_vnis
+            before = self._standing_vnis(netlink) if self._vnis is None else self._vnis
+            vnis = before & standing_vnis | {network.vni for network in state.networks if network.encrypted}
             if not vnis:
-                if self._vnis or first:
-                    self._remove_guard(netlink)
-            elif first or vnis != self._vnis:
-                table.adopt(netlink, guarded(vnis))
-            elif table.audit(netlink, lambda: guarded(vnis)):
+                if before:
+                    delete_tables(netlink, self._tables.name)
+            elif vnis != self._vnis:
+                self._tables.adopt(netlink, layouts, guarded(vnis))
+            elif self._tables.audit(netlink, layouts, lambda: guarded(vnis)):
                 log.warning("overlay_repaired", object="guard of encrypted networks")
-            self._vnis = vnis
+        self._vnis = vnis
 
     def _standing_vnis(self, netlink: Netlink) -> frozenset[int]:
         """As an earlier agent left them."""
-        if not any(table == self._table_name for table, _ in nfnl.chains(netlink)):
+        name = self._tables.name
+        if not any(table == name for table, _ in nfnl.chains(netlink)):
             return frozenset()
-        found = nfnl.elements(netlink, self._table_name, ("encrypted",))
-        return frozenset(int.from_bytes(key, "big") for _, key in found)
-
-    def _remove_guard(self, netlink: Netlink) -> None:
-        netlink.transaction(nfnl.transaction([nfnl.delete_table(self._table_name)]))
+        return frozenset(vni_of(element) for element in nfnl.elements(netlink, socket.AF_INET, name, (ENCRYPTED,)))
 
     # --- associations ---
 
@@ -192,7 +194,7 @@ class HostEncryption:
     def teardown(self) -> None:
         """Leave nothing. Raises OSError."""
         with Netlink(NETLINK_NETFILTER) as netlink:
-            self._remove_guard(netlink)
+            delete_tables(netlink, self._tables.name)
         with contextlib.suppress(OSError), Netlink(xfrm.NETLINK_XFRM) as netlink:
             xfrm.remove_all(netlink)
         self.ledger.path.unlink(missing_ok=True)

@@ -24,12 +24,13 @@ from functools import lru_cache
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from overlay.elements import Element, Elements
 from overlay.interface import EncryptionKey, HostState
-from overlay.ruleset import Chain, Element, Layout, Value
+from overlay.ruleset import Chain, Layout
 
 REQID = 0x70797377
 """On every association and policy of ours; nothing without it is touched."""
-MARK = 0x70797377
+MARK = 0x70797378
 """Of packets that have to be encrypted, from the bridge to the choice of the policy."""
 KEY_BYTES = 20
 """rfc4106(gcm(aes)): a key of 128 bits and a salt of 32."""
@@ -43,6 +44,8 @@ SENDING = 1
 rotate faster than hosts hear of it."""
 RING_KEYS = 3
 
+ENCRYPTED = "encrypted"
+"""Set of VNIs."""
 MARKING_TABLE = "pyswarm"
 MARKING = f"""
 table bridge {MARKING_TABLE}
@@ -67,10 +70,11 @@ def encrypted_mtu(underlay_mtu_bytes: int) -> int:
 
 def guard(table: str, vxlan_port: int) -> Layout:
     """In the host's namespace. Packets are looked at where they are whole (input comes after defragmentation)."""
-    ours = f"udp dport {vxlan_port} @th,96,24 @encrypted"
+    ours = f"udp dport {vxlan_port} @th,96,24 @{ENCRYPTED}"
     return Layout(
+        family=socket.AF_INET,
         table=table,
-        sets=(("encrypted", "set typeof @th,96,24"),),
+        sets=((ENCRYPTED, "set typeof @th,96,24"),),
         chains=(
             Chain(
                 "arriving",
@@ -86,8 +90,12 @@ def guard(table: str, vxlan_port: int) -> Layout:
     )
 
 
-def guarded(vnis: Iterable[int]) -> dict[Element, Value]:
-    return {("encrypted", vni.to_bytes(3, "big")): None for vni in vnis}
+def guarded(vnis: Iterable[int]) -> Elements:
+    return {(socket.AF_INET, ENCRYPTED, vni.to_bytes(3, "big")): None for vni in vnis}
+
+
+def vni_of(element: Element) -> int:
+    return int.from_bytes(element[2], "big")
 
 
 @dataclass(frozen=True, slots=True)

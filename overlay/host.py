@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import time
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from pathlib import Path
 
 from overlay.act import NamespaceKernel
 from overlay.addressing import TAG_MAX_CHARS
-from overlay.interface import Attachment, EncryptionStatus, HostState, NetworkError
+from overlay.interface import Attachment, Balancer, EncryptionStatus, HostState, NetworkError
 from overlay.namespaces import NamespaceThread
+from overlay.pathmtu import PathProbe, PathWatch
 from overlay.reconcile import Reconciler
+from overlay.services import ServiceBalancer
 
 DELETIONS_AT_ONCE = 8
 """Deleting a link is 18 ms of waiting in the kernel; eight at once take hardly longer than one."""
@@ -37,13 +40,22 @@ class KernelNetwork:
         *,
         host_netns: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
+        balancer: Balancer = "nftables",
+        answers_through_ingress: bool = True,
     ) -> None:
         if not re.fullmatch(rf"[a-z0-9]{{1,{TAG_MAX_CHARS}}}", tag):
             raise NetworkError(f"tag {tag!r} is not 1 to {TAG_MAX_CHARS} characters of a-z and 0-9")
         self._thread = NamespaceThread(host_netns)
         kernel = NamespaceKernel(self._thread, run_dir / "netns")
         self._deleting = ThreadPoolExecutor(max_workers=DELETIONS_AT_ONCE, thread_name_prefix="unlink")
-        self._reconciler = Reconciler(kernel, tag, dns_address, dns_port, clock)
+        services = ServiceBalancer(balancer, tag, (dns_address, dns_port), answers_through_ingress)
+        self._reconciler = Reconciler(kernel, tag, services, clock)
+        identity = int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=2).digest())
+        self._paths = PathWatch(
+            open_probe=lambda: self._thread.submit(lambda: PathProbe(identity)).result(),
+            learned=lambda paths: self._thread.submit(lambda: self._reconciler.learn_paths(paths)).result(),
+            clock=clock,
+        )
 
     async def apply(self, state: HostState) -> None:
         """Make the kernel equal to `state`. Raises NetworkError when the host itself cannot serve (its data path
@@ -53,9 +65,13 @@ class KernelNetwork:
             await self._thread.run(lambda: self._reconciler.apply(state))
         except OSError as error:
             raise NetworkError(f"the kernel refuses this host's networking: {error}") from error
+        self._paths.look((peer.vtep for peer in state.peers), self._reconciler.link_mtu_bytes)
 
     async def attach(self, attachment: Attachment) -> Path:
         return await self._thread.run(lambda: self._reconciler.attach(attachment))
+
+    async def given_address(self, task_id: str) -> str:
+        return await self._thread.run(lambda: self._reconciler.given_address(task_id))
 
     async def detach(self, task_id: str) -> None:
         loop = asyncio.get_running_loop()
@@ -73,7 +89,7 @@ class KernelNetwork:
         """The first call asks the kernel, for a millisecond. Raises OSError."""
         encryption = self._reconciler.encryption
         if encryption.status is None:
-            self._thread.call(encryption.prepare)
+            self._thread.submit(encryption.prepare).result()
         assert encryption.status is not None
         return encryption.status
 
@@ -85,6 +101,7 @@ class KernelNetwork:
 
     def close(self) -> None:
         """End the thread; the kernel's state stays as it is. For the end of the process, and for tests."""
+        self._paths.close()
         self._deleting.shutdown(wait=True)
         self._reconciler.close()
         self._thread.close()

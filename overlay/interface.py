@@ -14,6 +14,7 @@ L4 = Literal["tcp", "udp", "sctp"]
 Balance = Literal["rr", "lc", "sh"]
 """Round robin, least connections (IPVS only; else round robin), by the source's address."""
 WEIGHT_MAX = 100
+Balancer = Literal["nftables", "ipvs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,38 @@ class OverlayNetwork:
     gateway6: str = ""
     encrypted: bool = False
     """Between hosts its packets travel in ESP; clear ones are dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class BridgeNetwork:
+    """Of this host alone: the host chooses the subnet (one that overlaps nothing here) and gives each task its address.
+    Tasks on it have egress and can publish ports of this host."""
+
+    network_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class MacvlanNetwork:
+    """Tasks stand in the LAN of a link of the host, with addresses that the swarm gives."""
+
+    network_id: str
+    parent: str
+    """Name of the host's link."""
+    subnet: str
+    gateway: str
+    """The LAN's router."""
+    internal: bool = False
+    """No default route."""
+    mode: str = "bridge"
+    """Of MACVLAN_MODES."""
+    subnet6: str = ""
+    gateway6: str = ""
+    mtu_bytes: int | None = None
+    """None = the parent's."""
+
+
+MACVLAN_MODES = {"private": 1, "vepa": 2, "bridge": 4, "passthru": 8}
+"""As ip-link(8) names them; linux/if_link.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +138,16 @@ class HostState:
     vips: tuple[Vip, ...] = ()
     published: tuple[PublishedPort, ...] = ()
     keys: tuple[EncryptionKey, ...] = ()
+    bridges: tuple[BridgeNetwork, ...] = ()
+    macvlans: tuple[MacvlanNetwork, ...] = ()
+
+    def network_ids(self) -> frozenset[str]:
+        """Of all kinds."""
+        return frozenset(
+            [network.network_id for network in self.networks]
+            + [network.network_id for network in self.bridges]
+            + [network.network_id for network in self.macvlans]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +156,7 @@ class Interface:
 
     network_id: str
     address: str
-    """ "10.0.1.5/24" """
+    """ "10.0.1.5/24"; "" on a BridgeNetwork: the host gives one. """
     address6: str = ""
     """ "fd00:1::5/64"; "" = none """
 
@@ -148,6 +191,10 @@ class HostNetwork(Protocol):
     async def attach(self, attachment: Attachment) -> Path:
         """Make (or adopt) the task's network namespace, wired as told; returns its path.
         The networks must be in the last applied state. Idempotent. Raises NetworkError."""
+        ...
+
+    async def given_address(self, task_id: str) -> str:
+        """The address (no prefix length) that this host gave the attached task on a BridgeNetwork; "" = none."""
         ...
 
     async def detach(self, task_id: str) -> None:

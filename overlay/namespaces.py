@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -46,13 +46,12 @@ class NamespaceThread:
         self._home = os.open(self._home_path or _OWN_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
         self._enter(self._home)
 
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        return self._executor.submit(function)
+
     async def run(self, function: Callable[[], T]) -> T:
         """Run it there; when the caller is cancelled it still runs to its end."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
-
-    def call(self, function: Callable[[], T]) -> T:
-        """Run it there and wait."""
-        return self._executor.submit(function).result()
+        return await asyncio.wrap_future(self.submit(function))
 
     def close(self) -> None:
         self._executor.submit(self._end)

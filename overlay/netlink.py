@@ -22,7 +22,7 @@ NLA_F_NESTED, NLA_TYPE_MASK = 0x8000, 0x3FFF
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK = 270, 10, 11
 _SO_SNDBUFFORCE = 32
 
-NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
+NETLINK_ROUTE, NETLINK_NETFILTER, NETLINK_GENERIC = 0, 12, 16
 
 BATCH_MESSAGES = 200
 """Messages per send: an error of each must fit into the receive buffer, and 200 already hides the system call."""

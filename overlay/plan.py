@@ -5,14 +5,20 @@ from __future__ import annotations
 import ipaddress
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from overlay.addressing import (
     MAX_NODE_INDEX,
+    NODE_RANGE,
+    NODE_RANGE6,
+    NODE_RANGE6_PREFIX,
+    NODE_RANGE_PREFIX,
     VXLAN_OVERHEAD_BYTES,
+    canonical,
     leg_mac,
     leg_name,
     node_address,
+    node_address6,
     port_name,
     task_mac,
 )
@@ -21,15 +27,18 @@ from overlay.interface import (
     Attachment,
     HostState,
     Interface,
+    MacvlanNetwork,
     NetworkError,
     OverlayNetwork,
     Peer,
     RemoteEndpoint,
 )
-from overlay.ruleset import Elements, port_elements
 
+TaskNetwork = OverlayNetwork | MacvlanNetwork
 MIN_MTU_BYTES = 576
 """What every IPv4 host must accept (RFC 791): a smaller MTU option is a typing error."""
+MIN_MTU6_BYTES = 1280
+"""RFC 8200; on a smaller link the kernel turns IPv6 off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +47,8 @@ class Vxlan:
     port: int
     local: str
     mtu_bytes: int
+    ipv6: bool = False
+    """Whether the device answers neighbour solicitations (it then has IPv6 on, without an address)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,9 @@ class Leg:
     mac: str
     mtu_bytes: int
     addresses: frozenset[tuple[str, int]]
+    ipv6: bool = False
+    routing: bool = True
+    """Whether its sysctls let it route (see act.set_leg_sysctls)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +75,16 @@ class Sandbox:
     forwarding: frozenset[tuple[str, str]] = frozenset()
     """(MAC, VTEP)"""
     neighbours: frozenset[tuple[str, str]] = frozenset()
-    """(address, MAC) that the VXLAN device answers ARP for."""
-    ports: frozenset[str] = frozenset()
-    """Links that are up and in the bridge."""
+    """(address, MAC) that the VXLAN device answers ARP and neighbour solicitations for."""
+    ports: frozenset[tuple[str, int]] = frozenset()
+    """(name, MTU) of the links that are up and in the bridge."""
     encrypted: bool = False
     """What leaves by the VXLAN device is marked for encryption."""
+
+    @property
+    def mtu_bytes(self) -> int:
+        widest = self.vxlan or self.leg
+        return widest.mtu_bytes if widest else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +92,23 @@ class TaskLink:
     name: str
     network_id: str
     port: str
-    """Its other end, in the network's bridge."""
-    address: str
-    prefix: int
+    """Its other end, in the network's bridge; "" = it is a macvlan link of `parent`."""
+    addresses: tuple[tuple[str, int], ...]
+    """(address, prefix): IPv4, then IPv6 if the network has it."""
     mac: str
     mtu_bytes: int
-    gateway: str | None
-    """None: the network is internal."""
-    gateway_mac: str | None
-    default: bool
-    """Whether the default route leads here."""
+    """0 = the parent's."""
+    gateways: tuple[str, ...]
+    """Legs of this host that it knows the MAC of, one for each family; none if the network has no leg."""
+    gateway_mac: str
+    routes: tuple[tuple[str, int, str], ...]
+    """(destination, prefix, gateway or "" = on the link)"""
+    parent: str = ""
+    mode: str = ""
+
+    @property
+    def ipv6(self) -> bool:
+        return len(self.addresses) > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +119,41 @@ class Task:
 
 def port_alias(task_id: str, link: TaskLink) -> str:
     """Written on the link's port: from it a new agent knows what stands, without any file."""
-    return f"{task_id} {link.name} {link.address}/{link.prefix}"
+    addresses = (f"{address}/{prefix}" for address, prefix in link.addresses)
+    return " ".join([task_id, link.name, link.network_id, *addresses])
 
 
-def read_port_alias(alias: str) -> tuple[str, str, str] | None:
-    """(task ID, link name, address/prefix); None when it is not an alias of ours."""
+def read_port_alias(alias: str) -> tuple[str, str, Interface] | None:
+    """(task ID, link name, its interface); None when it is not an alias of ours."""
     parts = alias.split(" ")
-    return (parts[0], parts[1], parts[2]) if len(parts) == 3 else None
+    if len(parts) not in (4, 5) or "/" not in parts[3]:
+        return None
+    return parts[0], parts[1], Interface(*parts[2:])
 
 
-def network_mtu(network: OverlayNetwork, underlay_mtu_bytes: int) -> int:
-    """MTU of the network's links. Raises NetworkError."""
-    mtu = encrypted_mtu(underlay_mtu_bytes) if network.encrypted else underlay_mtu_bytes - VXLAN_OVERHEAD_BYTES
+def mtu_left(network: OverlayNetwork, underlay_mtu_bytes: int) -> int:
+    """What the underlay leaves of itself to a packet on this network, in bytes."""
+    if network.encrypted:
+        return encrypted_mtu(underlay_mtu_bytes)
+    return underlay_mtu_bytes - (VXLAN_OVERHEAD_BYTES if network.vni else 0)
+
+
+def network_mtu(network: TaskNetwork, underlay_mtu_bytes: int) -> int:
+    """MTU of the network's links; 0 = the parent's. Raises NetworkError."""
+    if isinstance(network, MacvlanNetwork):
+        return network.mtu_bytes or 0
+    mtu = mtu_left(network, underlay_mtu_bytes)
     if network.mtu_bytes is not None:
         mtu = network.mtu_bytes
     if mtu < MIN_MTU_BYTES:
         raise NetworkError(
             f"network {network.network_id}: an MTU of {mtu} bytes is below the least that IPv4 allows"
             f" ({MIN_MTU_BYTES}); set the network's MTU option, or raise the MTU of the underlay"
+        )
+    if network.subnet6 and mtu < MIN_MTU6_BYTES:
+        raise NetworkError(
+            f"network {network.network_id}: an MTU of {mtu} bytes is below the least that IPv6 allows"
+            f" ({MIN_MTU6_BYTES}); set the network's MTU option, raise the MTU of the underlay, or make it without IPv6"
         )
     return mtu
 
@@ -119,13 +162,20 @@ def _leg(network: OverlayNetwork, index: int, tag: str, mtu_bytes: int) -> Leg |
     """An internal network has none: nothing then leads out of it or into it, whatever the rules say."""
     if network.internal:
         return None
-    prefix = ipaddress.IPv4Network(network.subnet).prefixlen
+    addresses = {(network.gateway, _prefix(network.subnet)), (node_address(index), 32)}
+    if network.subnet6:
+        addresses |= {(canonical(network.gateway6), _prefix(network.subnet6)), (node_address6(index), 128)}
     return Leg(
         name=leg_name(tag, network.vni),
         mac=leg_mac(index),
         mtu_bytes=mtu_bytes,
-        addresses=frozenset({(network.gateway, prefix), (node_address(index), 32)}),
+        addresses=frozenset(addresses),
+        ipv6=bool(network.subnet6),
     )
+
+
+def _prefix(subnet: str) -> int:
+    return ipaddress.ip_network(subnet).prefixlen
 
 
 def plan_sandbox(
@@ -140,20 +190,25 @@ def plan_sandbox(
     mtu = network_mtu(network, underlay_mtu_bytes)
     vteps = {peer.node_id: peer.vtep for peer in state.peers}
     forwarding, neighbours = set(), set()
-    if not network.internal:
+    vxlan = Vxlan(network.vni, state.vxlan_port, state.vtep, mtu, bool(network.subnet6)) if network.vni else None
+    if vxlan is not None and not network.internal:
         for peer in state.peers:
             forwarding.add((leg_mac(peer.index), peer.vtep))
             neighbours.add((node_address(peer.index), leg_mac(peer.index)))
+            if network.subnet6:
+                neighbours.add((node_address6(peer.index), leg_mac(peer.index)))
     for endpoint in endpoints:
         vtep = vteps.get(endpoint.node_id)
         if vtep is not None:
             mac = task_mac(endpoint.address)
             forwarding.add((mac, vtep))
             neighbours.add((endpoint.address, mac))
+            if network.subnet6 and endpoint.address6:
+                neighbours.add((canonical(endpoint.address6), mac))
     return Sandbox(
         network_id=network.network_id,
         bridge=True,
-        vxlan=Vxlan(network.vni, state.vxlan_port, state.vtep, mtu),
+        vxlan=vxlan,
         leg=_leg(network, state.index, tag, mtu),
         forwarding=frozenset(forwarding),
         neighbours=frozenset(neighbours),
@@ -168,31 +223,17 @@ def endpoints_by_network(endpoints: Iterable[RemoteEndpoint]) -> dict[str, tuple
     return {network_id: tuple(items) for network_id, items in found.items()}
 
 
-def vips_by_network(state: HostState) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Network -> VIP -> backends, without repetitions."""
-    found: defaultdict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)
-    for vip in state.vips:
-        found[vip.network_id][vip.address] = tuple(dict.fromkeys(vip.backends))
-    return dict(found)
-
-
-def plan_published(state: HostState) -> Elements:
-    out: Elements = {}
-    for published in state.published:
-        out |= port_elements(replace(published, backends=tuple(dict.fromkeys(published.backends))))
-    return out
-
-
 def plan_task(
     task_id: str,
     interfaces: tuple[Interface, ...],
-    networks: Mapping[str, OverlayNetwork],
+    networks: Mapping[str, TaskNetwork],
     index: int,
     underlay_mtu_bytes: int,
 ) -> Task:
     """Raises NetworkError when a network is unknown here, or twice in `interfaces`."""
     links: list[TaskLink] = []
-    defaulted = False
+    led_out: set[int] = set()
+    """Versions of IP that have a default route."""
     for number, interface in enumerate(interfaces):
         network = networks.get(interface.network_id)
         if network is None:
@@ -202,28 +243,61 @@ def plan_task(
             )
         if any(link.network_id == network.network_id for link in links):
             raise NetworkError(f"task {task_id}: two interfaces in network {network.network_id}; give it one")
-        address, _, prefix = interface.address.partition("/")
-        if ipaddress.IPv4Interface(interface.address).network != ipaddress.IPv4Network(network.subnet):
-            raise NetworkError(
-                f"task {task_id}: address {interface.address} does not lie in subnet {network.subnet} of network"
-                f" {network.network_id}, or its prefix differs"
-            )
+        addresses = _link_addresses(task_id, interface, network)
+        gateways = () if network.internal else _gateways(network, addresses)
+        macvlan = network if isinstance(network, MacvlanNetwork) else None
+        if not addresses:
+            raise NetworkError(f"task {task_id}: no address was given for network {network.network_id}")
         links.append(
             TaskLink(
                 name=f"eth{number}",
                 network_id=network.network_id,
-                port=port_name(task_id),
-                address=address,
-                prefix=int(prefix),
-                mac=task_mac(address),
+                port="" if macvlan else port_name(task_id),
+                addresses=addresses,
+                mac=task_mac(addresses[0][0]),
                 mtu_bytes=network_mtu(network, underlay_mtu_bytes),
-                gateway=None if network.internal else network.gateway,
-                gateway_mac=None if network.internal else leg_mac(index),
-                default=not network.internal and not defaulted,
+                gateways=() if macvlan else gateways,
+                gateway_mac=leg_mac(index),
+                routes=_ways_out(gateways, led_out, by_leg=not macvlan),
+                parent=macvlan.parent if macvlan else "",
+                mode=macvlan.mode if macvlan else "",
             )
         )
-        defaulted |= not network.internal
+        led_out |= {ipaddress.ip_address(gateway).version for gateway in gateways}
     return Task(task_id, tuple(links))
+
+
+def _gateways(network: TaskNetwork, addresses: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
+    """A network of the LAN may lack a router."""
+    found = (network.gateway, network.gateway6)[: len(addresses)]
+    return tuple(canonical(gateway) for gateway in found if gateway)
+
+
+def _link_addresses(task_id: str, interface: Interface, network: TaskNetwork) -> tuple[tuple[str, int], ...]:
+    """Raises NetworkError."""
+    out = []
+    for given, subnet in ((interface.address, network.subnet), (interface.address6, network.subnet6)):
+        if not given:
+            continue
+        found = ipaddress.ip_interface(given)
+        if not subnet or found.network != ipaddress.ip_network(subnet):
+            raise NetworkError(
+                f"task {task_id}: address {given} does not lie in subnet {subnet or '(none of that family)'} of network"
+                f" {network.network_id}, or its prefix differs"
+            )
+        out.append((str(found.ip), found.network.prefixlen))
+    return tuple(out)
+
+
+def _ways_out(gateways: Iterable[str], led_out: set[int], by_leg: bool) -> tuple[tuple[str, int, str], ...]:
+    """The default routes that no earlier link has, and beside each by a leg the way to all nodes' own addresses."""
+    out: list[tuple[str, int, str]] = []
+    for gateway in gateways:
+        version = ipaddress.ip_address(gateway).version
+        if version not in led_out:
+            nodes = (NODE_RANGE, NODE_RANGE_PREFIX) if version == 4 else (NODE_RANGE6, NODE_RANGE6_PREFIX)
+            out += [("0.0.0.0" if version == 4 else "::", 0, gateway), *([(*nodes, "")] if by_leg else [])]
+    return tuple(out)
 
 
 def check_state(state: HostState) -> None:
@@ -232,11 +306,9 @@ def check_state(state: HostState) -> None:
     for peer in state.peers:
         _check_peer(peer, state, indices)
     for network in state.networks:
-        subnet = ipaddress.IPv4Network(network.subnet)
-        if ipaddress.IPv4Address(network.gateway) not in subnet:
-            raise NetworkError(
-                f"network {network.network_id}: gateway {network.gateway} is not in its subnet {network.subnet}"
-            )
+        for gateway, subnet in ((network.gateway, network.subnet), (network.gateway6, network.subnet6)):
+            if subnet and ipaddress.ip_address(gateway) not in ipaddress.ip_network(subnet):
+                raise NetworkError(f"network {network.network_id}: gateway {gateway} is not in its subnet {subnet}")
 
 
 def _check_peer(peer: Peer, state: HostState, indices: dict[int, str]) -> None:
@@ -252,12 +324,13 @@ def _check_peer(peer: Peer, state: HostState, indices: dict[int, str]) -> None:
     indices[peer.index] = peer.node_id
 
 
-def attachment_interfaces(attachment: Attachment) -> tuple[Interface, ...]:
+def check_interfaces(attachment: Attachment) -> None:
+    """Raises NetworkError."""
     for interface in attachment.interfaces:
-        try:
-            ipaddress.IPv4Interface(interface.address)
-        except ValueError:
-            raise NetworkError(
-                f"task {attachment.task_id}: {interface.address!r} is not an address such as 10.0.1.5/24"
-            ) from None
-    return attachment.interfaces
+        for address in filter(None, (interface.address, interface.address6)):
+            try:
+                ipaddress.ip_interface(address)
+            except ValueError:
+                raise NetworkError(
+                    f"task {attachment.task_id}: {address!r} is not an address such as 10.0.1.5/24"
+                ) from None

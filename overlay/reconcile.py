@@ -6,60 +6,44 @@ repairs what somebody else changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
 
 from overlay import firewall, namespaces, nfnl
-from overlay.act import NamespaceKernel, read_host, set_optional
+from overlay.act import NamespaceKernel, read_host
 from overlay.addressing import (
-    NODE_RANGE,
-    NODE_RANGE_PREFIX,
     host_table,
     is_leg,
-    node_address,
     port_name,
 )
-from overlay.balance import (
-    NO_VIPS,
-    Backends,
-    Changes,
-    HostBalance,
-    TaskBalance,
-    give,
-    give_host,
-    udp_backends,
-    wanted_chains,
-    wanted_elements,
-)
+from overlay.balance import TaskBalance
 from overlay.diff import TaskKernel, task_operations
 from overlay.encryption import HostEncryption
+from overlay.hostbridge import free_address
 from overlay.interface import Attachment, HostState, Interface, NetworkError
 from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Netlink, acknowledged
 from overlay.plan import (
     Task,
-    attachment_interfaces,
+    TaskNetwork,
+    check_interfaces,
     check_state,
-    plan_published,
+    mtu_left,
     plan_task,
-    vips_by_network,
 )
 from overlay.rtnl import delete_link
-from overlay.ruleset import Layout, chains_of, host_layout, task_layout
+from overlay.ruleset import Layout
 from overlay.sandboxes import FAILURES, Sandboxes
-from overlay.tables import UNKNOWN, task_table
-from overlay.tables import host_table as make_host_table
+from overlay.services import ServiceBalancer
+from overlay.sysctls import set_host_sysctls
+from overlay.tables import UNKNOWN
 
 log = structlog.get_logger("overlay")
 
 AUDIT_PERIOD_S = 5.0
 """How stale a repair may be. An audit reads everything: about 1 ms per task and network."""
-NEIGHBOUR_LIMITS = {"net.ipv4.neigh.default.gc_thresh2": 16384, "net.ipv4.neigh.default.gc_thresh3": 32768}
-"""The machine's ARP table is shared by all namespaces; the default of 1,024 entries is 10 tasks of 100 peers."""
-ChainSets = dict[tuple[str, ...], frozenset[str]]
-"""Networks of a task -> balancing chains that their services use; shared by the tasks within one audit."""
 
 
 @dataclass(slots=True)
@@ -87,26 +71,38 @@ class Port:
                 self.netlink.batch(acknowledged([delete_link(self.name)]))
 
 
+def _links_differ(old: HostState, new: HostState) -> bool:
+    """Whether the links of tasks may have to be others."""
+    return (old.networks, old.macvlans, old.index) != (new.networks, new.macvlans, new.index)
+
+
 class Reconciler:
     def __init__(
-        self, kernel: NamespaceKernel, tag: str, dns_address: str, dns_port: int, clock: Callable[[], float]
+        self,
+        kernel: NamespaceKernel,
+        tag: str,
+        services: ServiceBalancer,
+        clock: Callable[[], float],
     ) -> None:
         self._kernel = kernel
         self._tag = tag
-        self._task_layout = task_layout(dns_address, dns_port)
+        self._services = services
         self._clock = clock
         self._state: HostState | None = None
         self._complete = False
         """Whether `_state` was applied to its end."""
+        self.link_mtu_bytes = 0
+        """Of the link that has this node's data path address."""
         self._mtu_bytes = 0
+        """What the underlay takes: the link, and the path to each peer."""
+        self._paths: dict[str, int] = {}
+        """Peer's data path address -> MTU of the path to it, in bytes, as measured last."""
+        self._warned: set[tuple[str, int]] = set()
         self._sandboxes = Sandboxes(kernel, tag)
         self.encryption = HostEncryption(kernel.directory.parent / "encryption", f"{host_table(tag)}_esp")
         self._tasks: dict[str, Attached] = {}
-        self._vips: dict[str, Backends] = {}
-        self._host: HostBalance | None = None
-        self._loads = Changes()
-        self._loads_of: object = None
         self._audited_at_s = 0.0
+        self._last_given = ""
 
     # --- apply ---------------------------------------------------------------------------------------
 
@@ -120,27 +116,54 @@ class Reconciler:
             return
         self._complete = False
         old = self._state
-        if old is None or (old.vtep, old.index, old.vxlan_port) != (state.vtep, state.index, state.vxlan_port):
-            self._prepare_host(state)
+        self._sandboxes.want(state)
         if old is None:
             self._adopt()
+        if old is None or (old.vtep, old.index, old.vxlan_port) != (state.vtep, state.index, state.vxlan_port):
+            self._prepare_host(state)
+        elif old.networks != state.networks:
+            self._host_sysctls(state)
         self._state = state
+        resized = self._resize(state)
         # Before anything is made: a new network may have the VNI or the subnet of one that goes.
         self._remove_unused()
         self._apply_networks(state)
         self._publish(state)
-        self._share_vips(state)
-        if old is None or old.networks != state.networks or old.index != state.index:
+        if resized or old is None or _links_differ(old, state):
             self._replan_tasks()
-        changes = Changes()
         for task_id, attached in self._tasks.items():
-            self._guarded(f"task {task_id}", self._give, task_id, attached, changes)
+            self._guarded(f"task {task_id}", self._give, task_id, attached)
         self._complete = True
 
     def _apply_networks(self, state: HostState) -> None:
         # First: an encrypted network's packets find everything in place.
         self.encryption.apply(state, self._sandboxes.vnis())
         self._sandboxes.apply(state, self._mtu_bytes, self.encryption.fault)
+
+    def _resize(self, state: HostState) -> bool:
+        """Decide on the underlay's MTU; True when it is another than before."""
+        before = self._mtu_bytes
+        paths = [self._paths[peer.vtep] for peer in state.peers if peer.vtep in self._paths]
+        self._mtu_bytes = min([self.link_mtu_bytes, *paths])
+        if before not in (0, self._mtu_bytes):
+            log.info("underlay_mtu_changed", bytes=self._mtu_bytes, before=before, link=self.link_mtu_bytes)
+        for network in state.networks:
+            option, left = network.mtu_bytes or 0, mtu_left(network, self._mtu_bytes)
+            if option > left and (network.network_id, left) not in self._warned:
+                self._warned.add((network.network_id, left))
+                log.warning("network_mtu_too_large", network=network.network_id, option=option, room=left)
+        return self._mtu_bytes != before
+
+    def learn_paths(self, paths: Mapping[str, int]) -> None:
+        """Peer's data path address -> MTU of the path to it, in bytes. A peer that does not answer keeps the last."""
+        state = self._state
+        if state is None:
+            return
+        peers = {peer.vtep for peer in state.peers}
+        self._paths = {peer: mtu for peer, mtu in {**self._paths, **paths}.items() if peer in peers}
+        if self._resize(state):
+            self._apply_networks(state)
+            self._replan_tasks()
 
     def _guarded(self, what: str, action: Callable[..., object], *arguments: object) -> bool:
         """Failures of one object must not keep the others from being served. The audit tries it again."""
@@ -160,28 +183,14 @@ class Reconciler:
                 f"no interface of this host has the data path address {state.vtep}; restore it, or leave and join"
                 " again with --data-path-addr set to an address that this host has"
             )
-        self._mtu_bytes = mtu
-        self._host_sysctls()
-        layout = host_layout(host_table(self._tag), self._tag, node_address(state.index), state.vxlan_port)
-        if self._host is None or self._host.table.layout != layout:
-            self._load_host_table(layout, state)
+        self.link_mtu_bytes = mtu
+        self._host_sysctls(state)
+        self._publish(state)
         self._open_firewall()
 
     @staticmethod
-    def _host_sysctls() -> None:
-        if namespaces.read_sysctl("net.ipv4.ip_forward") != "1":
-            namespaces.sysctl("net.ipv4.ip_forward", "1")
-            log.info("ip_forward_enabled")
-        for name, limit in NEIGHBOUR_LIMITS.items():
-            value = namespaces.read_sysctl(name)
-            if value is not None and int(value) < limit:
-                set_optional(name, str(limit))
-
-    def _load_host_table(self, layout: Layout, state: HostState) -> None:
-        netlink = self._host.netlink if self._host else Netlink(NETLINK_NETFILTER)
-        balance = HostBalance(make_host_table(layout), netlink, plan_published(state), udp_backends(state))
-        balance.table.adopt(netlink, balance.elements)
-        self._host = balance
+    def _host_sysctls(state: HostState) -> None:
+        set_host_sysctls(ipv6=any(network.subnet6 for network in state.networks))
 
     def _open_firewall(self) -> None:
         with Netlink(NETLINK_NETFILTER) as netlink:
@@ -192,14 +201,15 @@ class Reconciler:
 
     def _adopt(self) -> None:
         found = self._sandboxes.adopt()
-        for task_id in self._kernel.task_ids():
-            balance = self._new_balance(task_id)
-            self._tasks[task_id] = Attached(found.get(task_id, ()), None, balance)
+        for task_id in self._kernel.task_ids() - self._tasks.keys():
+            links = found.get(task_id, {}) | self._kernel.read_macvlans(task_id)
+            interfaces = tuple(links[name] for name in sorted(links, key=lambda name: (len(name), name)))
+            self._tasks[task_id] = Attached(interfaces, None, self._new_balance(task_id))
         log.info("overlay_adopted", networks=len(self._sandboxes.standing()), tasks=len(self._tasks))
 
     def _remove_unused(self) -> None:
         """A network that left the state stays until the last of its tasks has been detached."""
-        kept = {network.network_id for network in self._state.networks} if self._state else set()
+        kept = set(self._sandboxes.networks)
         kept |= {network_id for attached in self._tasks.values() for network_id in attached.network_ids()}
         for network_id in self._sandboxes.standing() - kept if self._state else ():
             self._guarded(f"network {network_id}", self._sandboxes.remove, network_id)
@@ -207,37 +217,21 @@ class Reconciler:
     # --- services ------------------------------------------------------------------------------------
 
     def _publish(self, state: HostState) -> None:
-        host = self._host
-        if host is None or host.elements == plan_published(state):
-            return
-        local = frozenset(address for _, address, _ in read_host().addresses) | {"127.0.0.1"}
-        give_host(host, state, local)
+        interfaces = [interface for attached in self._tasks.values() for interface in attached.interfaces]
+        addresses = (item for interface in interfaces for item in (interface.address, interface.address6) if item)
+        self._services.publish(state, (address.partition("/")[0] for address in addresses))
 
-    def _share_vips(self, state: HostState) -> None:
-        """Networks whose VIPs did not change keep the identical object: comparing is then free for each task."""
-        new = vips_by_network(state)
-        self._vips = {
-            network_id: self._vips[network_id] if self._vips.get(network_id) == vips else vips
-            for network_id, vips in new.items()
-        }
+    def _give(self, task_id: str, attached: Attached) -> None:
+        if not self._services.give(attached.balance, attached.network_ids()):
+            with self._kernel.thread.inside(self._kernel.task_path(task_id)):
+                self._services.adopt(attached.balance, self._layouts(attached), attached.network_ids())
 
-    def _give(self, task_id: str, attached: Attached, changes: Changes) -> None:
-        balance, networks = attached.balance, attached.network_ids()
-        known = balance.table.generation != UNKNOWN
-        if known and all(balance.given.get(item) is self._vips.get(item, NO_VIPS) for item in networks):
-            return
-        if not known or not give(balance, self._vips, networks, changes):
-            self._adopt_table(task_id, attached)
+    def _layouts(self, attached: Attached) -> tuple[Layout, ...]:
+        return self._services.layouts(attached.task, attached.interfaces)
 
     def _new_balance(self, task_id: str) -> TaskBalance:
         with self._kernel.thread.inside(self._kernel.task_path(task_id)):
-            return TaskBalance(task_table(self._task_layout), Netlink(NETLINK_NETFILTER))
-
-    def _adopt_table(self, task_id: str, attached: Attached) -> None:
-        networks = attached.network_ids()
-        with self._kernel.thread.inside(self._kernel.task_path(task_id)):
-            attached.balance.table.adopt(attached.balance.netlink, wanted_elements(self._vips, networks))
-        attached.balance.given = {item: self._vips.get(item, NO_VIPS) for item in networks}
+            return self._services.open()
 
     # --- tasks ---------------------------------------------------------------------------------------
 
@@ -249,7 +243,11 @@ class Reconciler:
             fault = self._sandboxes.faults.get(interface.network_id)
             if fault is not None:
                 raise NetworkError(f"task {task_id} cannot be attached: {fault}")
-        return plan_task(task_id, interfaces, self._sandboxes.networks, state.index, self._mtu_bytes)
+        return plan_task(task_id, interfaces, self._networks(), state.index, self._mtu_bytes)
+
+    def _networks(self) -> dict[str, TaskNetwork]:
+        macvlans = self._state.macvlans if self._state else ()
+        return {**self._sandboxes.networks, **{network.network_id: network for network in macvlans}}
 
     def _replan_tasks(self) -> None:
         for task_id, attached in self._tasks.items():
@@ -264,14 +262,15 @@ class Reconciler:
 
     def _repair_links(self, task: Task) -> bool:
         found = self._kernel.read_task(task.task_id)
-        operations = task_operations(task, found, NODE_RANGE, NODE_RANGE_PREFIX)
+        operations = task_operations(task, found)
         if operations:
             self._kernel.do_task(task, operations)
         return bool(operations)
 
     def attach(self, attachment: Attachment) -> Path:
         task_id = attachment.task_id
-        interfaces = attachment_interfaces(attachment)
+        check_interfaces(attachment)
+        interfaces = tuple(self._addressed(task_id, interface) for interface in attachment.interfaces)
         for name in attachment.sysctls:
             if not name.startswith("net."):
                 raise NetworkError(f"task {task_id}: sysctl {name} does not belong to a network namespace (net.*)")
@@ -286,25 +285,42 @@ class Reconciler:
             raise NetworkError(f"task {task_id} cannot be attached: {error}") from error
         return path
 
+    def _addressed(self, task_id: str, interface: Interface) -> Interface:
+        """On the host's bridge: with the address that the host gave it, or gives it now. Raises NetworkError."""
+        if interface.address or not self._sandboxes.is_bridge(interface.network_id):
+            return interface
+        known = {
+            owner: item
+            for owner, attached in self._tasks.items()
+            for item in attached.interfaces
+            if item.network_id == interface.network_id
+        }
+        if task_id not in known:
+            network = self._sandboxes.networks[interface.network_id]
+            used = (item.address.partition("/")[0] for item in known.values())
+            self._last_given = free_address(network, used, self._last_given)
+            return replace(interface, address=self._last_given)
+        return known[task_id]
+
+    def given_address(self, task_id: str) -> str:
+        known = self._tasks.get(task_id)
+        interfaces = known.interfaces if known else ()
+        given = (item.address.partition("/")[0] for item in interfaces if self._sandboxes.is_bridge(item.network_id))
+        return next(given, "")
+
     def _attach_new(self, task: Task, interfaces: tuple[Interface, ...], sysctls: dict[str, str]) -> None:
         kernel, task_id = self._kernel, task.task_id
         try:
             kernel.make_task_namespace(task_id, sysctls)
             attached = Attached(interfaces, task, self._new_balance(task_id))
             self._tasks[task_id] = attached
-            kernel.do_task(task, task_operations(task, TaskKernel(), NODE_RANGE, NODE_RANGE_PREFIX))
+            kernel.do_task(task, task_operations(task, TaskKernel()))
             with kernel.thread.inside(kernel.task_path(task_id)):
-                attached.balance.table.load(attached.balance.netlink, {}, fresh=True)
-            self._give(task_id, attached, self._current_loads())
+                self._services.load(attached.balance, self._layouts(attached))
+            self._give(task_id, attached)
         except FAILURES:
             self._discard(task_id)
             raise
-
-    def _current_loads(self) -> Changes:
-        """Messages for a whole table are shared by the attachments between two changes of VIPs."""
-        if self._loads_of is not self._vips:
-            self._loads, self._loads_of = Changes(), self._vips
-        return self._loads
 
     def _attach_again(self, task: Task, interfaces: tuple[Interface, ...]) -> None:
         known = self._tasks.get(task.task_id)
@@ -319,7 +335,7 @@ class Reconciler:
         if known.task != task or known.interfaces != interfaces:
             self._repair_links(task)
         known.task, known.interfaces = task, interfaces
-        self._give(task.task_id, known, Changes())
+        self._give(task.task_id, known)
 
     def begin_detach(self, task_id: str) -> list[Port]:
         """Forget the task; returns its ports, which are then deleted on any thread: each deletion waits about
@@ -329,6 +345,11 @@ class Reconciler:
         paths = [path for path in self._sandboxes.paths() if not names or path.name in names]
         opened = [self._kernel.open_network(path) for path in paths]
         ports = [Port(netlink, port_name(task_id)) for netlink in opened if netlink is not None]
+        own = self._kernel.task_path(task_id)
+        for link in known.task.links if known and known.task else ():
+            netlink = self._kernel.open_network(own) if link.parent else None
+            if netlink is not None:
+                ports.append(Port(netlink, link.name))
         return [*ports, Port(known.balance.netlink, "")] if known else ports
 
     def end_detach(self, task_id: str) -> None:
@@ -353,30 +374,27 @@ class Reconciler:
             return
         self._audited_at_s = self._clock()
         host = read_host()
-        self._mtu_bytes = host.mtu_of(state.vtep) or self._mtu_bytes
-        self._guarded("host", self._audit_host)
+        self.link_mtu_bytes = host.mtu_of(state.vtep) or self.link_mtu_bytes
+        self._resize(state)
+        self._guarded("host", self._audit_host, state)
         for network_id in self._sandboxes.standing() & self._sandboxes.networks.keys():
             self._guarded(f"network {network_id}", self._sandboxes.audit, network_id, host)
         self.encryption.forget()
         self._apply_networks(state)
-        chains: ChainSets = {}
         for task_id, attached in list(self._tasks.items()):
-            self._guarded(f"task {task_id}", self._audit_task, task_id, attached, chains)
+            self._guarded(f"task {task_id}", self._audit_task, task_id, attached)
         self._remove_unused()
 
-    def _audit_host(self) -> None:
-        balance = self._host
-        assert balance is not None
-        self._host_sysctls()
-        if balance.table.audit(balance.netlink, lambda: balance.elements):
-            log.warning("overlay_repaired", object="host table")
+    def _audit_host(self, state: HostState) -> None:
+        self._host_sysctls(state)
+        if self._services.audit_host():
+            log.warning("overlay_repaired", object="host's balancing")
             self._open_firewall()
-        balance.table.sweep(balance.netlink, chains_of(balance.elements))
 
     def _works(self, network_id: str) -> bool:
-        return network_id in self._sandboxes.networks and network_id not in self._sandboxes.faults
+        return network_id in self._networks() and network_id not in self._sandboxes.faults
 
-    def _audit_task(self, task_id: str, attached: Attached, chains: ChainSets) -> None:
+    def _audit_task(self, task_id: str, attached: Attached) -> None:
         path = self._kernel.task_path(task_id)
         if not namespaces.exists(path):
             log.warning("task_namespace_gone", task=task_id)
@@ -386,20 +404,16 @@ class Reconciler:
             attached.task = self._plan(task_id, attached.interfaces)
             if self._repair_links(attached.task):
                 log.warning("overlay_repaired", object=f"task {task_id}", part="links")
-        balance, networks = attached.balance, attached.network_ids()
+                attached.balance.tables.generation = UNKNOWN  # the hook at a link goes with it
         with self._kernel.thread.inside(path):
-            if balance.table.audit(balance.netlink, lambda: wanted_elements(self._vips, networks)):
-                log.warning("overlay_repaired", object=f"task {task_id}", part="table")
-        if networks not in chains:
-            chains[networks] = wanted_chains(self._vips, networks)
-        balance.table.sweep(balance.netlink, chains[networks])
+            if self._services.audit(attached.balance, self._layouts(attached), attached.network_ids()):
+                log.warning("overlay_repaired", object=f"task {task_id}", part="balancing")
 
     def close(self) -> None:
         """Close what is kept open; the kernel's state stays."""
         for attached in self._tasks.values():
-            attached.balance.netlink.close()
-        if self._host is not None:
-            self._host.netlink.close()
+            attached.balance.close()
+        self._services.close()
 
     # --- teardown ------------------------------------------------------------------------------------
 
@@ -416,14 +430,12 @@ class Reconciler:
         with Netlink(NETLINK_NETFILTER) as netlink:
             if firewall.in_use(nfnl.chains(netlink)):
                 firewall.take_back(self._tag)
-            netlink.transaction(nfnl.transaction([nfnl.delete_table(host_table(self._tag))]))
         directory = self._kernel.directory
         if directory.is_dir():
             for path in directory.glob("task-*"):
                 path.unlink()
             directory.rmdir()
-        if self._host is not None:
-            self._host.netlink.close()
-        self._state, self._host, self._complete = None, None, False
+        self._services.remove()
+        self._state, self._complete = None, False
         self._sandboxes = Sandboxes(self._kernel, self._tag)
-        self._tasks, self._vips = {}, {}
+        self._tasks = {}

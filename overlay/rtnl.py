@@ -24,19 +24,26 @@ RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 IFF_UP = 1
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 10, 18, 20
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 5, 10, 18, 20
 IFLA_GROUP, IFLA_NET_NS_FD, IFLA_EXT_MASK = 27, 28, 29
 LINK_GROUP = 7901
 """Of all links that we put into a network's namespace: one message then deletes them all, and waits once (18 ms)
 for packets under way instead of once per link."""
 RTEXT_FILTER_SKIP_STATS = 8
 VETH_INFO_PEER = 1
+MACVLAN_MODE = 1
 VXLAN_ID, VXLAN_LOCAL, VXLAN_LEARNING, VXLAN_PROXY, VXLAN_PORT = 1, 4, 7, 11, 15
 BRIDGE_MULTICAST_SNOOPING = 23
 NTF_SELF, NTF_MASTER = 2, 4
 NUD_REACHABLE, NUD_NOARP, NUD_PERMANENT = 0x02, 0x40, 0x80
+IFA_F_NODAD = 0x02
 RT_TABLE_MAIN, RTPROT_STATIC, RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RTN_UNICAST = 254, 4, 0, 253, 1
 AF_BRIDGE = 7
+IFLA_AF_SPEC, IFLA_INET_CONF, IFLA_INET6_CONF, DEVCONF_DISABLE_IPV6 = 26, 1, 2, 26
+LEG_SETTINGS = {"forwarding": (1, 1), "rp_filter": (8, 2), "route_localnet": (26, 1)}
+"""IPv4 sysctl of each leg -> (its number in a link's answer, its value). rp_filter is loose: what comes in by a leg may
+be answered by another; route_localnet: answers to a client at 127.0.0.1 of a published port come in there."""
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 _GONE = frozenset({errno.ENOENT, errno.ESRCH, errno.ENODEV, errno.EADDRNOTAVAIL, errno.ENXIO})
 
@@ -45,8 +52,17 @@ def _mac(value: str) -> bytes:
     return bytes.fromhex(value.replace(":", ""))
 
 
+def _family(address: str) -> int:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
 def _ip(value: str) -> bytes:
-    return socket.inet_aton(value)
+    return socket.inet_pton(_family(value), value)
+
+
+def _text_ip(family: int, value: bytes | None) -> str:
+    """No value: the unspecified address."""
+    return socket.inet_ntop(family, value or bytes(16 if family == socket.AF_INET6 else 4))
 
 
 def _info(index: int = 0, up: bool = False) -> bytes:
@@ -102,6 +118,17 @@ def new_veth(near: VethEnd, far: VethEnd, mtu_bytes: int, far_namespace_fd: int,
     return Message(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"make veth {near.name} - {far.name}")
 
 
+def new_macvlan(
+    name: str, parent: int, mode: int, mac: str, *, mtu_bytes: int, index: int, namespace_fd: int
+) -> Message:
+    """Sent in the namespace of `parent` (an ifindex), appears in that of `namespace_fd`. mtu_bytes 0: the parent's."""
+    body = _info(index) + attribute(IFLA_IFNAME, name) + attribute(IFLA_ADDRESS, _mac(mac))
+    body += (attribute(IFLA_MTU, mtu_bytes) if mtu_bytes else b"") + attribute(IFLA_LINK, parent)
+    body += attribute(IFLA_NET_NS_FD, namespace_fd)
+    body += nested(IFLA_LINKINFO, attribute(1, "macvlan"), nested(2, attribute(MACVLAN_MODE, mode)))
+    return Message(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"make macvlan link {name}")
+
+
 def set_link(
     name: str = "", index: int = 0, *, master: int = 0, mtu_bytes: int = 0, alias: str = "", mac: str = ""
 ) -> Message:
@@ -127,8 +154,10 @@ def delete_group() -> Message:
 
 
 def _address(kind: int, flags: int, index: int, address: str, prefix: int) -> Message:
-    scope = RT_SCOPE_UNIVERSE
-    body = struct.pack("=BBBBi", socket.AF_INET, prefix, 0, scope, index)
+    family = _family(address)
+    # No other host has it, whatever stands behind the bridge: usable at once, without duplicate address detection.
+    usable = IFA_F_NODAD if family == socket.AF_INET6 else 0
+    body = struct.pack("=BBBBi", family, prefix, usable, RT_SCOPE_UNIVERSE, index)
     body += attribute(1, _ip(address)) + attribute(2, _ip(address))
     verb = "add" if kind == RTM_NEWADDR else "delete"
     tolerated = _GONE if kind == RTM_DELADDR else frozenset[int]()
@@ -144,9 +173,10 @@ def delete_address(index: int, address: str, prefix: int) -> Message:
 
 
 def add_route(index: int, destination: str, prefix: int, gateway: str | None) -> Message:
-    """destination "0.0.0.0"/0 = default; without gateway the destination is on the link."""
-    scope = RT_SCOPE_UNIVERSE if gateway else RT_SCOPE_LINK
-    body = struct.pack("=BBBBBBBBI", socket.AF_INET, prefix, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, scope, RTN_UNICAST, 0)
+    """destination "0.0.0.0"/0 or "::"/0 = default; without gateway the destination is on the link."""
+    family = _family(destination)
+    scope = RT_SCOPE_UNIVERSE if gateway or family == socket.AF_INET6 else RT_SCOPE_LINK
+    body = struct.pack("=BBBBBBBBI", family, prefix, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, scope, RTN_UNICAST, 0)
     body += (attribute(1, _ip(destination)) if prefix else b"") + attribute(4, index)
     body += attribute(5, _ip(gateway)) if gateway else b""
     return Message(
@@ -159,13 +189,13 @@ def _neighbour_header(family: int, index: int, state: int, flags: int) -> bytes:
 
 
 def add_neighbour(index: int, address: str, mac: str) -> Message:
-    body = _neighbour_header(socket.AF_INET, index, NUD_PERMANENT, 0)
+    body = _neighbour_header(_family(address), index, NUD_PERMANENT, 0)
     body += attribute(1, _ip(address)) + attribute(2, _mac(mac))
     return Message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body, f"add neighbour {address} at {mac}")
 
 
 def delete_neighbour(index: int, address: str) -> Message:
-    body = _neighbour_header(socket.AF_INET, index, 0, 0) + attribute(1, _ip(address))
+    body = _neighbour_header(_family(address), index, 0, 0) + attribute(1, _ip(address))
     return Message(RTM_DELNEIGH, 0, body, f"delete neighbour {address}", _GONE)
 
 
@@ -212,6 +242,10 @@ class Link:
     master: int
     alias: str
     vxlan: VxlanInfo | None
+    ipv6: bool
+    """On for this link."""
+    routing: bool
+    """As LEG_SETTINGS ask for (IPv4)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,9 +279,17 @@ def _vxlan(data: bytes) -> VxlanInfo:
     )
 
 
+def _settings(values: bytes) -> tuple[int, ...]:
+    """A link's sysctls of one family, in the order of the kernel's numbers."""
+    return struct.unpack(f"={len(values) // 4}i", values[: len(values) & ~3])
+
+
 def _link(body: bytes) -> Link:
     _, _, index, flags, _ = struct.unpack_from("=BxHiII", body)
     found = attributes(body, 16)
+    families = attributes(found.get(IFLA_AF_SPEC, b""))
+    ipv4 = _settings(attributes(families.get(socket.AF_INET, b"")).get(IFLA_INET_CONF, b""))
+    ipv6 = _settings(attributes(families.get(socket.AF_INET6, b"")).get(IFLA_INET6_CONF, b""))
     info = attributes(found.get(IFLA_LINKINFO, b""))
     kind = text(info.get(1, b""))
     return Link(
@@ -260,6 +302,8 @@ def _link(body: bytes) -> Link:
         master=struct.unpack("=I", found[IFLA_MASTER])[0] if IFLA_MASTER in found else 0,
         alias=text(found.get(IFLA_IFALIAS, b"")),
         vxlan=_vxlan(info.get(2, b"")) if kind == "vxlan" else None,
+        ipv6=bool(ipv6) and not ipv6[DEVCONF_DISABLE_IPV6],
+        routing=bool(ipv4) and all(ipv4[number - 1] == value for number, value in LEG_SETTINGS.values()),
     )
 
 
@@ -277,41 +321,44 @@ def links(netlink: Netlink) -> dict[str, Link]:
 
 
 def addresses(netlink: Netlink) -> frozenset[tuple[int, str, int]]:
-    """(link, IPv4 address, prefix)"""
+    """(link, address, prefix) of both families, but IPv6's link-local ones: each link makes its own."""
     out = set()
-    body = struct.pack("=BBBBi", socket.AF_INET, 0, 0, 0, 0)
+    body = struct.pack("=BBBBi", socket.AF_UNSPEC, 0, 0, 0, 0)
     for answer in netlink.dump(RTM_GETADDR, body, "read addresses"):
-        _, prefix, _, _, index = struct.unpack_from("=BBBBi", answer)
-        found = attributes(answer, 8)
-        out.add((index, socket.inet_ntoa(found.get(2, found.get(1, b"\0\0\0\0"))), prefix))
+        family, prefix, _, scope, index = struct.unpack_from("=BBBBi", answer)
+        if family in _FAMILIES and not (family == socket.AF_INET6 and scope == RT_SCOPE_LINK):
+            found = attributes(answer, 8)
+            out.add((index, _text_ip(family, found.get(2, found.get(1))), prefix))
     return frozenset(out)
 
 
 def routes(netlink: Netlink) -> list[Route]:
-    """IPv4 routes of the main table (others hold what policy routing chose on purpose)."""
+    """Routes of the main tables (others hold what policy routing chose on purpose)."""
     out = []
-    body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)
+    body = struct.pack("=BBBBBBBBI", socket.AF_UNSPEC, 0, 0, 0, 0, 0, 0, 0, 0)
     for answer in netlink.dump(RTM_GETROUTE, body, "read routes"):
-        _, prefix, _, _, table, _, _, _, _ = struct.unpack_from("=BBBBBBBBI", answer)
-        if table != RT_TABLE_MAIN:
+        family, prefix, _, _, table, _, _, _, _ = struct.unpack_from("=BBBBBBBBI", answer)
+        if table != RT_TABLE_MAIN or family not in _FAMILIES:
             continue
         found = attributes(answer, 12)
-        destination = socket.inet_ntoa(found.get(1, b"\0\0\0\0"))
-        gateway = socket.inet_ntoa(found[5]) if 5 in found else ""
+        destination = _text_ip(family, found.get(1))
+        if destination.startswith("fe80:"):
+            continue  # each link makes its own
+        gateway = _text_ip(family, found[5]) if 5 in found else ""
         link = struct.unpack("=I", found[4])[0] if 4 in found else 0
         out.append(Route(destination, prefix, gateway, link))
     return out
 
 
 def neighbours(netlink: Netlink) -> frozenset[tuple[int, str, str]]:
-    """(link, IPv4 address, MAC) of the permanent entries."""
+    """(link, address, MAC) of the permanent entries."""
     out = set()
-    body = _neighbour_header(socket.AF_INET, 0, 0, 0)
+    body = _neighbour_header(socket.AF_UNSPEC, 0, 0, 0)
     for answer in netlink.dump(RTM_GETNEIGH, body, "read neighbours"):
-        _, index, state, _, _ = struct.unpack_from("=BxxxiHBB", answer)
+        family, index, state, _, _ = struct.unpack_from("=BxxxiHBB", answer)
         found = attributes(answer, 12)
-        if state & NUD_PERMANENT and 1 in found and 2 in found:
-            out.add((index, socket.inet_ntoa(found[1]), _text_mac(found[2])))
+        if family in _FAMILIES and state & NUD_PERMANENT and 1 in found and 2 in found:
+            out.add((index, _text_ip(family, found[1]), _text_mac(found[2])))
     return frozenset(out)
 
 

@@ -1,53 +1,66 @@
-"""The nftables tables of a host and of a task, as values (pure).
+"""The fixed part of the nftables tables of a host and of a task, as values (pure).
 
-The shape of a table is fixed (`Layout`); services live only in the elements of its maps, so a change of
-backends costs the same whether there is one service or a thousand. A service with K backends is sent to a
-chain for K, which counts round robin and looks the backend up by (service, count).
-
-All services with the same K could share one chain, but its counter as well: a client that asks service A, then B,
-then A... would meet the same backend of A each time. So there are LANES chains for each K, chosen by address.
+Services are not in it: they are elements of its sets and maps (overlay/elements.py). What hooks into each packet is
+kept short: translation is decided once per connection, in the nat chains.
 """
 
 from __future__ import annotations
 
 import hashlib
 import socket
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from overlay.addressing import leg_pattern
-from overlay.interface import PublishedPort
+from overlay.elements import AT, BACKENDS, GATEWAYS, HIDDEN, MARKS, PUBLISHED, REFUSED, VIPS
+from overlay.expressions import Rule, answer_to_ingress, recall_ingress, remember_ingress
+from overlay.interface import Balancer
 
-LANES = 64
-"""Of two services with equally many backends, one pair in 64 shares a counter; chains stay few."""
 TASK_TABLE = "pyswarm"
 DNS_PORT = 53
+FROM_TASK_MARK = 0x70797377
+"""Of connections, in a host's namespace under IPVS."""
+NETDEV = 5
+"""nf_tables family of hooks at a link."""
 ASKED_BY_UDP = "asked_udp"
 """VIPs that the task has sent UDP to, noted by its balancing chains. Forgetting stale flows walks the machine's
 whole connection table (10 ms), so it is done only where this says that there can be any."""
 ASKED_MAX = 1024
 """The kernel allocates the set for its full size at once: 64 K entries take 6 ms and 1 MiB per task."""
-PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
 
-Element = tuple[str, bytes]
-"""(set, key as the kernel has it)"""
-Value = bytes | str | None
-"""What a map holds for it: data, the chain to go to, or None in a plain set."""
-Elements = dict[Element, Value]
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What differs between the two families in nft's text."""
+
+    name: str
+    address: str
+    loopback: str
+    port_unreachable: str
+    prohibited: str
+
+
+FAMILY_WORDS: dict[int, Words] = {
+    socket.AF_INET: Words("ip", "ipv4_addr", "127.0.0.0/8", "icmp port-unreachable", "icmp admin-prohibited"),
+    socket.AF_INET6: Words("ip6", "ipv6_addr", "::1", "icmpv6 port-unreachable", "icmpv6 admin-prohibited"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
     name: str
     rules: tuple[str, ...]
-    hook: str
+    hook: str = ""
+    """ "" = it is jumped to."""
+    raw: tuple[Rule, ...] = ()
+    """After the others: rules that nft's text has no words for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The fixed part of one table: text for nft, and what an audit needs to know of it."""
 
+    family: int
     table: str
     sets: tuple[tuple[str, str], ...]
     """(name, declaration)"""
@@ -61,17 +74,18 @@ class Layout:
 
     def rules(self) -> dict[str, int]:
         """Rules that each chain has."""
-        return {self.marker: 0} | {chain.name: len(chain.rules) for chain in self.chains}
+        return {self.marker: 0} | {chain.name: len(chain.rules) + len(chain.raw) for chain in self.chains}
 
     def element_sets(self) -> tuple[str, ...]:
         """Those that we fill (packets fill the others)."""
         return tuple(name for name, declaration in self.sets if "dynamic" not in declaration)
 
     def text(self, replace: bool) -> str:
-        """One transaction. `replace`: a table of that name may stand; its deletion waits 15 ms for packets under
-        way, which a fresh namespace is spared."""
-        lines = [f"table ip {self.table}", f"delete table ip {self.table}"] if replace else []
-        lines.append(f"table ip {self.table} {{")
+        """`replace`: a table of that name may stand; its deletion waits 15 ms for packets under way, which a fresh
+        namespace is spared."""
+        table = f"{'netdev' if self.family == NETDEV else FAMILY_WORDS[self.family].name} {self.table}"
+        lines = [f"table {table}", f"delete table {table}"] if replace else []
+        lines.append(f"table {table} {{")
         for name, declaration in self.sets:
             lines += [f"  {declaration.split()[0]} {name} {{", f"    {declaration.split(' ', 1)[1]}", "  }"]
         lines += [f"  chain {self.marker} {{", "  }"]
@@ -80,176 +94,191 @@ class Layout:
         return "\n".join([*lines, "}", ""])
 
 
-def task_layout(dns_address: str, dns_port: int) -> Layout:
-    """In a task's namespace: its DNS server, the VIPs of its networks."""
-    redirect = f"ip daddr {dns_address} {{}} dport {DNS_PORT} dnat to {dns_address}:{dns_port}"
-    return Layout(
-        table=TASK_TABLE,
-        sets=(
-            ("vips", "map type ipv4_addr : verdict"),
-            ("backends", "map type ipv4_addr . mark : ipv4_addr"),
-            ("refused", "set type ipv4_addr"),
-            (ASKED_BY_UDP, f"set type ipv4_addr; size {ASKED_MAX}; flags dynamic;"),
+def layouts_text(layouts: Iterable[Layout], replace: bool) -> str:
+    """All of them in one transaction."""
+    return "".join(layout.text(replace) for layout in layouts)
+
+
+def _refusal(words: Words) -> Chain:
+    return Chain("refusal", ("meta l4proto tcp reject with tcp reset", f"reject with {words.port_unreachable}"))
+
+
+def task_layouts(
+    balancer: Balancer, dns: tuple[str, int], families: Iterable[int], ways_out: tuple[str, ...]
+) -> tuple[Layout, ...]:
+    """In a task's namespace: its DNS server (address and port), the VIPs of its networks, and answers by the host that
+    a published connection came through. `ways_out`: links that default routes lead to; none = the task has none, or
+    the kernel has no hook for this (then other hosts hide clients from the task)."""
+    layouts = [_task_layout(family, balancer, dns, bool(ways_out)) for family in families]
+    chains = tuple(
+        Chain(f"answer_{link}", (), f'type filter hook egress device "{link}" priority 0; policy accept;', rules)
+        for link in ways_out
+        for rules in [(answer_to_ingress(),)]
+    )
+    return (*layouts, *([Layout(NETDEV, TASK_TABLE, (), chains)] if chains else []))
+
+
+def _task_layout(family: int, balancer: Balancer, dns: tuple[str, int], answers: bool) -> Layout:
+    words = FAMILY_WORDS[family]
+    name, address = words.name, words.address
+    redirect = f"ip daddr {dns[0]} {{}} dport {DNS_PORT} dnat to {dns[0]}:{dns[1]}"
+    redirects = (redirect.format("udp"), redirect.format("tcp")) if family == socket.AF_INET else ()
+    nftables = balancer == "nftables"
+    chains = [
+        _refusal(words),
+        Chain(
+            "balance",
+            (*redirects, f"{name} daddr vmap @{VIPS}") if nftables else redirects,
+            "type nat hook output priority -100; policy accept;",
         ),
-        chains=(
-            Chain(
-                "balance",
-                (redirect.format("udp"), redirect.format("tcp"), "ip daddr vmap @vips"),
-                "type nat hook output priority -100; policy accept;",
-            ),
-            Chain(
-                "refuse",
-                (
-                    "ip daddr @refused meta l4proto tcp reject with tcp reset",
-                    "ip daddr @refused reject with icmp port-unreachable",
-                ),
-                "type filter hook output priority 0; policy accept;",
-            ),
+        Chain(
+            "leave",
+            (f"{name} daddr @{REFUSED} goto refusal",),
+            "type filter hook output priority 0; policy accept;",
+            (recall_ingress(),) if answers else (),
         ),
+    ]
+    if answers:
+        hook = "type filter hook prerouting priority -150; policy accept;"
+        chains.append(Chain("arrive", (), hook, (remember_ingress(),)))
+    if not nftables:
+        give_mark = f"meta mark set {name} daddr . meta l4proto map @{VIPS}"
+        # IPVS leaves a packet on the way to its VIP even if the chosen backend is this task itself: routed again.
+        route_again = "meta mark != 0 fib daddr type local meta mark set 0"
+        chains += [
+            Chain("give_mark", (give_mark,), "type filter hook output priority -150; policy accept;"),
+            Chain("hairpin", (route_again,), "type route hook output priority -90; policy accept;"),
+        ]
+        sets: tuple[tuple[str, str], ...] = ((VIPS, f"map type {address} . inet_proto : mark"),)
+    else:
+        sets = (
+            (VIPS, f"map type {address} : verdict"),
+            (BACKENDS, f"map type {address} . mark : {address}"),
+            (ASKED_BY_UDP, f"set type {address}; size {ASKED_MAX}; flags dynamic;"),
+        )
+    return Layout(family, TASK_TABLE, ((REFUSED, f"set type {address}"), *sets), tuple(chains))
+
+
+def host_layouts(
+    balancer: Balancer, table: str, tag: str, own_addresses: dict[int, str], vxlan_port: int
+) -> tuple[Layout, ...]:
+    """In the host's namespace: published ports, egress, and who may pass between legs and the world; one table for
+    each family in `own_addresses`: this node's own address on the overlays (198.18.x.y)."""
+    out = []
+    for family, own in own_addresses.items():
+        words = FAMILY_WORDS[family]
+        legs = f'"{leg_pattern(tag)}"'
+        sets, balance = (_balance_ports if balancer == "nftables" else _mark_ports)(words, legs)
+        service = "inet_proto . inet_service"
+        sets = (
+            *sets,
+            (REFUSED, f"set type {service}"),
+            (REFUSED + AT, f"set type {words.address} . {service}"),
+            (GATEWAYS, f"set type {words.address}"),
+            (HIDDEN, f"set type {words.address}"),
+        )
+        chains = (_refusal(words), *balance, *_host_chains(words, legs, own, vxlan_port))
+        out.append(Layout(family, table, sets, chains))
+    return tuple(out)
+
+
+Parts = tuple[tuple[tuple[str, str], ...], tuple[Chain, ...]]
+"""(sets, chains)"""
+
+
+def _balance_ports(words: Words, legs: str, condition: str = "") -> Parts:
+    name, address, service = words.name, words.address, "inet_proto . inet_service"
+    rules = (
+        f"{condition}fib daddr type local {name} daddr . meta l4proto . th dport vmap @{PUBLISHED}{AT}",
+        f"{condition}fib daddr type local meta l4proto . th dport vmap @{PUBLISHED}",
+    )
+    return (
+        (PUBLISHED, f"map type {service} : verdict"),
+        (BACKENDS, f"map type {service} . mark : {address} . inet_service"),
+        (PUBLISHED + AT, f"map type {address} . {service} : verdict"),
+        (BACKENDS + AT, f"map type {address} . {service} . mark : {address} . inet_service"),
+    ), (
+        Chain("balance_in", rules, "type nat hook prerouting priority -100; policy accept;"),
+        Chain("balance_out", rules, "type nat hook output priority -100; policy accept;"),
     )
 
 
-def host_layout(table: str, tag: str, own_address: str, vxlan_port: int) -> Layout:
-    """In the host's namespace: published ports, egress, and who may pass between legs and the world.
+def _mark_ports(words: Words, legs: str) -> Parts:
+    name, address, service = words.name, words.address, "inet_proto . inet_service"
+    # IPVS drops what comes from 127.0.0.1 and leaves the host: that is balanced by nftables here, too.
+    sets, (_, balance_out) = _balance_ports(words, legs, f"{name} saddr {words.loopback} ")
+    # "direction original": an answer to a connection of the host's own may carry a published port as its destination.
+    condition = f"ct direction original {name} saddr != {words.loopback} fib daddr type local"
+    rules = (
+        f"{condition} meta mark set meta l4proto . th dport map @{MARKS}",
+        f"{condition} meta mark set {name} daddr . meta l4proto . th dport map @{MARKS}{AT}",
+    )
+    # What IPVS sends on has no incoming link any more: the chain `source` knows tasks' own connections by this.
+    from_task = f"iifname {legs} ct state new ct mark set {FROM_TASK_MARK:#x}"
+    return (
+        *sets,
+        (MARKS, f"map type {service} : mark"),
+        (MARKS + AT, f"map type {address} . {service} : mark"),
+    ), (
+        balance_out,
+        Chain("mark_in", (from_task, *rules), "type filter hook prerouting priority -150; policy accept;"),
+        Chain("mark_out", rules, "type filter hook output priority -150; policy accept;"),
+    )
 
-    `own_address` is this node's 198.18.x.y: all that leaves by a leg comes from it, so that the backend's
-    answer finds back to this host. iif/oif matches need a kernel of 5.7 or later in postrouting.
-    """
-    legs = f'"{leg_pattern(tag)}"'
-    balance = "fib daddr type local meta l4proto . th dport vmap @published"
+
+def _host_chains(words: Words, legs: str, own_address: str, vxlan_port: int) -> tuple[Chain, ...]:
+    """iif/oif matches need a kernel of 5.7 or later in postrouting."""
+    name = words.name
     # "direction original": an answer to a connection of the host's own may carry a refused port as its destination.
-    refused = "ct direction original meta l4proto . th dport @refused fib daddr type local"
-    return Layout(
-        table=table,
-        sets=(
-            ("published", "map type inet_proto . inet_service : verdict"),
-            ("backends", "map type inet_proto . inet_service . mark : ipv4_addr . inet_service"),
-            ("refused", "set type inet_proto . inet_service"),
+    refused = "ct direction original"
+    hide = f"oifname {legs} {{}} snat to {own_address} fully-random"
+    return (
+        Chain(
+            "raw_in",
+            (
+                # route_localnet is on for legs: without this a task could reach what listens on 127.0.0.1 only.
+                f"iifname {legs} {name} daddr {words.loopback} drop",
+                f"udp dport {vxlan_port} notrack",
+            ),
+            "type filter hook prerouting priority -300; policy accept;",
         ),
-        chains=(
-            Chain(
-                "raw_in",
-                (
-                    # route_localnet is on for legs: without this a task could reach what listens on 127.0.0.1 only.
-                    f"iifname {legs} ip daddr 127.0.0.0/8 drop",
-                    f"udp dport {vxlan_port} notrack",
-                ),
-                "type filter hook prerouting priority -300; policy accept;",
-            ),
-            Chain(
-                "raw_out",
-                (f"udp dport {vxlan_port} notrack",),
-                "type filter hook output priority -300; policy accept;",
-            ),
-            Chain("balance_in", (balance,), "type nat hook prerouting priority -100; policy accept;"),
-            Chain("balance_out", (balance,), "type nat hook output priority -100; policy accept;"),
-            Chain(
-                "source",
-                (
-                    f"oifname {legs} snat to {own_address} fully-random",
-                    f"iifname {legs} masquerade fully-random",
-                ),
-                "type nat hook postrouting priority 100; policy accept;",
-            ),
-            Chain(
-                "passage",
-                (
-                    f"oifname {legs} ct state established,related accept",
-                    f"oifname {legs} ct status dnat accept",
-                    # From outside, or from another network's tasks: only published ports lead into a network.
-                    f"oifname {legs} reject with icmp admin-prohibited",
-                ),
-                "type filter hook forward priority 0; policy accept;",
-            ),
-            Chain(
-                "refuse",
-                (
-                    f"{refused} meta l4proto tcp reject with tcp reset",
-                    f"{refused} reject with icmp port-unreachable",
-                ),
-                "type filter hook input priority 0; policy accept;",
-            ),
+        Chain(
+            "raw_out",
+            (f"udp dport {vxlan_port} notrack",),
+            "type filter hook output priority -300; policy accept;",
         ),
-    )
-
-
-# --- elements ----------------------------------------------------------------------------------------
-
-
-def chain_name(backends: int, lane: int) -> str:
-    return f"k{backends}_{lane}"
-
-
-def chain_backends(name: str) -> int:
-    """K of a chain made by `chain_name`; 0 for any other chain."""
-    count, _, lane = name[1:].partition("_")
-    return int(count) if name.startswith("k") and count.isdigit() and lane.isdigit() else 0
-
-
-def _mark(number: int) -> bytes:
-    return struct.pack("=I", number)
-
-
-def vip_chain_name(address: str, backends: int) -> str:
-    return chain_name(backends, socket.inet_aton(address)[3] % LANES)
-
-
-def vip_elements(address: str, backends: tuple[str, ...]) -> Elements:
-    key = socket.inet_aton(address)
-    if not backends:
-        return {("refused", key): None}
-    out: Elements = {("vips", key): vip_chain_name(address, len(backends))}
-    for number, backend in enumerate(backends):
-        out["backends", key + _mark(number)] = socket.inet_aton(backend)
-    return out
-
-
-def port_key(protocol: str, port: int) -> bytes:
-    return struct.pack(">BxxxHxx", PROTOCOLS[protocol], port)
-
-
-def port_elements(published: PublishedPort) -> Elements:
-    key = port_key(published.protocol, published.port)
-    if not published.backends:
-        return {("refused", key): None}
-    out: Elements = {("published", key): chain_name(len(published.backends), published.port % LANES)}
-    for number, (address, port) in enumerate(published.backends):
-        out["backends", key + _mark(number)] = socket.inet_aton(address) + struct.pack(">Hxx", port)
-    return out
-
-
-def chains_of(elements: Mapping[Element, Value]) -> frozenset[str]:
-    """Chains that verdict maps among the elements lead to."""
-    return frozenset(value for value in elements.values() if isinstance(value, str))
-
-
-@dataclass(frozen=True, slots=True)
-class ElementChange:
-    """From one picture of a table's elements to another, to be done in one transaction."""
-
-    remove: tuple[tuple[Element, Value], ...]
-    add: tuple[tuple[Element, Value], ...]
-
-    def __bool__(self) -> bool:
-        return bool(self.remove or self.add)
-
-    def chains(self) -> frozenset[str]:
-        return frozenset(value for _, value in self.add if isinstance(value, str))
-
-
-def element_change(old: Mapping[Element, Value], new: Mapping[Element, Value]) -> ElementChange:
-    absent = object()
-    return ElementChange(
-        tuple((key, value) for key, value in old.items() if new.get(key, absent) != value),
-        tuple((key, value) for key, value in new.items() if old.get(key, absent) != value),
-    )
-
-
-def joined(changes: Iterable[ElementChange]) -> ElementChange:
-    found = [change for change in changes if change]
-    if len(found) == 1:
-        return found[0]
-    return ElementChange(
-        tuple(item for change in found for item in change.remove),
-        tuple(item for change in found for item in change.add),
+        Chain(
+            "source",
+            (
+                # Clients keep their address, and the task answers through this host (`task_layouts`), except
+                # where the answer would not come: clients on an overlay, or with an address that every host has.
+                hide.format(f"iifname {legs}"),
+                hide.format(f"ct mark {FROM_TASK_MARK:#x}"),
+                hide.format(f"{name} saddr {words.loopback}"),
+                hide.format(f"{name} saddr @{GATEWAYS}"),
+                hide.format(f"{name} daddr @{HIDDEN}"),
+                f"oifname {legs} accept",
+                f"iifname {legs} masquerade fully-random",
+            ),
+            "type nat hook postrouting priority 100; policy accept;",
+        ),
+        Chain(
+            "passage",
+            (
+                f"oifname != {legs} accept",
+                "ct state established,related accept",
+                "ct status dnat accept",
+                # From outside, or from another network's tasks: only published ports lead into a network.
+                f"reject with {words.prohibited}",
+            ),
+            "type filter hook forward priority 0; policy accept;",
+        ),
+        Chain(
+            "refuse",
+            (
+                f"{refused} meta l4proto . th dport @{REFUSED} goto refusal",
+                f"{refused} {name} daddr . meta l4proto . th dport @{REFUSED}{AT} goto refusal",
+            ),
+            "type filter hook input priority 0; policy accept;",
+        ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,13 @@ from overlay import namespaces
 from overlay.act import HostKernel, NamespaceKernel, read_host
 from overlay.addressing import leg_name, overlaps
 from overlay.diff import empty_sandbox, sandbox_operations, settled
+from overlay.hostbridge import bridge_network, choose_subnet
 from overlay.interface import HostState, Interface, NetworkError, OverlayNetwork, RemoteEndpoint
 from overlay.plan import Sandbox, endpoints_by_network, plan_sandbox, read_port_alias
 
 log = structlog.get_logger("overlay")
 
+UNKNOWN_VNI = -1
 FAILURES = (OSError, NetworkError)
 """What the kernel or the plan may refuse for one object."""
 
@@ -26,30 +29,29 @@ class Sandboxes:
         self.kernel = kernel
         self.tag = tag
         self.networks: dict[str, OverlayNetwork] = {}
-        """Wanted now."""
+        """Wanted now, this host's bridge included."""
         self.faults: dict[str, str] = {}
         """Network -> why it does not work here."""
         self._applied: dict[str, Sandbox] = {}
+        self._bridges: dict[str, OverlayNetwork] = {}
         self._inputs: dict[str, tuple[object, ...]] = {}
         """What each applied picture was computed from: as long as it is equal, nothing is to be done."""
 
     def standing(self) -> frozenset[str]:
         return frozenset(self._applied)
 
-    def adopt(self) -> dict[str, tuple[Interface, ...]]:
-        """Take over what an earlier agent left; returns the interfaces of each task that is wired up."""
+    def adopt(self) -> dict[str, dict[str, Interface]]:
+        """Take over what an earlier agent left; returns the interfaces of each task that is wired up, by link."""
         host = read_host()
         found: dict[str, dict[str, Interface]] = {}
         for path in self.paths():
             network_id = self._identity(path)
             for alias in self._read(network_id, host).values():
-                parts = read_port_alias(alias)
-                if parts is not None:
-                    found.setdefault(parts[0], {})[parts[1]] = Interface(network_id, parts[2])
-        return {
-            task_id: tuple(links[name] for name in sorted(links, key=lambda name: (len(name), name)))
-            for task_id, links in found.items()
-        }
+                known = read_port_alias(alias)
+                if known is not None:
+                    task_id, link, interface = known
+                    found.setdefault(task_id, {})[link] = interface
+        return found
 
     def paths(self) -> list[Path]:
         directory = self.kernel.directory
@@ -70,11 +72,44 @@ class Sandboxes:
             return {}
         found = self.kernel.read_sandbox(network_id)
         vxlan, network = found.picture.vxlan, self.networks.get(network_id)
-        vni = vxlan.vni if vxlan else network.vni if network else 0
-        leg = host.legs(self.tag).get(leg_name(self.tag, vni))
-        encrypted = network is not None and network.encrypted and self.kernel.marks(network_id)
+        vni = vxlan.vni if vxlan else network.vni if network else UNKNOWN_VNI
+        leg = host.legs(self.tag).get(leg_name(self.tag, vni)) if vni != UNKNOWN_VNI else None
+        encrypted = isinstance(network, OverlayNetwork) and network.encrypted and self.kernel.marks(network_id)
         self._applied[network_id] = replace(found.picture, leg=leg, encrypted=encrypted)
         return found.aliases
+
+    def want(self, state: HostState) -> None:
+        """Take note of what is wanted. A failure is kept as the network's fault."""
+        self.networks = {network.network_id: network for network in state.networks}
+        wanted = state.network_ids()
+        self.faults = {key: fault for key, fault in self.faults.items() if key in wanted}
+        for bridge in state.bridges:
+            try:
+                self.networks[bridge.network_id] = self._bridge(bridge.network_id, state)
+            except FAILURES as error:
+                self._note_fault(bridge.network_id, error)
+
+    def _bridge(self, network_id: str, state: HostState) -> OverlayNetwork:
+        """The subnet that its leg has, else one that is free. Raises FAILURES."""
+        if network_id not in self._bridges:
+            host = read_host()
+            leg = host.legs(self.tag).get(leg_name(self.tag, 0))
+            standing = [f"{address}/{prefix}" for address, prefix in leg.addresses if prefix < 32] if leg else []
+            if standing:
+                subnet = str(ipaddress.ip_interface(standing[0]).network)
+            else:
+                overlays = [(network.subnet, f"network {network.network_id}") for network in state.networks]
+                subnet = choose_subnet(network_id, host.foreign_prefixes(self.tag) + overlays)
+            self._bridges[network_id] = bridge_network(network_id, subnet)
+        return self._bridges[network_id]
+
+    def is_bridge(self, network_id: str) -> bool:
+        return network_id in self._bridges
+
+    def _note_fault(self, network_id: str, error: Exception) -> None:
+        if self.faults.get(network_id) != str(error):
+            log.warning("network_failed", network=network_id, error=str(error))
+        self.faults[network_id] = str(error)
 
     def vnis(self) -> frozenset[int]:
         """Of those that stand."""
@@ -82,8 +117,7 @@ class Sandboxes:
 
     def apply(self, state: HostState, underlay_mtu_bytes: int, encryption_fault: str = "") -> None:
         """Make those wanted; a failure is kept as the network's fault and tried again at the next call."""
-        self.networks = {network.network_id: network for network in state.networks}
-        self.faults = {key: fault for key, fault in self.faults.items() if key in self.networks}
+        self.want(state)
         endpoints = endpoints_by_network(state.endpoints)
         for network_id, network in self.networks.items():
             mine = endpoints.get(network_id, ())
@@ -97,9 +131,7 @@ class Sandboxes:
                 self._make(network, state, mine, underlay_mtu_bytes)
             except FAILURES as error:
                 self._applied.pop(network_id, None)
-                if self.faults.get(network_id) != str(error):
-                    log.warning("network_failed", network=network_id, error=str(error))
-                self.faults[network_id] = str(error)
+                self._note_fault(network_id, error)
             else:
                 self.faults.pop(network_id, None)
                 self._inputs[network_id] = inputs
@@ -109,13 +141,14 @@ class Sandboxes:
     ) -> None:
         network_id = network.network_id
         wanted = plan_sandbox(network, state, endpoints, self.tag, underlay_mtu_bytes)
-        if network_id not in self._applied:
-            self._read(network_id, read_host())
+        ports: Iterable[str] = ()
+        if network_id not in self._applied or self._applied[network_id].mtu_bytes != wanted.mtu_bytes:
+            ports = self._read(network_id, read_host())
         if network_id not in self._applied:
             self._refuse_overlap(network)
             self.kernel.make_namespace(network_id)
             self._applied[network_id] = empty_sandbox(network_id)
-        operations = sandbox_operations(wanted, self._applied[network_id])
+        operations = sandbox_operations(wanted, self._applied[network_id], ports)
         if operations:
             self.kernel.do_sandbox(network_id, operations)
         self._applied[network_id] = settled(wanted)
@@ -123,13 +156,18 @@ class Sandboxes:
     def _refuse_overlap(self, network: OverlayNetwork) -> None:
         if network.internal:
             return
-        clash = overlaps(network.subnet, read_host().foreign_prefixes(self.tag))
-        if clash is not None:
-            raise NetworkError(
-                f"network {network.network_id}: its subnet {network.subnet} overlaps {clash[1]} ({clash[0]}) on this"
-                " host, which would become unreachable; make the network anew with another --subnet, or keep its"
-                " tasks off this node with a constraint"
-            )
+        foreign = read_host().foreign_prefixes(self.tag)
+        foreign += [
+            (item.subnet, "the bridge of this host's own") for item in self._bridges.values() if item != network
+        ]
+        for subnet in filter(None, (network.subnet, network.subnet6)):
+            clash = overlaps(subnet, foreign)
+            if clash is not None:
+                raise NetworkError(
+                    f"network {network.network_id}: its subnet {subnet} overlaps {clash[1]} ({clash[0]}) on this"
+                    " host, which would become unreachable; make the network anew with another --subnet, or keep its"
+                    " tasks off this node with a constraint"
+                )
 
     def audit(self, network_id: str, host: HostKernel) -> None:
         """Read one network from the kernel and repair it, with a line in the log. Raises FAILURES."""
@@ -151,5 +189,6 @@ class Sandboxes:
         self.forget(network_id)
 
     def forget(self, network_id: str) -> None:
+        self._bridges.pop(network_id, None)
         self._applied.pop(network_id, None)
         self._inputs.pop(network_id, None)

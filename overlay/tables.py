@@ -1,102 +1,143 @@
-"""One nftables table of one namespace: load it, change its elements, verify it. Runs inside that namespace."""
+"""Our nftables tables of one namespace: load them, change their elements, verify them. Runs inside that namespace."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from overlay import nfnl, nft
+from overlay.elements import Element, ElementChange, Elements, Value, balancing, element_change
 from overlay.netlink import Message, Netlink
-from overlay.ruleset import (
-    Element,
-    ElementChange,
-    Elements,
-    Layout,
-    Value,
-    chain_backends,
-    element_change,
-)
+from overlay.ruleset import NETDEV, Layout, layouts_text
+from overlay.template import Templates
 
 UNKNOWN = -1
-"""A generation that the kernel never has: the table must be read."""
-ChainMaker = Callable[[str, str], list[Message]]
+"""A generation that the kernel never has: the tables must be read."""
+ALL_FAMILIES = (socket.AF_INET, socket.AF_INET6, NETDEV)
+ChainMaker = Callable[[int, str, str], list[Message]]
+TEMPLATES = Templates()
+Chains = frozenset[tuple[int, str]]
+"""(family, balancing chain)"""
 
 
 @dataclass(slots=True)
-class Table:
-    layout: Layout
+class Tables:
+    """All of one name, one per family."""
+
+    name: str
     make_chain: ChainMaker
     chain_rules: int
     """Rules that `make_chain` makes."""
-    chains: set[str] = field(default_factory=set)
+    layouts: tuple[Layout, ...] = ()
+    chains: set[tuple[int, str]] = field(default_factory=set)
     """Balancing chains that stand."""
     generation: int = UNKNOWN
     """The namespace's nftables generation after our last transaction: as long as it is that, nobody changed
     anything."""
 
     def load(self, netlink: Netlink, elements: Mapping[Element, Value], fresh: bool) -> None:
-        """Make it from nothing, replacing what stands unless the namespace is fresh."""
-        nft.run(self.layout.text(replace=not fresh))
+        """Make them from nothing, replacing what stands unless the namespace is fresh."""
         self.chains = set()
-        self.generation = nfnl.generation(netlink)
+        template = TEMPLATES.get(self.layouts) if fresh else None
+        if template is None:
+            self._load_text(netlink, fresh)
+        else:
+            self.generation = nfnl.generation(netlink)
+            self._transact(netlink, list(template))
         self.change(netlink, element_change({}, elements))
 
+    def _load_text(self, netlink: Netlink, fresh: bool) -> None:
+        nft.run(layouts_text(self.layouts, replace=not fresh))
+        self.generation = nfnl.generation(netlink)
+        raw = [
+            nfnl.add_rule(layout.family, layout.table, chain.name, rule)
+            for layout in self.layouts
+            for chain in layout.chains
+            for rule in chain.raw
+        ]
+        self._transact(netlink, raw)
+        if fresh:
+            TEMPLATES.learn(netlink, self.layouts)
+
+    def _transact(self, netlink: Netlink, messages: list[Message]) -> None:
+        if messages:
+            netlink.transaction(nfnl.transaction(messages))
+            self.generation += 1
+
     def messages(self, change: ElementChange) -> list[Message]:
-        """One transaction's worth, with the chains that are new here. May be sent to any table in the same state."""
+        """One transaction's worth, with the chains that are new here. May be sent to any tables in the same state."""
         missing = sorted(change.chains() - self.chains)
-        made = [message for chain in missing for message in self.make_chain(self.layout.table, chain)]
-        return [*made, *nfnl.change_messages(self.layout.table, change)]
+        made = [message for family, chain in missing for message in self.make_chain(family, self.name, chain)]
+        return [*made, *nfnl.change_messages(self.name, change)]
 
     def change(self, netlink: Netlink, change: ElementChange, messages: list[Message] | None = None) -> None:
         """Atomic. `messages`: as made by `messages` for this change. Raises NetlinkError: nothing was changed."""
-        if not change:
-            return
-        netlink.transaction(nfnl.transaction(self.messages(change) if messages is None else messages))
+        self._transact(netlink, self.messages(change) if messages is None else messages)
         self.chains |= change.chains()
-        self.generation += 1
 
-    def adopt(self, netlink: Netlink, wanted: Elements) -> bool:
-        """Make it equal to `wanted`, touching only what differs; True when something did."""
+    def adopt(self, netlink: Netlink, layouts: tuple[Layout, ...], wanted: Elements) -> bool:
+        """Make them equal to `layouts` and `wanted`, touching only what differs; True when something did."""
+        self.layouts = layouts
         self.generation = nfnl.generation(netlink)
-        standing = self._standing(netlink)
+        surplus = self._surplus(netlink)
+        standing = None if surplus else self._standing(netlink)
         if standing is None:
+            self._transact(netlink, [nfnl.delete_table(family, self.name) for family in surplus])
             self.load(netlink, wanted, fresh=False)
             return True
         change = element_change(standing, wanted)
         self.change(netlink, change)
         return bool(change)
 
-    def audit(self, netlink: Netlink, wanted: Callable[[], Elements]) -> bool:
+    def audit(self, netlink: Netlink, layouts: tuple[Layout, ...], wanted: Callable[[], Elements]) -> bool:
         """As `adopt`, but free of cost when no transaction has happened since."""
-        if nfnl.generation(netlink) == self.generation:
+        if layouts == self.layouts and nfnl.generation(netlink) == self.generation:
             return False
-        return self.adopt(netlink, wanted())
+        return self.adopt(netlink, layouts, wanted())
 
-    def sweep(self, netlink: Netlink, used: frozenset[str]) -> None:
+    def sweep(self, netlink: Netlink, used: Chains) -> None:
         """Delete balancing chains without a service. In a transaction of its own: before Linux 6.2 a chain counts
         as used until the one that removed its last element has been cleaned up."""
         unused = sorted(self.chains - used)
-        if unused:
-            netlink.transaction(
-                nfnl.transaction([m for chain in unused for m in nfnl.drop_chain(self.layout.table, chain)])
-            )
-            self.chains -= set(unused)
-            self.generation += 1
+        self._transact(
+            netlink, [message for family, chain in unused for message in nfnl.drop_chain(family, self.name, chain)]
+        )
+        self.chains -= set(unused)
+
+    def _surplus(self, netlink: Netlink) -> list[int]:
+        """Families of tables of ours that no layout is for (any more)."""
+        others = set(ALL_FAMILIES) - {layout.family for layout in self.layouts}
+        return [
+            family for family in sorted(others) if any(table == self.name for table, _ in nfnl.chains(netlink, family))
+        ]
 
     def _standing(self, netlink: Netlink) -> Elements | None:
-        """Elements that stand; None when the table's fixed part is not as it should be."""
-        counts = nfnl.rule_counts(netlink, self.layout.table)
-        balancing = {chain: count for chain, count in counts.items() if chain_backends(chain)}
-        fixed = {chain: count for chain, count in counts.items() if chain not in balancing}
-        if fixed != self.layout.rules() or any(count != self.chain_rules for count in balancing.values()):
-            return None
-        self.chains = set(balancing)
-        return nfnl.elements(netlink, self.layout.table, self.layout.element_sets())
+        """Elements that stand; None when a fixed part is not as it should be."""
+        found: set[tuple[int, str]] = set()
+        for layout in self.layouts:
+            counts = nfnl.rule_counts(netlink, layout.family, self.name)
+            balancers = {chain: count for chain, count in counts.items() if balancing(chain)}
+            fixed = {chain: count for chain, count in counts.items() if chain not in balancers}
+            if fixed != layout.rules() or any(count != self.chain_rules for count in balancers.values()):
+                return None
+            found |= {(layout.family, chain) for chain in balancers}
+        self.chains = found
+        elements: Elements = {}
+        for layout in self.layouts:
+            elements |= nfnl.elements(netlink, layout.family, self.name, layout.element_sets())
+        return elements
 
 
-def task_table(layout: Layout) -> Table:
-    return Table(layout, nfnl.vip_chain, nfnl.VIP_CHAIN_RULES)
+def delete_tables(netlink: Netlink, name: str) -> None:
+    """Those of every family; none: fine."""
+    for family in ALL_FAMILIES:
+        netlink.transaction(nfnl.transaction([nfnl.delete_table(family, name)]))
 
 
-def host_table(layout: Layout) -> Table:
-    return Table(layout, nfnl.port_chain, nfnl.PORT_CHAIN_RULES)
+def task_tables(name: str) -> Tables:
+    return Tables(name, nfnl.vip_chain, nfnl.VIP_CHAIN_RULES)
+
+
+def host_tables(name: str) -> Tables:
+    return Tables(name, nfnl.port_chain, nfnl.PORT_CHAIN_RULES)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from proto import objects_pb2 as proto_dot_objects__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11proto/agent.proto\x12\x07pyswarm\x1a\x13proto/objects.proto\"b\n\nTaskRecord\x12\x1b\n\x04task\x18\x01 \x01(\x0b\x32\r.pyswarm.Task\x12\x10\n\x08image_id\x18\x02 \x01(\t\x12%\n\x06health\x18\x03 \x01(\x0b\x32\x15.pyswarm.HealthConfigb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11proto/agent.proto\x12\x07pyswarm\x1a\x13proto/objects.proto\"y\n\nTaskRecord\x12\x1b\n\x04task\x18\x01 \x01(\x0b\x32\r.pyswarm.Task\x12\x10\n\x08image_id\x18\x02 \x01(\t\x12%\n\x06health\x18\x03 \x01(\x0b\x32\x15.pyswarm.HealthConfig\x12\x15\n\rgiven_address\x18\x04 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,5 +33,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'proto.agent_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TASKRECORD']._serialized_start=51
-  _globals['_TASKRECORD']._serialized_end=149
+  _globals['_TASKRECORD']._serialized_end=172
 # @@protoc_insertion_point(module_scope)

@@ -26,8 +26,11 @@ class TaskRecord(_message.Message):
     TASK_FIELD_NUMBER: _builtins.int
     IMAGE_ID_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
+    GIVEN_ADDRESS_FIELD_NUMBER: _builtins.int
     image_id: _builtins.str
     """"" until the image is known"""
+    given_address: _builtins.str
+    """that this host gave it on its own bridge; "" = none"""
     @_builtins.property
     def task(self) -> _objects_pb2.Task:
         """as assigned, with `status` replaced by what this node observed last"""
@@ -42,10 +45,11 @@ class TaskRecord(_message.Message):
         task: _objects_pb2.Task | None = ...,
         image_id: _builtins.str = ...,
         health: _objects_pb2.HealthConfig | None = ...,
+        given_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["health", b"health", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["health", b"health", "image_id", b"image_id", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["given_address", b"given_address", "health", b"health", "image_id", b"image_id", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

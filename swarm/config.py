@@ -34,5 +34,7 @@ class DaemonConfig:
     """What tasks may reserve here, beside CPU and memory."""
     runtime: str = "crun"
     """Name or path of the OCI runtime."""
+    balancer: str = "auto"
+    """auto | ipvs | nftables: what shares out connections to services. auto = IPVS where the kernel has it."""
     log_level: str = "info"
     """debug | info | warning | error"""

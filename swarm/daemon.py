@@ -28,7 +28,9 @@ from node.images import ImageStore
 from node.interface import Phase
 from node.mounts import prepare_mount_namespace
 from node.resolvers import host_resolvers
+from overlay import probe
 from overlay.host import KernelNetwork
+from overlay.interface import Balancer, NetworkError
 from proto.local_pb2 import (
     InfoReply,
     InfoRequest,
@@ -126,9 +128,10 @@ async def _answer(
 
 
 class Daemon:
-    def __init__(self, config: DaemonConfig, paths: HostPaths) -> None:
+    def __init__(self, config: DaemonConfig, paths: HostPaths, balancer: Balancer) -> None:
         self._config = config
         self._paths = paths
+        self._balancer = balancer
         self._images = ImageStore(
             paths.state / "storage",
             paths.run / "storage",
@@ -170,7 +173,13 @@ class Daemon:
         await self._host.stop()
 
     def _make_agent(self, membership: Membership, credentials: NodeCredentials, host: HostMembership) -> Agent:
-        network = KernelNetwork(self._paths.run, membership.node_id[:TAG_CHARS], LISTEN_PORT)
+        network = KernelNetwork(
+            self._paths.run,
+            membership.node_id[:TAG_CHARS],
+            LISTEN_PORT,
+            balancer=self._balancer,
+            answers_through_ingress=probe.answers_through_ingress(),
+        )
         self._agent = Agent(
             node_id=membership.node_id,
             state_dir=self._paths.state,
@@ -197,6 +206,8 @@ class Daemon:
         hostname = self._config.hostname or socket.gethostname()
         description = describe(hostname, __version__, lambda link: link.startswith(LINK_PREFIX))
         description.generic.extend(self._config.generic_resources)
+        description.balancer = self._balancer
+        description.answers_through_ingress = probe.answers_through_ingress()
         encryption = network.encryption()
         description.encrypts, description.encryption_epoch = encryption.supported, encryption.epoch
         return description
@@ -212,12 +223,16 @@ def run(config: DaemonConfig) -> None:
     lock = hold_lock(config.run_dir / "daemon.lock")
     if lock is None:
         sys.exit(f"another pyswarm daemon uses {config.run_dir}: give this one another --run-dir and --state-dir")
+    try:
+        balancer = probe.choose_balancer(config.balancer, probe.has_ipvs())
+    except NetworkError as error:
+        sys.exit(str(error))
     prepare_mount_namespace(config.run_dir, config.runtime)
     # A task costs a few descriptors (pidfd, netlink, log): the usual soft limit of 1,024 would hold some 200.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     _close_oom_gap(Path("/proc/self/oom_score_adj"))
-    asyncio.run(Daemon(config, paths).run())
+    asyncio.run(Daemon(config, paths, balancer).run())
     lock.close()
 
 

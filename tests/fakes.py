@@ -269,13 +269,17 @@ class FakeNetwork:
         await self.gate.at("attach:before")
         if self.attach_fault is not None:
             raise self.attach_fault
-        standing = {net.network_id for net in self.state.networks} if self.states else set()
+        standing = self.state.network_ids() if self.states else set()
         missing = {leg.network_id for leg in attachment.interfaces} - standing
         if missing:
             raise NetworkError(f"networks {sorted(missing)} are not in the last applied state")
         self.spaces[attachment.task_id] = attachment
         await self.gate.at("attach:after")
         return Path(f"/run/fake/netns/{attachment.task_id}")
+
+    async def given_address(self, task_id: str) -> str:
+        legs = self.spaces[task_id].interfaces if task_id in self.spaces else ()
+        return "172.17.0.2" if not all(leg.address for leg in legs) else ""
 
     async def detach(self, task_id: str) -> None:
         await self.gate.at("detach:before")

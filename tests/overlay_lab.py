@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import selectors
@@ -13,12 +14,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address, IPv6Network
 from pathlib import Path
 from typing import TypeVar
 
 from overlay.host import KernelNetwork
 from overlay.interface import (
     Attachment,
+    Balancer,
     HostState,
     Interface,
     OverlayNetwork,
@@ -36,12 +39,38 @@ REFUSED_WITHIN_S = 1.5
 """A lost SYN is repeated after 1 s at the earliest... an answer before that is a refusal, not a lucky retry; the
 rest is for a busy machine."""
 DNS_PORT = 42053
+VXLAN_PORT = 4789
+ETH_P_ALL = 3
 OUTSIDE = "192.168.99.254"
+UNDERLAY6 = "fd00:99::"
 _numbers = itertools.count()
 
-NET = OverlayNetwork("netaaaaaaaaaaaaaaaaaaaaaa", 4097, "10.77.1.0/24", "10.77.1.1")
+NET = OverlayNetwork(
+    "netaaaaaaaaaaaaaaaaaaaaaa",
+    4097,
+    "10.77.1.0/24",
+    "10.77.1.1",
+    subnet6="fd00:77:1::/64",
+    gateway6="fd00:77:1::1",
+)
 INSIDE = OverlayNetwork("netiiiiiiiiiiiiiiiiiiiiii", 4098, "10.77.2.0/24", "10.77.2.1", internal=True)
 OTHER = OverlayNetwork("netoooooooooooooooooooooo", 4099, "10.77.3.0/24", "10.77.3.1")
+
+
+def address6(network: OverlayNetwork, address: str) -> str:
+    """The IPv6 address of the lab's task at this IPv4 address; "" in a network without IPv6."""
+    if not network.subnet6:
+        return ""
+    return str(IPv6Address(int(IPv6Network(network.subnet6)[0]) + int(address.rpartition(".")[2])))
+
+
+def interface(network: OverlayNetwork, address: str) -> Interface:
+    second = address6(network, address)
+    return Interface(
+        network.network_id,
+        f"{address}/{network.subnet.partition('/')[2]}",
+        f"{second}/{network.subnet6.partition('/')[2]}" if second else "",
+    )
 
 
 class Sockets:
@@ -65,8 +94,8 @@ class Sockets:
 
         return self._pool.submit(run).result(timeout=20)
 
-    def open(self, netns: Path, kind: socket.SocketKind) -> socket.socket:
-        made = self.inside(netns, lambda: socket.socket(socket.AF_INET, kind))
+    def open(self, netns: Path, kind: socket.SocketKind, family: int = socket.AF_INET) -> socket.socket:
+        made = self.inside(netns, lambda: socket.socket(family, kind))
         made.settimeout(TIMEOUT_S)
         self._opened.append(made)
         return made
@@ -81,7 +110,8 @@ class Sockets:
     def serve(self, netns: Path, address: str, port: int, label: str, kind: str = "tcp") -> None:
         """Answers "<label> <client address>": TCP on connecting, later messages with themselves; UDP each message."""
         tcp = kind == "tcp"
-        server = self.open(netns, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        server = self.open(netns, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM, family)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind((address, port))
         if tcp:
@@ -121,7 +151,7 @@ class Sockets:
 
     def connect(self, netns: Path, address: str, port: int) -> tuple[socket.socket, str]:
         """An open connection and the server's greeting."""
-        client = self.open(netns, socket.SOCK_STREAM)
+        client = self.open(netns, socket.SOCK_STREAM, socket.AF_INET6 if ":" in address else socket.AF_INET)
         client.connect((address, port))
         return client, client.recv(1000).decode().strip()
 
@@ -148,6 +178,31 @@ class Sockets:
         self._thread.close()
 
 
+class Capture:
+    """The Ethernet frames that travel inside VXLAN through a namespace, from now until `frames` is called."""
+
+    def __init__(self, sockets: Sockets, netns: Path) -> None:
+        def listen() -> socket.socket:
+            made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+            return made
+
+        self._socket = sockets.inside(netns, listen)
+
+    def frames(self) -> list[bytes]:
+        self._socket.setblocking(False)
+        found = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                packet = self._socket.recv(65536)
+                # Ethernet 14 (12 = its type), IPv4 20 (23 = its protocol), UDP 8, VXLAN 8
+                udp = packet[12:14] == b"\x08\x00" and packet[23] == socket.IPPROTO_UDP
+                if udp and packet[36:38] == VXLAN_PORT.to_bytes(2, "big"):
+                    found.append(packet[50:])
+        self._socket.close()
+        return found
+
+
 @dataclass
 class SimulatedHost:
     number: int
@@ -155,6 +210,7 @@ class SimulatedHost:
     run_dir: Path
     network: KernelNetwork
     now_s: list[float]
+    balancer: Balancer = "nftables"
 
     @property
     def node_id(self) -> str:
@@ -163,6 +219,10 @@ class SimulatedHost:
     @property
     def address(self) -> str:
         return f"192.168.99.{self.number}"
+
+    @property
+    def address6(self) -> str:
+        return f"{UNDERLAY6}{self.number:x}"
 
     def again(self) -> KernelNetwork:
         """Another agent's view of the same host, as after a restart."""
@@ -173,7 +233,14 @@ class SimulatedHost:
 
 def make_network(host: SimulatedHost) -> KernelNetwork:
     now_s = host.now_s
-    return KernelNetwork(host.run_dir, f"t{host.number}", DNS_PORT, host_netns=host.netns, clock=lambda: now_s[0])
+    return KernelNetwork(
+        host.run_dir,
+        f"t{host.number}",
+        DNS_PORT,
+        host_netns=host.netns,
+        clock=lambda: now_s[0],
+        balancer=host.balancer,
+    )
 
 
 def ip_batch(lines: list[str]) -> None:
@@ -182,13 +249,14 @@ def ip_batch(lines: list[str]) -> None:
 
 @dataclass
 class OverlayLab:
+    balancer: Balancer = "nftables"
     hosts: list[SimulatedHost] = field(default_factory=list)
     sockets: Sockets = field(default_factory=Sockets)
 
     def __post_init__(self) -> None:
         self.prefix = f"ovt{os.getpid()}-{next(_numbers)}"
         self.directory = Path(tempfile.mkdtemp(prefix="ovt-"))
-        self.tasks: dict[str, tuple[SimulatedHost, Path, dict[str, str]]] = {}
+        self.tasks: dict[str, tuple[SimulatedHost, Path, dict[OverlayNetwork, str]]] = {}
         self._make_underlay()
 
     def netns(self, name: str) -> Path:
@@ -205,10 +273,12 @@ class OverlayLab:
             ]
         self._ip("ul", lines)
         for number, name in ((100, "client"), (1, "h1"), (2, "h2"), (3, "h3")):
-            address = [f"addr add 192.168.99.{number}/24 dev eth0", "link set eth0 up", "link set lo up"]
+            address = [f"addr add 192.168.99.{number}/24 dev eth0", f"addr add {UNDERLAY6}{number:x}/64 dev eth0 nodad"]
+            address += ["link set eth0 up", "link set lo up"]
             self._ip(name, [*address, f"route add default via {OUTSIDE}"])
         for number in (1, 2, 3):
-            host = SimulatedHost(number, self.netns(f"h{number}"), self.directory / f"h{number}", None, [0.0])  # type: ignore[arg-type]
+            directory = self.directory / f"h{number}"
+            host = SimulatedHost(number, self.netns(f"h{number}"), directory, None, [0.0], self.balancer)  # type: ignore[arg-type]
             host.network = make_network(host)
             self.hosts.append(host)
 
@@ -232,9 +302,9 @@ class OverlayLab:
         published: tuple[PublishedPort, ...] = (),
     ) -> HostState:
         endpoints = tuple(
-            RemoteEndpoint(network_id, address, owner.node_id)
+            RemoteEndpoint(network.network_id, address, owner.node_id, address6(network, address))
             for owner, _, addresses in self.tasks.values()
-            for network_id, address in addresses.items()
+            for network, address in addresses.items()
             if owner is not host
         )
         return HostState(
@@ -252,15 +322,8 @@ class OverlayLab:
             await host.network.apply(self.state(host, vips=vips, published=published))
 
     async def task(self, host: SimulatedHost, name: str, *interfaces: tuple[OverlayNetwork, str]) -> Path:
-        attachment = Attachment(
-            name,
-            tuple(
-                Interface(network.network_id, f"{address}/{network.subnet.partition('/')[2]}")
-                for network, address in interfaces
-            ),
-        )
-        path = await host.network.attach(attachment)
-        self.tasks[name] = (host, path, {network.network_id: address for network, address in interfaces})
+        path = await host.network.attach(Attachment(name, tuple(interface(*item) for item in interfaces)))
+        self.tasks[name] = (host, path, dict(interfaces))
         return path
 
     def path(self, name: str) -> Path:

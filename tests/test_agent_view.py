@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dns.interface import Sandbox
 from dns.names import NetworkView, TaskView
-from node import inputs, view
+from node import drivers, inputs, view
 from node.interface import ImageConfig, ResolvedImage, RuntimeFault
 from node.mirror import Mirror
 from node.templates import expand, values_for
-from overlay.interface import Interface, OverlayNetwork, Peer, PublishedPort, RemoteEndpoint, Vip
+from overlay.interface import (
+    Attachment,
+    BridgeNetwork,
+    Interface,
+    MacvlanNetwork,
+    OverlayNetwork,
+    Peer,
+    PublishedPort,
+    RemoteEndpoint,
+    Vip,
+)
 from proto.dispatch_pb2 import Item, NetworkEndpoint, NetworkPeer, NetworkService
 from proto.objects_pb2 import (
     DNSRR,
     HOST,
     INGRESS,
+    SOURCE_HASH,
     TASK_FAILED,
     TASK_RUNNING,
     TASK_SHUTDOWN,
@@ -80,7 +92,7 @@ def mirror(*items: dict[str, Item]) -> Mirror:
     return Mirror(known=True, items={key: item for part in items for key, item in part.items()})
 
 
-def port(published: int, target: int, **more: int) -> PortConfig:
+def port(published: int, target: int, **more: int | str) -> PortConfig:
     made = PortConfig(published_port=published, target_port=target, protocol=TCP, mode=INGRESS)
     for name, value in more.items():
         setattr(made, name, value)
@@ -120,9 +132,18 @@ def test_networks_peers_and_remote_endpoints() -> None:
     assert state.endpoints == (RemoteEndpoint("net1", "10.0.1.6", "n2"),), "reachable before it serves"
 
 
+def test_ipv6_of_networks_and_endpoints() -> None:
+    items = net("net1") | end("t2", "10.0.1.6", node="n2")
+    items["network/net1"].network.ipam6.subnet, items["network/net1"].network.ipam6.gateway = "fd00::/64", "fd00::1"
+    items["endpoint/net1/t2"].endpoint.address6 = "fd00::6"
+    state = view.host_state(mirror(items), LOCAL)
+    assert (state.networks[0].subnet6, state.networks[0].gateway6) == ("fd00::/64", "fd00::1")
+    assert state.endpoints == (RemoteEndpoint("net1", "10.0.1.6", "n2", "fd00::6"),)
+
+
 def test_the_mtu_of_a_network_is_its_option() -> None:
     items = net("net1")
-    items["network/net1"].network.spec.options[view.MTU_OPTION] = "1400"
+    items["network/net1"].network.spec.options[drivers.MTU_OPTIONS[0]] = "1400"
     assert view.host_state(mirror(items), LOCAL).networks[0].mtu_bytes == 1400
 
 
@@ -140,6 +161,35 @@ def test_vip_backends_are_the_serving_endpoints_in_numeric_order() -> None:
 
 def test_a_vip_without_backends_stays_so_that_it_is_refused_at_once() -> None:
     assert view.host_state(mirror(net("net1"), svc()), LOCAL).vips == (Vip("net1", "10.0.1.2", ()),)
+
+
+def test_both_families_have_their_vip_and_their_backends_with_weights() -> None:
+    items = net("net1") | svc() | end("t1", "10.0.1.5") | end("t2", "10.0.1.6", node="n2")
+    service = items["service/svc1"].service
+    service.balance, service.virtual_ips[0].address6 = SOURCE_HASH, "fd00::2/64"
+    for task_id, weight, address6 in (("t1", 0, ""), ("t2", 500, "fd00::6")):
+        endpoint = items[f"endpoint/net1/{task_id}"].endpoint
+        endpoint.weight, endpoint.address6 = weight, address6
+    assert view.host_state(mirror(items), LOCAL).vips == (
+        Vip("net1", "10.0.1.2", ("10.0.1.5", "10.0.1.6"), (1, 100), "sh"),
+        Vip("net1", "fd00::2", ("fd00::6",), (), "sh"),
+    )
+
+
+def test_a_published_port_has_backends_of_both_families_at_the_address_it_names() -> None:
+    ports = (port(8000, 80, host_ip="192.0.2.7"), port(8000, 81, host_ip="192.0.2.8"))
+    items = net("net1") | svc(ports=ports) | end("t1", "10.0.1.5") | end("t2", "10.0.1.6")
+    items["endpoint/net1/t2"].endpoint.address6 = "fd00::6"
+    items["endpoint/net1/t2"].endpoint.weight = 3
+    first, second = view.host_state(mirror(items), LOCAL).published
+    assert first.backends == (("10.0.1.5", 80), ("10.0.1.6", 80), ("fd00::6", 80))
+    assert (first.weights, first.host_ip) == ((1, 3, 3), "192.0.2.7")
+    assert second.host_ip == "192.0.2.8"
+
+
+def test_a_peer_that_cannot_answer_through_other_hosts_is_marked() -> None:
+    items = {"peer/n2": Item(peer=NetworkPeer(node_id="n2", vtep_addr="192.0.2.2", index=8, masquerade=True))}
+    assert view.host_state(mirror(items), LOCAL).peers == (Peer("n2", "192.0.2.2", 8, masquerade=True),)
 
 
 def test_dnsrr_services_have_no_vip() -> None:
@@ -280,8 +330,62 @@ def test_a_hostname_of_its_own_is_expanded_and_global_tasks_have_the_node_as_slo
     assert request.spec.env[0] == "SLOT=n1"
 
 
+def attached(task: Task) -> Attachment:
+    found = drivers.attachment(task, [Network(id=net.network_id) for net in task.networks])
+    assert found is not None
+    return found
+
+
+def driven(network_id: str, driver: str, **options: str) -> Network:
+    made = Network(id=network_id)
+    made.spec.driver = driver
+    made.spec.options.update(options)
+    made.ipam.subnet, made.ipam.gateway = ("192.168.5.0/24", "192.168.5.1") if driver == "macvlan" else ("", "")
+    return made
+
+
+def test_drivers_decide_what_links_a_task_has() -> None:
+    host, none, bridge = driven("h", "host"), driven("n", "none"), driven("b", "bridge")
+    made = Task(id="t1")
+    made.networks.add(network_id="h")
+    assert drivers.attachment(made, [host, none, bridge]) is None
+    made.networks[0].network_id = "n"
+    assert drivers.attachment(made, [host, none, bridge]) == Attachment("t1", ())
+    made.networks[0].network_id = "b"
+    assert drivers.attachment(made, [host, none, bridge]) == Attachment("t1", (Interface("b", ""),))
+    assert drivers.bridges([host, none, bridge], [made]) == (BridgeNetwork("b"),)
+    assert drivers.bridges([host, none, bridge], []) == ()
+
+
+def test_a_macvlan_network_is_its_options() -> None:
+    lan = driven("m", "macvlan", parent="eth1", macvlan_mode="vepa")
+    assert drivers.macvlans([lan, driven("b", "bridge")]) == (
+        MacvlanNetwork("m", "eth1", "192.168.5.0/24", "192.168.5.1", mode="vepa"),
+    )
+    assert drivers.macvlans([driven("m", "macvlan", parent="eth1")])[0].mode == "bridge"
+    items = net("net1") | {"network/m": Item(network=lan), "network/b": Item(network=driven("b", "bridge"))}
+    state = view.host_state(mirror(items), LOCAL)
+    assert state.network_ids() == {"net1", "m"}, "no task of this host is on the bridge"
+
+
+def test_host_ports_of_a_task_on_the_bridge_lead_to_the_address_that_the_host_gave_it() -> None:
+    made = Task(id="t1")
+    made.networks.add(network_id="b")
+    made.endpoint.ports.append(port(8080, 80, mode=HOST))
+    items = {"network/b": Item(network=driven("b", "bridge")), "task/t1": Item(task=made)}
+    local = replace(LOCAL, states={"t1": TASK_RUNNING}, given={"t1": "172.17.0.2"})
+    assert view.host_state(mirror(items), local).published == (PublishedPort("tcp", 8080, (("172.17.0.2", 80),)),)
+
+
+def test_a_task_has_its_addresses_of_both_families() -> None:
+    made = full_task()
+    made.networks[1].address6 = "fd00::5/64"
+    assert attached(made).interfaces[1] == Interface("net2", "10.0.2.5/24", "fd00::5/64")
+    assert inputs.addresses(made) == ("10.0.1.5", "10.0.2.5", "fd00::5")
+
+
 def test_the_attachment_keeps_the_order_of_networks_and_takes_only_net_sysctls() -> None:
-    attachment = inputs.attachment(full_task())
+    attachment = attached(full_task())
     assert attachment.interfaces == (Interface("net1", "10.0.1.5/24"), Interface("net2", "10.0.2.5/24"))
     assert attachment.sysctls == {"net.core.somaxconn": "512"}
 

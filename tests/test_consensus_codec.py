@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import socket
 import struct
 import sys
 from pathlib import Path
@@ -141,3 +142,7 @@ def test_every_damaged_byte_and_every_cut_of_a_snapshot_is_noticed(tmp_path: Pat
     path.write_bytes(struct.pack(">I", 0) + PICKLE)
     with pytest.raises(BadSnapshot, match="not a snapshot"):
         store.check(name)
+
+
+def test_the_kernel_leaves_the_socket_module_as_it_was() -> None:
+    assert socket.inet_ntop(socket.AF_INET6, bytes(15) + b"\1") == "::1"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from socket import AF_INET, AF_INET6
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from overlay import firewall
 from overlay.addressing import leg_mac, leg_name, node_address, overlaps, port_name, task_mac
-from overlay.balance import vips_change, withdrawn
+from overlay.balance import host_picture, network_elements, vips_by_network, vips_change, wanted_chains, withdrawn
 from overlay.diff import (
     BRIDGE_NAME,
     LEG_PORT_NAME,
@@ -23,13 +25,28 @@ from overlay.diff import (
     SetEntries,
     SetLeg,
     SetPort,
+    SetVxlan,
     TaskKernel,
     empty_sandbox,
     sandbox_operations,
     settled,
     task_operations,
 )
+from overlay.elements import (
+    AT,
+    SLOTS_MAX,
+    Balancing,
+    balancing,
+    chain_name,
+    chains_of,
+    port_elements,
+    slot_count,
+    slots,
+    vip_elements,
+)
 from overlay.interface import (
+    WEIGHT_MAX,
+    Balance,
     HostState,
     Interface,
     NetworkError,
@@ -49,10 +66,11 @@ from overlay.plan import (
     plan_task,
     port_alias,
     read_port_alias,
-    vips_by_network,
 )
-from overlay.ruleset import chain_backends, chains_of, host_layout, port_elements, task_layout, vip_elements
+from overlay.ruleset import host_layouts, task_layouts
+from overlay.schemes import SCHEMES
 
+NFTABLES = SCHEMES["nftables"]
 NET = OverlayNetwork("n1", 4097, "10.0.1.0/24", "10.0.1.1")
 STATE = HostState(
     vtep="192.0.2.1",
@@ -99,15 +117,44 @@ def test_the_default_route_is_the_first_that_is_not_internal() -> None:
     other = OverlayNetwork("n2", 2, "10.0.2.0/24", "10.0.2.1")
     interfaces = (Interface("n0", "10.0.0.5/24"), Interface("n1", "10.0.1.5/24"), Interface("n2", "10.0.2.5/24"))
     task = plan_task("t1", interfaces, {"n0": inside, "n1": NET, "n2": other}, 1, 1500)
-    assert [(link.name, link.default, link.gateway) for link in task.links] == [
-        ("eth0", False, None),
-        ("eth1", True, "10.0.1.1"),
-        ("eth2", False, "10.0.2.1"),
+    assert [(link.name, link.gateways, link.routes) for link in task.links] == [
+        ("eth0", (), ()),
+        ("eth1", ("10.0.1.1",), (("0.0.0.0", 0, "10.0.1.1"), ("198.18.0.0", 16, ""))),
+        ("eth2", ("10.0.2.1",), ()),
     ]
-    assert [read_port_alias(port_alias("t1", link)) for link in task.links] == [
-        ("t1", link.name, interface.address) for link, interface in zip(task.links, interfaces, strict=True)
+
+
+DUAL = replace(NET, network_id="n6", vni=6, subnet6="fd00:1::/64", gateway6="fd00:1:0::1")
+
+
+def test_each_family_leaves_by_the_first_network_that_has_it() -> None:
+    interfaces = (Interface("n1", "10.0.1.5/24"), Interface("n6", "10.0.1.5/24", "fd00:1:0::5/64"))
+    first, second = plan_task("t1", interfaces, {"n1": NET, "n6": DUAL}, 1, 1500).links
+    assert [destination for destination, _, _ in first.routes] == ["0.0.0.0", "198.18.0.0"]
+    assert second.routes == (("::", 0, "fd00:1::1"), ("2001:2::", 48, ""))
+    assert second.addresses == (("10.0.1.5", 24), ("fd00:1::5", 64))
+    assert [read_port_alias(port_alias("t1", link)) for link in (first, second)] == [
+        ("t1", "eth0", interfaces[0]),
+        ("t1", "eth1", Interface("n6", "10.0.1.5/24", "fd00:1::5/64")),
     ]
     assert read_port_alias("a remark of somebody else") is None
+
+
+def test_a_network_with_ipv6_has_its_addresses_beside_those_of_ipv4() -> None:
+    endpoint = RemoteEndpoint("n6", "10.0.1.9", "b", "fd00:1::0009")
+    wanted = plan_sandbox(DUAL, STATE, (endpoint,), "t", 1500)
+    assert wanted.vxlan is not None
+    assert wanted.vxlan.ipv6
+    assert wanted.leg is not None
+    assert wanted.leg.addresses == {
+        ("10.0.1.1", 24),
+        ("198.18.0.1", 32),
+        ("fd00:1::1", 64),
+        ("2001:2::1", 128),
+    }
+    assert wanted.neighbours >= {("fd00:1::9", "02:42:0a:00:01:09"), ("2001:2::12c", leg_mac(300))}
+    with pytest.raises(NetworkError, match="network n6: an MTU of 1279 bytes"):
+        plan_sandbox(replace(DUAL, mtu_bytes=1279), STATE, (), "t", 1500)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +163,7 @@ def test_the_default_route_is_the_first_that_is_not_internal() -> None:
         ((Interface("n9", "10.0.1.5/24"),), "network n9 is not among those"),
         ((Interface("n1", "10.0.1.5/24"), Interface("n1", "10.0.1.6/24")), "two interfaces in network n1"),
         ((Interface("n1", "10.0.2.5/24"),), "does not lie in subnet 10.0.1.0/24"),
+        ((Interface("n1", "10.0.1.5/24", "fd00::5/64"),), "fd00::5/64 does not lie in subnet .none of that family"),
     ],
 )
 def test_a_task_that_cannot_be_wired_is_refused(interfaces: tuple[Interface, ...], message: str) -> None:
@@ -155,7 +203,12 @@ def functional(items: frozenset[tuple[str, str]]) -> frozenset[tuple[str, str]]:
 
 tables = pairs.map(functional)
 vxlans = st.builds(
-    Vxlan, st.integers(1, 2), st.just(4789), st.sampled_from(["192.0.2.1", "192.0.2.2"]), st.integers(1400, 1401)
+    Vxlan,
+    st.integers(1, 2),
+    st.just(4789),
+    st.sampled_from(["192.0.2.1", "192.0.2.2"]),
+    st.integers(1400, 1401),
+    st.booleans(),
 )
 legs = st.builds(
     Leg,
@@ -164,7 +217,9 @@ legs = st.builds(
     st.integers(1400, 1401),
     st.frozensets(st.tuples(st.sampled_from(["10.0.1.1", "198.18.0.1"]), st.integers(24, 25)), min_size=1),
 )
-wanteds = st.builds(Sandbox, st.just("n"), st.just(True), vxlans, st.none() | legs, tables, tables)
+wanteds = st.builds(Sandbox, st.just("n"), st.just(True), vxlans, st.none() | legs, tables, tables).map(
+    lambda box: replace(box, leg=replace(box.leg, mtu_bytes=box.mtu_bytes)) if box.leg else box
+)
 standings = st.builds(
     Sandbox,
     st.just("n"),
@@ -173,8 +228,14 @@ standings = st.builds(
     st.none() | legs,
     tables,
     tables,
-    st.frozensets(st.sampled_from([VXLAN_NAME, LEG_PORT_NAME, "t1"])),
+    st.dictionaries(st.sampled_from([VXLAN_NAME, LEG_PORT_NAME, "t1"]), st.integers(1400, 1401)).map(
+        lambda ports: frozenset(ports.items())
+    ),
 ).map(lambda box: box if box.vxlan else replace(box, forwarding=frozenset(), neighbours=frozenset()))
+
+
+def bridged(box: Sandbox, name: str, mtu_bytes: int) -> frozenset[tuple[str, int]]:
+    return frozenset(port for port in box.ports if port[0] != name) | {(name, mtu_bytes)}
 
 
 def run(box: Sandbox, operation: SandboxOperation) -> Sandbox:
@@ -185,22 +246,24 @@ def run(box: Sandbox, operation: SandboxOperation) -> Sandbox:
         case MakeVxlan(vxlan, replaces):
             assert (box.vxlan is not None) == replaces
             empty = frozenset[tuple[str, str]]()
-            return replace(box, vxlan=vxlan, forwarding=empty, neighbours=empty, ports=box.ports | {VXLAN_NAME})
+            ports = bridged(box, VXLAN_NAME, vxlan.mtu_bytes)
+            return replace(box, vxlan=vxlan, forwarding=empty, neighbours=empty, ports=ports)
+        case SetVxlan(vxlan):
+            assert box.bridge
+            return replace(box, vxlan=vxlan, ports=bridged(box, VXLAN_NAME, vxlan.mtu_bytes))
         case MakeLeg(leg):
             assert box.leg is None
-            return replace(box, leg=leg, ports=box.ports | {LEG_PORT_NAME})
+            return replace(box, leg=leg, ports=bridged(box, LEG_PORT_NAME, leg.mtu_bytes))
         case SetLeg(leg, stale):
             assert box.leg is not None
             return replace(box, leg=replace(leg, addresses=(box.leg.addresses - stale) | leg.addresses))
         case DeleteLeg(name):
             assert box.leg is not None
             assert box.leg.name == name
-            return replace(box, leg=None, ports=box.ports - {LEG_PORT_NAME})
+            return replace(box, leg=None, ports=frozenset(port for port in box.ports if port[0] != LEG_PORT_NAME))
         case SetPort(name, mtu_bytes):
             assert box.bridge
-            if name == VXLAN_NAME and box.vxlan is not None:
-                box = replace(box, vxlan=replace(box.vxlan, mtu_bytes=mtu_bytes))
-            return replace(box, ports=box.ports | {name})
+            return replace(box, ports=bridged(box, name, mtu_bytes))
         case SetEntries(forward, unforward, know, forget):
             assert box.vxlan is not None
             forwarding = {key: value for key, value in box.forwarding if key not in unforward} | dict(forward)
@@ -215,7 +278,7 @@ def test_the_operations_lead_from_whatever_stands_to_what_is_wanted(wanted: Sand
     for operation in sandbox_operations(wanted, box, ["t1"]):
         box = run(box, operation)
     assert replace(box, ports=frozenset()) == wanted
-    assert box.ports >= settled(wanted).ports | {"t1"}
+    assert box.ports >= settled(wanted).ports | {("t1", wanted.mtu_bytes)}
     assert sandbox_operations(wanted, box, ["t1"]) == ()
 
 
@@ -236,68 +299,123 @@ def test_a_containers_own_default_route_is_left_alone() -> None:
         neighbours=frozenset({("eth0", "10.0.1.1", leg_mac(1))}),
         present=frozenset({("eth0", link.mac)}),
     )
-    assert task_operations(task, kernel, "198.18.0.0", 16) == ()
+    assert task_operations(task, kernel) == ()
     gone = replace(kernel, routes=frozenset({("eth0", "198.18.0.0", 16, "")}))
-    assert [type(operation).__name__ for operation in task_operations(task, gone, "198.18.0.0", 16)] == ["SetLink"]
+    assert [type(operation).__name__ for operation in task_operations(task, gone)] == ["SetLink"]
 
 
 # --- services -------------------------------------------------------------------------------------------
 
 backends = st.lists(st.integers(2, 9).map(lambda n: f"10.0.1.{n}"), max_size=4, unique=True).map(tuple)
-pictures = st.dictionaries(st.sampled_from(["10.0.1.200", "10.0.1.201", "10.0.1.202"]), backends)
+vips = st.builds(
+    lambda address, found, weight, balance: Vip(
+        "n1", address, found, tuple(range(weight, weight + len(found))) if weight else (), balance
+    ),
+    st.sampled_from(["10.0.1.200", "10.0.1.201", "fd00::1"]),
+    backends,
+    st.integers(0, 3),
+    st.sampled_from(["rr", "lc", "sh"]),
+)
+pictures = st.lists(vips, max_size=4).map(lambda found: {vip.address: vip for vip in found})
 
 
 @given(pictures, pictures)
-def test_a_change_of_vips_is_the_change_of_their_elements(
-    old: dict[str, tuple[str, ...]], new: dict[str, tuple[str, ...]]
-) -> None:
-    def elements(vips: dict[str, tuple[str, ...]]) -> dict[tuple[str, bytes], bytes | str | None]:
-        return {key: value for vip, found in vips.items() for key, value in vip_elements(vip, found).items()}
-
-    standing = elements(old)
-    change = vips_change(old, new)
+def test_a_change_of_vips_is_the_change_of_their_elements(old: dict[str, Vip], new: dict[str, Vip]) -> None:
+    standing = network_elements(NFTABLES, old)
+    change = vips_change(NFTABLES, old, new)
     for key, value in change.remove:
         assert standing.pop(key) == value  # the kernel refuses to remove what is not there...
     for key, value in change.add:
         assert key not in standing  # ... and to add what is
         standing[key] = value
-    assert standing == elements(new)
+    assert standing == network_elements(NFTABLES, new)
     lost = withdrawn(old, new)
-    assert lost.keys() == {vip for vip in old if set(old[vip]) - set(new.get(vip, ()))}
+    now = {vip: new[vip].backends if vip in new else () for vip in old}
+    assert lost.keys() == {vip for vip in old if set(old[vip].backends) - set(now[vip])}
+    assert wanted_chains(NFTABLES, {"n1": new}) == chains_of(network_elements(NFTABLES, new))
 
 
-def test_a_service_without_backends_is_refused_and_else_counted_by_their_number() -> None:
-    assert vip_elements("10.0.1.200", ()) == {("refused", b"\x0a\x00\x01\xc8"): None}
-    found = vip_elements("10.0.1.200", ("10.0.1.2", "10.0.1.3", "10.0.1.4"))
-    assert {chain_backends(chain) for chain in chains_of(found)} == {3}
-    assert sorted(name for name, _ in found) == ["backends", "backends", "backends", "vips"]
-    port = port_elements(PublishedPort("udp", 53, (("10.0.1.2", 5353),)))
-    assert port["published", b"\x11\0\0\0\0\x35\0\0"] == "k1_53"
-    assert port["backends", b"\x11\0\0\0\0\x35\0\0\0\0\0\0"] == b"\x0a\x00\x01\x02\x14\xe9\0\0"
+def test_a_service_without_backends_is_refused_and_else_counted_by_their_slots() -> None:
+    vip = Vip("n1", "10.0.1.200", ())
+    assert vip_elements(vip) == {(AF_INET, "refused", b"\x0a\x00\x01\xc8"): None}
+    found = vip_elements(replace(vip, backends=("10.0.1.2", "10.0.1.3", "10.0.1.4")))
+    assert {balancing(chain) for _, chain in chains_of(found)} == {Balancing(3, False, False)}
+    assert sorted(name for _, name, _ in found) == ["backends", "backends", "backends", "vips"]
+    port = port_elements(PublishedPort("udp", 53, (("10.0.1.2", 5353),)), [AF_INET])
+    assert port[AF_INET, "published", b"\x11\0\0\0\0\x35\0\0"] == "rr1_53"
+    assert port[AF_INET, "backends", b"\x11\0\0\0\0\x35\0\0\0\0\0\0"] == b"\x0a\x00\x01\x02\x14\xe9\0\0"
+
+
+def test_a_port_published_at_one_address_is_known_by_that_address() -> None:
+    published = PublishedPort("tcp", 80, (("10.0.1.2", 8080), ("fd00::2", 8080)), host_ip="192.0.2.7")
+    found = port_elements(published, [AF_INET, AF_INET6])
+    assert {(family, name) for family, name, _ in found} == {(AF_INET, "published_at"), (AF_INET, "backends_at")}
+    assert all(key.startswith(b"\xc0\0\x02\x07\x06\0\0\0\0\x50\0\0") for _, _, key in found)
+
+
+def test_each_family_has_the_backends_of_its_own() -> None:
+    published = PublishedPort("tcp", 80, (("10.0.1.2", 8080), ("10.0.1.3", 8080), ("fd00::2", 8080)), (1, 3, 1))
+    found = port_elements(published, [AF_INET, AF_INET6])
+    assert sorted(chain for _, chain in chains_of(found)) == ["rr1_16", "rr4_16"]
+    only = port_elements(replace(published, backends=published.backends[:2], weights=()), [AF_INET, AF_INET6])
+    assert only[AF_INET6, "refused", b"\x06\0\0\0\0\x50\0\0"] is None
 
 
 def test_neighbouring_vips_count_separately() -> None:
-    chains = chains_of(vip_elements("10.0.1.200", ("10.0.1.2",)))
-    assert chains.isdisjoint(chains_of(vip_elements("10.0.1.201", ("10.0.1.2",))))
+    chains = chains_of(vip_elements(Vip("n1", "10.0.1.200", ("10.0.1.2",))))
+    assert chains.isdisjoint(chains_of(vip_elements(Vip("n1", "10.0.1.201", ("10.0.1.2",)))))
 
 
-@pytest.mark.parametrize("name", ["balance", "layout_1", "kx_1", "k_1", "k3"])
-def test_only_balancing_chains_have_a_number(name: str) -> None:
-    assert chain_backends(name) == 0
+@given(st.lists(st.integers(1, WEIGHT_MAX), min_size=1, max_size=50).map(tuple))
+def test_slots_follow_the_weights(weights: tuple[int, ...]) -> None:
+    found = Counter(slots(len(weights), weights))
+    assert found.keys() == set(range(len(weights))), "each backend gets something"
+    assert found.total() == slot_count(len(weights), weights) <= SLOTS_MAX + len(weights)
+    if sum(weights) <= SLOTS_MAX:
+        assert len({found[number] / weight for number, weight in enumerate(weights)}) == 1
+
+
+def test_a_heavy_backend_gets_its_share_in_turns_not_in_a_burst() -> None:
+    assert slots(3, (5, 5, 5)) == (0, 1, 2)
+    assert slots(2, (6, 2)) == (0, 0, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["balance", "layout_1", "rr_1", "rr3", "shx", "sh3_at2", "k1_1"])
+def test_only_balancing_chains_have_slots(name: str) -> None:
+    assert balancing(name) is None
+
+
+@pytest.mark.parametrize("balance", ["rr", "lc", "sh"])
+@pytest.mark.parametrize("at", ["", AT])
+def test_a_chains_name_says_how_it_balances(balance: Balance, at: str) -> None:
+    assert balancing(chain_name(balance, 7, 200, at)) == Balancing(7, balance == "sh", at == AT)
 
 
 def test_a_backend_named_twice_counts_once() -> None:
-    state = replace(STATE, vips=(Vip("n1", "10.0.1.200", ("10.0.1.2", "10.0.1.2", "10.0.1.3")),))
-    assert vips_by_network(state) == {"n1": {"10.0.1.200": ("10.0.1.2", "10.0.1.3")}}
+    vip = Vip("n1", "10.0.1.200", ("10.0.1.2", "10.0.1.2", "10.0.1.3"), (4, 1, 2))
+    (found,) = vips_by_network(replace(STATE, vips=(vip,)))["n1"].values()
+    assert (found.backends, found.weights) == (("10.0.1.2", "10.0.1.3"), (4, 2))
+
+
+def test_clients_are_hidden_from_tasks_that_cannot_answer_them() -> None:
+    peers = (Peer("b", "192.0.2.2", 2, masquerade=True),)
+    found = host_picture(NFTABLES, replace(STATE, peers=peers), [AF_INET]).elements
+    assert {(name, key) for _, name, key in found} == {
+        ("gateways", b"\x0a\0\x01\x01"),
+        ("hidden", b"\x0a\0\x01\x09"),
+    }
 
 
 def test_another_layout_has_another_marker() -> None:
-    one, two = task_layout("127.0.0.11", 42053), task_layout("127.0.0.11", 42054)
+    (one,), (two,) = (task_layouts("nftables", ("127.0.0.11", port), (AF_INET,), ()) for port in (42053, 42054))
     assert one.marker != two.marker
-    assert one.rules() == {one.marker: 0, "balance": 3, "refuse": 2}
+    assert one.rules() == {one.marker: 0, "refusal": 2, "balance": 3, "leave": 1}
     assert "delete table" in one.text(replace=True)
     assert "delete table" not in one.text(replace=False)
-    assert host_layout("t", "x", "198.18.0.1", 4789).marker != host_layout("t", "x", "198.18.0.2", 4789).marker
+    (host,), (other,) = (
+        host_layouts("nftables", "t", "x", {AF_INET: own}, 4789) for own in ("198.18.0.1", "198.18.0.2")
+    )
+    assert host.marker != other.marker
 
 
 # --- the host -------------------------------------------------------------------------------------------

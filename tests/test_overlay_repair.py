@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -12,15 +13,18 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from overlay import namespaces, nft
+from overlay import namespaces, nfnl, nft
 from overlay.interface import Attachment, Interface, NetworkError, OverlayNetwork, PublishedPort, Vip
+from overlay.netlink import NETLINK_NETFILTER, Netlink
 from overlay.reconcile import AUDIT_PERIOD_S
-from overlay.ruleset import task_layout
-from tests.overlay_lab import INSIDE, NET, OTHER, OUTSIDE, OverlayLab, SimulatedHost
+from overlay.ruleset import TASK_TABLE, task_layouts
+from overlay.tables import TEMPLATES, Tables, delete_tables
+from tests.overlay_lab import INSIDE, NET, OTHER, OUTSIDE, OverlayLab, SimulatedHost, address6, interface
 
 pytestmark = pytest.mark.root
 
 VIP = Vip(NET.network_id, "10.77.1.200", ("10.77.1.11", "10.77.1.12"))
+A2_IPV6 = address6(NET, "10.77.1.12")
 PORT = PublishedPort("tcp", 18080, (("10.77.1.12", 8000),))
 
 
@@ -70,6 +74,7 @@ def works(lab: OverlayLab) -> bool:
             and ask(lab.path("a1"), "10.77.1.12", 8000)[0] == "a2"
             and ask(lab.client, "192.168.99.1", 18080)[0] == "a2"
             and lab.sockets.run(lab.path("a1"), "ping", "-c", "1", "-W", "1", OUTSIDE).returncode == 0
+            and lab.sockets.run(lab.path("a1"), "ping", "-c", "1", "-W", "1", A2_IPV6).returncode == 0
         )
     except OSError:
         return False
@@ -94,6 +99,13 @@ DAMAGE = {
     "host's rules": ("host", "nft flush ruleset"),
     "host's elements": ("host", "nft flush map ip pyswarm_t1 published"),
     "forwarding off": ("host", "sysctl -qw net.ipv4.ip_forward=0"),
+    "IPv6 neighbour": ("sandbox", f"ip neigh del {A2_IPV6} dev vx0"),
+    "IPv6 off on the device": ("sandbox", "sysctl -qw net.ipv6.conf.vx0.disable_ipv6=1"),
+    "leg's IPv6 address": ("host", "ip -6 addr flush dev pyst1-35t scope global"),
+    "leg's sysctls": ("host", "sysctl -qw net.ipv4.conf.pyst1-35t.forwarding=0 net.ipv4.conf.pyst1-35t.rp_filter=1"),
+    "task's IPv6 address": ("task", "ip -6 addr flush dev eth0 scope global"),
+    "task's IPv6 off": ("task", "sysctl -qw net.ipv6.conf.eth0.disable_ipv6=1"),
+    "task's IPv6 route": ("task", "ip -6 route del default"),
 }
 
 
@@ -110,6 +122,7 @@ async def test_the_audit_repairs(shared: OverlayLab, damage: str) -> None:
     assert works(lab)
     ruleset = lab.sockets.run(lab.path("a1"), "nft", "list", "ruleset").stdout
     assert ruleset.count("table ip ") == 1
+    assert ruleset.count("table netdev ") == 1
 
 
 async def test_an_audit_of_a_sound_host_changes_nothing(shared: OverlayLab) -> None:
@@ -123,6 +136,7 @@ async def test_an_audit_of_a_sound_host_changes_nothing(shared: OverlayLab) -> N
                 "bridge fdb",
                 "ip neigh show nud permanent",
                 "ip route",
+                "ip -6 route",
                 "nft -a list ruleset",
             )
         )
@@ -145,7 +159,7 @@ async def test_a_restarted_agent_adopts_all_without_disturbing_a_connection(lab:
     for open_connection in (connection, outside):
         open_connection.sendall(b"x")
         assert open_connection.recv(10) == b"x"
-    again = Attachment("a1", (Interface(NET.network_id, "10.77.1.11/24"),))
+    again = Attachment("a1", (interface(NET, "10.77.1.11"),))
     assert await lab.hosts[0].network.attach(again) == lab.path("a1")
     assert lab.sockets.run(lab.path("a1"), "ip", "-o", "link").stdout == ids
     assert lab.sockets.run(lab.path("a1"), "nft", "-a", "list", "ruleset").stdout == rules
@@ -334,8 +348,28 @@ async def test_tasks_come_and_go_at_once_while_services_change(lab: OverlayLab) 
     assert works(lab)
 
 
+@pytest.mark.parametrize("families", [(socket.AF_INET,), (socket.AF_INET, socket.AF_INET6)])
+def test_the_messages_of_a_template_make_the_tables_that_the_text_makes(
+    shared: OverlayLab, families: tuple[int, ...]
+) -> None:
+    layouts = task_layouts("nftables", ("127.0.0.11", 42999), families, ("eth0",))  # a port of no other test
+
+    def load_and_list() -> str:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            Tables(TASK_TABLE, nfnl.vip_chain, nfnl.VIP_CHAIN_RULES, layouts).load(netlink, {}, fresh=True)
+            listing = subprocess.run(["nft", "list", "ruleset"], capture_output=True, check=True, text=True).stdout
+            delete_tables(netlink, TASK_TABLE)
+        return listing
+
+    assert TEMPLATES.get(layouts) is None
+    by_text = shared.sockets.inside(shared.client, load_and_list)
+    assert TEMPLATES.get(layouts) is not None
+    assert shared.sockets.inside(shared.client, load_and_list) == by_text
+    assert "dnat to" in by_text
+
+
 def test_without_libnftables_the_command_loads_the_same_table(shared: OverlayLab) -> None:
-    layout = task_layout("127.0.0.11", 42053)
+    (layout,) = task_layouts("nftables", ("127.0.0.11", 42053), (socket.AF_INET,), ())
 
     def load_and_list(library: bool) -> str:
         nft.run(layout.text(replace=True), library=library)

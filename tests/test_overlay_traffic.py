@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from overlay.addressing import leg_name, node_address6
 from overlay.interface import PublishedPort, Vip
 from tests.overlay_lab import (
     DNS_PORT,
@@ -18,11 +19,14 @@ from tests.overlay_lab import (
     OTHER,
     OUTSIDE,
     REFUSED_WITHIN_S,
+    Capture,
     OverlayLab,
+    address6,
 )
 
 pytestmark = pytest.mark.root
 
+ECHO_REQUEST6, ECHO_REPLY6 = 128, 129
 WEB_VIP, WEB_PORT = "10.77.1.200", 8000
 EMPTY_VIP = "10.77.1.201"
 OTHER_VIP = "10.77.3.200"
@@ -95,6 +99,42 @@ def test_a_task_reaches_tasks_on_every_host_under_its_own_address(lab: OverlayLa
     assert lab.sockets.ask(lab.path("c1"), BACKENDS[target], WEB_PORT) == (target, "10.77.1.10")
 
 
+@pytest.mark.parametrize("target", BACKENDS)
+def test_a_task_reaches_tasks_on_every_host_by_ipv6(lab: OverlayLab, target: str) -> None:
+    there = address6(NET, BACKENDS[target])
+    lab.sockets.serve(lab.path(target), there, 8006, target)
+    assert lab.sockets.ask(lab.path("c1"), there, 8006) == (target, address6(NET, "10.77.1.10"))
+    ping = lab.sockets.run(lab.path("c1"), "ping", "-c", "1", "-W", "2", "-M", "do", "-s", "1402", there)
+    assert ping.returncode == 0, ping.stdout
+
+
+def test_ipv6_goes_by_the_gateway_to_the_other_nodes_addresses_too(lab: OverlayLab) -> None:
+    task = lab.path("c1")
+    for address in (NET.gateway6, node_address6(1), node_address6(3)):
+        ping = lab.sockets.run(task, "ping", "-c", "1", "-W", "2", address)
+        assert ping.returncode == 0, ping.stdout
+    assert f"via {NET.gateway6}" in lab.sockets.run(task, "ip", "-6", "route", "get", "2001:db8::1").stdout
+
+
+def test_ipv6_solicitations_are_answered_by_the_own_host_and_flooded_to_nobody(lab: OverlayLab) -> None:
+    """Neither for a task elsewhere nor for an address that nobody has."""
+    capture = Capture(lab.sockets, lab.outside)
+    lab.sockets.run(lab.path("c1"), "ip", "-6", "neigh", "flush", "dev", "eth1")
+    for address in (address6(NET, BACKENDS["a2"]), "fd00:77:1::dead"):
+        lab.sockets.run(lab.path("c1"), "ping", "-c", "1", "-W", "1", address)
+    # Ethernet 14 (12 = its type), IPv6 40 (20 = its next header), then ICMPv6's type
+    ipv6 = [frame for frame in capture.frames() if frame[12:14] == b"\x86\xdd"]
+    assert {frame[54] for frame in ipv6 if frame[20] == socket.IPPROTO_ICMPV6} == {ECHO_REQUEST6, ECHO_REPLY6}
+
+
+def test_ipv6_is_off_where_the_network_has_none(lab: OverlayLab) -> None:
+    for name in ("i1", "o1"):
+        assert lab.sockets.run(lab.path(name), "ip", "-6", "-br", "addr", "show", "dev", "eth0").stdout == ""
+    assert lab.sockets.run(lab.path("c1"), "ip", "-6", "-br", "addr", "show", "dev", "eth0").stdout == ""
+    here = lab.sockets.run(lab.hosts[0].netns, "ip", "-6", "-br", "addr", "show", "dev", leg_name("t1", OTHER.vni))
+    assert here.stdout == ""
+
+
 @pytest.mark.parametrize(("payload", "passes"), [(1422, True), (1423, False)])
 def test_the_mtu_leaves_room_for_vxlan(lab: OverlayLab, payload: int, passes: bool) -> None:
     ping = ("ping", "-M", "do", "-c", "1", "-W", "2", "-s", str(payload), BACKENDS["a2"])
@@ -142,7 +182,7 @@ def test_networks_do_not_reach_each_other_through_the_host(lab: OverlayLab) -> N
 def test_a_published_port_answers_on_every_host(lab: OverlayLab, number: int) -> None:
     answers = [lab.sockets.ask(lab.client, f"192.168.99.{number}", 18080) for _ in range(6)]
     assert Counter(label for label, _ in answers) == {"a1": 2, "a2": 2, "a3": 2}
-    assert {source for _, source in answers} == {f"198.18.0.{number}"}
+    assert {source for _, source in answers} == {"192.168.99.100"}, "the client's own address"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "192.168.99.2"])

@@ -196,6 +196,8 @@ def node_json(node: pb.Node) -> Json:
                 "EngineVersion": description.engine_version,
                 **_given("Labels", dict(description.engine_labels)),
             },
+            **_given("Balancer", description.balancer),
+            "AnswersThroughIngress": description.answers_through_ingress,
         },
         "Status": {
             "State": pb.NodeStatus.State.Name(node.status.state).lower(),

@@ -75,7 +75,7 @@ def pretty_node(node: pb.Node) -> str:
     platform = description.platform
     lines += [(0, "Platform", ""), (1, "Operating System", platform.os), (1, "Architecture", platform.architecture)]
     lines += _resources("Resources", description.resources, description.generic)
-    lines += [(0, "Engine Version", description.engine_version)]
+    lines += [(0, "Engine Version", description.engine_version), (0, "Balancer", description.balancer)]
     return _text(lines)
 
 

@@ -38,6 +38,13 @@ def client_version() -> str:
 )
 @click.option("--runtime", default="crun", show_default=True, help="OCI runtime: name or path.")
 @click.option(
+    "--lb",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "ipvs", "nftables"]),
+    help="What balances services; auto = IPVS where the kernel has it.",
+)
+@click.option(
     "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"]),
     help="How much is logged to standard error.",
 )  # fmt: skip
@@ -51,6 +58,7 @@ def daemon(
     insecure: tuple[str, ...],
     generic: tuple[str, ...],
     runtime: str,
+    lb: str,
     log_level: str,
 ) -> None:
     """Run this host's daemon until it is stopped by a signal; containers go on without it.
@@ -70,6 +78,7 @@ def daemon(
         insecure_registries=insecure,
         generic_resources=tuple(parse_offered(generic, "node-generic-resource")),
         runtime=runtime,
+        balancer=lb,
         log_level=log_level,
     )
     from swarm.daemon import run

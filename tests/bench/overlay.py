@@ -20,7 +20,7 @@ TASKS = 100
 SERVICES = 1000
 BACKENDS = 10
 REPEATS = 10
-WIDE = replace(NET, subnet="10.77.0.0/16", gateway="10.77.0.1")
+WIDE = replace(NET, subnet="10.77.0.0/16", gateway="10.77.0.1", subnet6="", gateway6="")
 
 
 def address(number: int) -> str:
