@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class InterfaceAddress:
 
 
 def describe(
-    hostname: str, engine_version: str, is_ours: Callable[[str], bool], labels: dict[str, str] | None = None
+    hostname: str, engine_version: str, is_ours: Callable[[str], bool], labels: Mapping[str, str] | None = None
 ) -> NodeDescription:
     """The node's description. `is_ours(link name)` tells our own overlay links from the machine's; their
     subnets would otherwise forbid themselves. Resources are the machine's, not the agent's cgroup's."""

@@ -33,6 +33,7 @@ def values_for(task: Task, node: NodeDescription, node_labels: Mapping[str, str]
         ".Task.Slot": str(task.slot) if task.slot else task.node_id,
     }
     for kind, labels in (("Service", task.service_annotations.labels), ("Node", node_labels)):
+        values[f".{kind}.Labels"] = f"map[{' '.join(f'{key}:{labels[key]}' for key in sorted(labels))}]"  # as Go prints
         for key, value in labels.items():
             values[f".{kind}.Labels.{key}"] = value
     return values

@@ -49,6 +49,26 @@ class Filter(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class EngineLabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     IDS_FIELD_NUMBER: _builtins.int
     NAMES_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
@@ -56,6 +76,7 @@ class Filter(_message.Message):
     NODE_IDS_FIELD_NUMBER: _builtins.int
     DESIRED_STATES_FIELD_NUMBER: _builtins.int
     ROLES_FIELD_NUMBER: _builtins.int
+    ENGINE_LABELS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """prefixes"""
@@ -80,6 +101,10 @@ class Filter(_message.Message):
     def desired_states(self) -> _containers.RepeatedScalarFieldContainer[_objects_pb2.TaskState.ValueType]: ...
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_objects_pb2.NodeRole.ValueType]: ...
+    @_builtins.property
+    def engine_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """nodes only; "" = any value"""
+
     def __init__(
         self,
         *,
@@ -90,10 +115,11 @@ class Filter(_message.Message):
         node_ids: _abc.Iterable[_builtins.str] | None = ...,
         desired_states: _abc.Iterable[_objects_pb2.TaskState.ValueType] | None = ...,
         roles: _abc.Iterable[_objects_pb2.NodeRole.ValueType] | None = ...,
+        engine_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_states", b"desired_states", "ids", b"ids", "labels", b"labels", "names", b"names", "node_ids", b"node_ids", "roles", b"roles", "service_ids", b"service_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_states", b"desired_states", "engine_labels", b"engine_labels", "ids", b"ids", "labels", b"labels", "names", b"names", "node_ids", b"node_ids", "roles", b"roles", "service_ids", b"service_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

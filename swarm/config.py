@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ class DaemonConfig:
     """host[:port] of registries spoken to over plain HTTP or with an unverified certificate."""
     generic_resources: tuple[GenericResource, ...] = ()
     """What tasks may reserve here, beside CPU and memory."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Told to the managers as engine.labels.KEY, for constraints and spread preferences."""
     runtime: str = "crun"
     """Name or path of the OCI runtime."""
     balancer: str = "auto"

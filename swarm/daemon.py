@@ -204,7 +204,7 @@ class Daemon:
 
     def _describe(self, network: KernelNetwork) -> NodeDescription:
         hostname = self._config.hostname or socket.gethostname()
-        description = describe(hostname, __version__, lambda link: link.startswith(LINK_PREFIX))
+        description = describe(hostname, __version__, lambda link: link.startswith(LINK_PREFIX), self._config.labels)
         description.generic.extend(self._config.generic_resources)
         description.balancer = self._balancer
         description.answers_through_ingress = probe.answers_through_ingress()

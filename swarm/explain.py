@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from proto import objects_pb2 as pb
 from proto.control_pb2 import Explanation, Finding
@@ -41,6 +42,7 @@ def explain_service(store: Store, service: Service, now: float) -> Explanation:
     made.findings.extend(_pending(store, task, now) for task in late[:TASKS_MAX])
     if len(late) > TASKS_MAX:
         made.findings.add(subject="others", summary=f"{len(late) - TASKS_MAX} more tasks do not run yet")
+    made.findings.extend(islice(_given_up(store, tasks), TASKS_MAX))
     made.findings.extend(_failures(store, tasks))
     return made
 
@@ -144,6 +146,18 @@ def _pending(store: Store, task: Task, now: float) -> Finding:
                 f"crash loop: {task.failures_before} failures in a row, so it waits {delay_s:g} s ({left_s:.0f} s more)"
             )
     return made
+
+
+def _given_up(store: Store, tasks: Iterable[Task]) -> Iterator[Finding]:
+    """Slots where nothing shall run any more, though the service wants it: the restart policy forbids another task."""
+    slots: dict[str, list[Task]] = {}
+    for task in tasks:
+        slots.setdefault(states.slot_of(task), []).append(task)
+    for slot in sorted(slots):
+        last = max(slots[slot], key=lambda task: (task.meta.created_at, task.id))
+        ended = last.status.state in states.STOPPED_BY_ITSELF and last.desired_state == pb.TASK_SHUTDOWN
+        if ended and not any(states.is_runnable(task) for task in slots[slot]):
+            yield Finding(subject=_task_name(store, last), summary=f"given up: {last.reason}")
 
 
 def _failures(store: Store, tasks: Iterable[Task]) -> Iterator[Finding]:

@@ -1,8 +1,7 @@
 """Each acceptance case of the reference on orchestration, scheduling, jobs and logs has a test that names it.
 
 Its dispatcher's have a module of their own (test_dispatch_acceptance.py). Not here, because what they test does not
-exist yet: VolumeEnforcer (cluster volumes), PluginConstraint (there are no plug-ins), and
-FaultyNodeSpecVersion (here failures count whatever spec they had).
+exist yet: VolumeEnforcer (cluster volumes) and PluginConstraint (there are no plug-ins).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ CASES = """
     InitializationRestartHistory ScaleDown Drain Updater UpdaterFailureAction UpdaterOrder UpdaterPlacement
     UpdaterRollback UpdaterTaskTimeout TaskHistory TaskStateRemoveOnScaledown TaskStateRemoveOnServiceRemoval
     ServiceRemoveDeadTasks ServiceRemoveUnassignedTasks ConstraintEnforcer OutdatedTaskPlacementConstraints
-    HA Preferences MultiplePreferences MultiplePreferencesScaleUp FaultyNode
+    HA Preferences MultiplePreferences MultiplePreferencesScaleUp FaultyNode FaultyNodeSpecVersion
     ResourceConstraint ResourceConstraintHA ResourceConstraintDeadTask HostPort MaxReplicas Platform PreassignedTasks
     UnscheduleableTask GenericResources TreeTaskCountConsistency ReplicatedJob NoFollowDisconnect NoFollowMissingNode
     NoFollowNotYetRunningTask

@@ -219,7 +219,8 @@ def test_underlay_subnets_leave_out_loopback_and_our_own_links() -> None:
 
 def test_this_machine_describes_itself() -> None:
     assert InterfaceAddress("lo", "127.0.0.1/8") in interface_addresses()
-    described = describe("host1", "0.1.0", lambda link: True)
+    described = describe("host1", "0.1.0", lambda link: True, {"disk": "ssd"})
+    assert dict(described.engine_labels) == {"disk": "ssd"}
     assert described.resources.memory_bytes > 1 << 20
     assert described.resources.nano_cpus >= 1_000_000_000
     assert described.platform.os == "linux"

@@ -392,8 +392,13 @@ def test_the_attachment_keeps_the_order_of_networks_and_takes_only_net_sysctls()
 
 def test_the_managers_know_the_same_templates() -> None:
     values = values_for(Task(slot=1), NodeDescription(), {})
-    labels = {".Service.Labels", ".Node.Labels"}
-    assert set(templates.KNOWN) - labels == {key for key in values if ".Labels." not in key}
+    assert set(templates.KNOWN) == set(values)
+    assert not any(templates.unknown_in(f"{{{{{expression}}}}}") for expression in templates.KNOWN)
+
+
+def test_all_labels_at_once_are_printed_as_docker_does() -> None:
+    values = values_for(full_task(), NodeDescription(), {"zone": "east", "a.b": "c d"})
+    assert expand("{{.Service.Labels}} {{ .Node.Labels }}", values, "env") == "map[tier:gold] map[a.b:c d zone:east]"
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,20 @@ async def test_managers_show_their_state() -> None:
         assert [node.id for node in managers.nodes] == ["m1"]
 
 
+async def test_labels_of_the_node_and_of_its_daemon_are_told_apart() -> None:
+    worker = a_worker()
+    worker.spec.annotations.labels["zone"] = "a"
+    worker.description.engine_labels["disk"] = "ssd"
+    async with managing(a_cluster(), worker) as made:
+
+        async def found(**wanted: dict[str, str]) -> int:
+            request = pb.ListRequest(filter=pb.Filter(**wanted))  # type: ignore[arg-type]
+            return len((await made.stubs["m1"].ListNodes(request)).nodes)
+
+        assert (await found(labels={"zone": ""}), await found(labels={"disk": ""})) == (1, 0)
+        assert (await found(engine_labels={"disk": "ssd"}), await found(engine_labels={"zone": "a"})) == (1, 0)
+
+
 async def test_availability_role_and_labels_are_updated_at_the_version_that_was_read() -> None:
     async with managing(a_cluster(), a_worker()) as made:
         stub = made.stubs["m1"]

@@ -11,6 +11,7 @@ import pytest
 from proto import control_pb2 as pb
 from proto import objects_pb2 as objects
 from proto.objects_pb2 import Network, Service, ServiceSpec, Task, UpdateStatus
+from swarm.api import services
 from swarm.store.changes import Remove, Update
 from tests.managing import Managers, a_cluster, a_network, a_node, a_spec, managing
 from tests.waiting import until
@@ -291,3 +292,18 @@ async def _removed(made: Managers, ref: str) -> str:
 
 def _marked(made: Managers, network_id: str) -> bool:
     return (made.store.networks.get(network_id) or Network()).pending_delete
+
+
+@pytest.mark.parametrize(
+    ("attempts", "window_s", "delay_s", "warns"),
+    [(3, 10, 5, True), (3, 16, 5, False), (3, 15, None, True), (0, 1, 5, False), (3, 0, 5, False)],
+)
+def test_a_limit_of_restarts_that_is_out_of_reach_is_warned_of(
+    attempts: int, window_s: float, delay_s: float | None, warns: bool
+) -> None:
+    """The reference restarts such a task for ever and says nothing (swarmkit #2936)."""
+    spec = a_spec("web")
+    spec.task.restart.max_attempts, spec.task.restart.window_s = attempts, window_s
+    if delay_s is not None:
+        spec.task.restart.delay_s = delay_s
+    assert bool(services.warnings(spec)) is warns

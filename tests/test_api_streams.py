@@ -184,6 +184,23 @@ async def test_following_a_service_takes_in_its_new_tasks() -> None:
             assert reader.error.code() is grpc.StatusCode.UNAVAILABLE
 
 
+async def test_the_logs_of_a_slot_are_those_of_its_tasks_only() -> None:
+    tasks = [a_task("t1"), a_task("t2", objects.TASK_FAILED), a_task("t3")]
+    for task, slot in zip(tasks, (1, 2, 2), strict=True):
+        task.slot = slot
+    async with managing(a_cluster(), a_service(), *tasks) as made:
+        link = made["m1"].links["n1"] = FakeLink()
+        request = pb.LogsRequest(ref="web.2", options=LogOptions(follow=True))
+        async with reading(made.stubs["m1"].Logs(request)):
+            await until(lambda: link.asked)
+            assert list(link.asked[0].logs.task_ids) == ["t2", "t3"]
+            later = a_task("t4")
+            later.slot = 2
+            await commit(made, Create(a_task("t5")), Create(later))
+            await until(lambda: len(link.asked) == 2)
+            assert list(link.asked[1].logs.task_ids) == ["t4"]
+
+
 async def test_logs_of_nothing_are_an_error() -> None:
     async with managing(a_cluster()) as made:
         code, message = await refused(_drain(made.stubs["m1"].Logs(pb.LogsRequest(ref="nope"))))

@@ -37,6 +37,18 @@ def test_a_pending_task_is_told_what_each_node_lacks_nearest_miss_first() -> Non
     assert "    near: lacks 2 of 6 CPUs" in explained(sim)
 
 
+def test_a_slot_that_was_given_up_is_told_with_the_reason() -> None:
+    web = service("web", 2)
+    web.spec.task.restart.max_attempts = 1
+    web.spec.task.restart.delay_s = 0
+    sim = Simulation(node("n1"), web)
+    for _ in range(2):
+        sim.settle()
+        sim.report(next(task for task in sim.runnable("web") if task.slot == 2), pb.TASK_FAILED, exit_code=3)
+    sim.settle()
+    assert "  web.2: given up: failed with exit code 3; restarted 1 times: no attempts left\n" in explained(sim)
+
+
 def test_a_task_that_a_node_would_take_is_not_said_to_be_refused() -> None:
     sim = Simulation(node("n1", cpus=1), service("web", 1))
     web = sim.service("web")

@@ -83,6 +83,23 @@ async def test_a_loop_that_is_cancelled_just_as_something_changes_ends(turns: in
     assert done
 
 
+async def test_who_leads_no_more_starts_no_job() -> None:
+    """The reference's BUG #53632: its jobs orchestrator goes on, so that former leaders run every job again."""
+    lead = Leading()
+    job = service("job")
+    job.spec.replicated_job.total_completions = 3
+    await lead.create(Cluster(id="c"), node("n1"), service("before", 2))
+    async with lead.running():
+        await until(lambda: lead.assigned("before") == 2)
+    lead.loop = LeaderLoop(lead.store, lead.writer, random_id, time.time)  # the next leader's
+    created: list[str] = []
+    lead.store.subscribe(lambda events: created.extend(event.record.id for event in events if event.before is None))
+    async with lead.running():
+        await lead.create(job)
+        await until(lambda: lead.assigned("job") == 3)
+    assert len(created) == 4, "the job, and each of its tasks once"
+
+
 async def test_a_quiet_cluster_writes_nothing() -> None:
     rounds: list[int] = []
 

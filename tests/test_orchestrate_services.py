@@ -8,7 +8,7 @@ import pytest
 
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import NodeStatus
-from swarm.store.changes import Remove
+from swarm.store.changes import Remove, copy_of
 from tests.simulated import Simulation, network, node, service
 
 
@@ -123,6 +123,32 @@ def test_a_drain_moves_tasks_without_delay_but_one_after_the_other() -> None:
     assert sim.now == now
 
 
+def test_a_task_that_was_assigned_just_as_its_node_was_drained_moves_on() -> None:
+    """The reference's trap: it checks the node's version only for some of its assignments."""
+    sim = Simulation(node("n0"), service("web"))
+    sim.settle()
+    (assigned,) = sim.runnable("web")
+    assert (assigned.node_id, assigned.status.state) == ("n0", pb.TASK_ASSIGNED)
+    sim.set_node("n0", availability=pb.DRAINED)
+    sim.create(node("n1"))
+    sim.run()
+    assert [task.node_id for task in sim.running("web")] == ["n1"]
+
+
+def test_a_node_that_returns_is_told_to_stop_what_was_replaced_meanwhile() -> None:
+    """The reference's trap: tasks of a node that is down run twice until it returns, and never longer."""
+    sim = cluster(2, service("web", 2))
+    (stale,) = (task for task in sim.running("web") if task.node_id == "n1")
+    sim.set_node("n1", state=NodeStatus.DOWN)
+    sim.run()
+    assert Counter(task.node_id for task in sim.running("web")) == {"n0": 2}
+    assert (sim.task(stale.id).status.state, sim.task(stale.id).desired_state) == (pb.TASK_RUNNING, pb.TASK_SHUTDOWN)
+    sim.set_node("n1", state=NodeStatus.READY)
+    sim.run()
+    assert sim.task(stale.id).status.state == pb.TASK_SHUTDOWN
+    assert Counter(task.node_id for task in sim.running("web")) == {"n0": 2}
+
+
 def test_a_paused_node_keeps_what_it_has() -> None:
     sim = cluster(2, service("web", 2), service("agent", None))
     before = {task.id for task in sim.store.tasks}
@@ -138,12 +164,42 @@ def test_tasks_leave_a_node_that_no_longer_satisfies_their_constraints() -> None
     web = service("web", 2)
     web.spec.task.placement.constraints.append("node.labels.zone!=z9")
     sim = cluster(2, web)
-    relabelled = node("n1", labels={"zone": "z9"})
-    relabelled.index = sim.node("n1").index
-    relabelled.meta.CopyFrom(sim.node("n1").meta)
-    sim.replace(relabelled)
+    relabel(sim, "n1", "z9")
     sim.run()
     assert {task.node_id for task in sim.running("web")} == {"n0"}
+
+
+def relabel(sim: Simulation, node_id: str, zone: str) -> None:
+    changed = copy_of(sim.node(node_id))
+    changed.spec.annotations.labels["zone"] = zone
+    sim.replace(changed)
+
+
+def test_a_paused_node_that_no_longer_satisfies_constraints_is_left_alone_until_it_is_active() -> None:
+    web, agent = service("web", 2), service("agent", None)
+    for made in (web, agent):
+        made.spec.task.placement.constraints.append("node.labels.zone!=z9")
+    sim = cluster(2, web, agent)
+    before = {task.id for task in sim.store.tasks}
+    sim.set_node("n1", availability=pb.PAUSED)
+    relabel(sim, "n1", "z9")
+    sim.run()
+    assert {task.id for name in ("web", "agent") for task in sim.running(name)} == before
+    sim.set_node("n1", availability=pb.ACTIVE)
+    sim.run()
+    assert {task.node_id for name in ("web", "agent") for task in sim.running(name)} == {"n0"}
+
+
+def test_a_paused_node_that_goes_down_loses_its_tasks_as_any_other() -> None:
+    sim = cluster(2, service("web", 2), service("agent", None))
+    sim.set_node("n1", availability=pb.PAUSED)
+    sim.set_node("n1", state=NodeStatus.DOWN)
+    sim.run()
+    assert {task.node_id for name in ("web", "agent") for task in sim.running(name)} == {"n0"}
+    assert len(sim.running("web")) == 2
+    sim.set_node("n1", state=NodeStatus.READY)
+    sim.run()
+    assert {task.node_id for name in ("web", "agent") for task in sim.running(name)} == {"n0"}
 
 
 # ---- global services

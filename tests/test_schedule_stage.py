@@ -171,3 +171,22 @@ def test_a_node_where_the_service_keeps_failing_is_the_last_resort() -> None:
     sim.scale("web", 3)
     sim.settle()
     assert spread_of(sim, "web") == {"n2": 2, "n1": 1}
+
+
+@pytest.mark.parametrize(("image", "nodes"), [("web:1", {"n2"}), ("web:2", {"n1", "n2"})])
+def test_what_another_image_did_on_a_node_says_nothing_of_the_new_one(image: str, nodes: set[str]) -> None:
+    """The reference's FaultyNodeSpecVersion. Here a change that the containers do not show (a scale, a constraint) does
+    not forget the failures."""
+    web = service("web")
+    web.spec.task.restart.delay_s = 0
+    web.spec.task.restart.max_attempts = 10
+    sim = Simulation(node("n1"), web)
+    for _ in range(5):
+        sim.settle()
+        sim.report(sim.runnable("web")[0], pb.TASK_FAILED)
+    sim.create(node("n2"))
+    sim.settle()
+    sim.set_image("web", image)
+    sim.scale("web", 5)
+    sim.settle()
+    assert {task.node_id for task in sim.runnable("web") if task.slot > 1} == nodes

@@ -11,7 +11,7 @@ from proto.objects_pb2 import TASK_RUNNING, TASK_STARTING, Service, Task
 from swarm.api.backend import Backend
 from swarm.api.logs import target
 from swarm.dispatch.execs import ExecStream
-from swarm.errors import Invalid, NotFound
+from swarm.errors import Invalid
 from swarm.store.states import is_runnable
 from swarm.store.store import Store
 
@@ -22,24 +22,17 @@ _RUNS = (TASK_STARTING, TASK_RUNNING)
 
 
 def task_of(store: Store, ref: str) -> Task:
-    """The task in which to run: one by ID or name, a slot as web.3, or the first slot of a service that runs.
+    """The task in which to run: one by ID or name, a slot's, or that of a service's first slot that runs.
     Raises NotFound, Invalid."""
-    try:
-        found = target(store, ref)
-    except NotFound:
-        name, _, slot = ref.rpartition(".")
-        service = store.services.by_name(name) if slot.isdigit() else None
-        if service is None:
-            raise
-        return _running_task(store, service, int(slot))
-    if isinstance(found, Service):
-        return _running_task(store, found)
+    found = target(store, ref)
+    if not isinstance(found, Task):
+        return _running_task(store, *found)
     if found.status.state not in _RUNS:
         raise Invalid(f"task {ref} does not run: see its state with `pyswarm service ps`, and name one that does")
     return found
 
 
-def _running_task(store: Store, service: Service, slot: int = 0) -> Task:
+def _running_task(store: Store, service: Service, slot: int) -> Task:
     running = [
         task
         for task in store.tasks.where("service", service.id)

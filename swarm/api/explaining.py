@@ -41,10 +41,10 @@ def _or_none(look: Callable[[], T]) -> T | None:
 
 
 def _newest(store: Store, ref: str) -> Task | None:
-    """The latest task of a slot that is named as people do: web.3."""
-    name, dot, slot = ref.rpartition(".")
-    service = store.services.by_name(name) if dot and slot.isdecimal() else None
-    if service is None:
+    """The latest task of a slot."""
+    named = find.find_slot(store, ref)
+    if named is None:
         return None
-    tasks = store.tasks.where("slot", f"{service.id}/{int(slot)}")
+    service, slot = named
+    tasks = store.tasks.where("slot", f"{service.id}/{slot}")
     return max(tasks, key=lambda task: (task.meta.created_at, task.id), default=None)

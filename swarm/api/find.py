@@ -41,6 +41,13 @@ def find_task(store: Store, ref: str) -> Task:
     return found
 
 
+def find_slot(store: Store, ref: str) -> tuple[Service, int] | None:
+    """A service's slot as people name it: wpinst.3."""
+    name, _, slot = ref.rpartition(".")
+    service = store.services.by_name(name) if slot.isdecimal() else None
+    return (service, int(slot)) if service is not None else None
+
+
 def find_node(store: Store, ref: str, own_id: str) -> Node:
     """`own_id` is what "self" means. Raises NotFound, or Invalid when several nodes match."""
     if ref == SELF:

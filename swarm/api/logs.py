@@ -9,7 +9,7 @@ from proto.control_pb2 import LogsReply, LogsRequest
 from proto.dispatch_pb2 import LogOptions
 from proto.objects_pb2 import TASK_ORPHANED, TASK_REJECTED, TASK_STARTING, Service, Task
 from swarm.api.backend import Backend
-from swarm.api.find import find_service, find_task
+from swarm.api.find import find_service, find_slot, find_task
 from swarm.errors import Invalid, NoLeader, NotFound
 from swarm.store.store import Event, Store
 
@@ -21,12 +21,14 @@ def has_logs(task: Task) -> bool:
     return bool(task.node_id) and task.status.state >= TASK_STARTING and task.status.state not in _NEVER_STARTED
 
 
-def target(store: Store, ref: str) -> Service | Task:
-    """A service, else a task. Raises NotFound, Invalid."""
+def target(store: Store, ref: str) -> tuple[Service, int] | Task:
+    """A service and 0, a service and one of its slots (web.3), or a task. Raises NotFound, Invalid."""
     try:
-        return find_service(store, ref)
+        return find_service(store, ref), 0
     except NotFound:
         pass
+    if (slot := find_slot(store, ref)) is not None:
+        return slot
     try:
         return find_task(store, ref)
     except NotFound:
@@ -53,6 +55,12 @@ async def logs(backend: Backend, request: LogsRequest) -> AsyncGenerator[LogsRep
     asked: set[str] = set()
     is_lost = False
 
+    def is_wanted(task: Task) -> bool:
+        if isinstance(wanted, Task):
+            return task.id == wanted.id
+        service, slot = wanted
+        return task.service_id == service.id and slot in (0, task.slot)
+
     def ask(tasks: Iterable[Task]) -> None:
         by_node: defaultdict[str, list[str]] = defaultdict(list)
         for task in tasks:
@@ -65,7 +73,7 @@ async def logs(backend: Backend, request: LogsRequest) -> AsyncGenerator[LogsRep
 
     def on_events(events: Sequence[Event]) -> None:
         news = [event.after for event in events if isinstance(event.after, Task)]
-        ask(task for task in news if wanted.id in (task.service_id, task.id))
+        ask(filter(is_wanted, news))
 
     def on_lost() -> None:
         nonlocal is_lost
@@ -78,8 +86,8 @@ async def logs(backend: Backend, request: LogsRequest) -> AsyncGenerator[LogsRep
             if isinstance(wanted, Task):
                 ask([wanted])
             else:
-                ask(store.tasks.where("service", wanted.id))
-            if options.follow and (isinstance(wanted, Service) or not asked):
+                ask(filter(is_wanted, store.tasks.where("service", wanted[0].id)))
+            if options.follow and not (isinstance(wanted, Task) and asked):
                 stops.append(store.subscribe(on_events))
             else:
                 stream.seal()

@@ -18,6 +18,7 @@ from swarm.api.find import find_network, find_service
 from swarm.api.views import shown_service
 from swarm.errors import AlreadyExists, Conflict, Invalid, NotFound
 from swarm.orchestrate.moves import planned
+from swarm.orchestrate.restart import is_limit_out_of_reach
 from swarm.schedule import fits
 from swarm.store import states
 from swarm.store.changes import Create, Group, Update
@@ -49,6 +50,15 @@ def completed(store: Store, spec: ServiceSpec) -> ServiceSpec:
         config.network_id = network.id
     validate.service_spec(full)
     return full
+
+
+def warnings(spec: ServiceSpec) -> list[str]:
+    """What is allowed, but hardly meant."""
+    policy = spec.task.restart
+    if not is_limit_out_of_reach(policy):
+        return []
+    fits_not = f"restart window {policy.window_s:g}s is too short for {policy.max_attempts} attempts and their delays"
+    return [f"{fits_not}: the limit is never reached, so a failing task is restarted for ever"]
 
 
 def check_ports(store: Store, service_id: str, spec: ServiceSpec) -> None:
@@ -242,4 +252,4 @@ def _reply(store: Store, service_id: str) -> ServiceReply:
     service = store.services.get(service_id)
     if service is None:
         raise NotFound(f"service {service_id} was removed meanwhile")
-    return ServiceReply(service=shown_service(service))
+    return ServiceReply(service=shown_service(service), warnings=warnings(service.spec))

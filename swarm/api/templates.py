@@ -26,6 +26,6 @@ def unknown_in(text: str) -> str:
     """The first template in `text` that no node can expand; "" = none."""
     for match in _EXPRESSION.finditer(text):
         expression = match.group(1)
-        if not _LABEL.fullmatch(expression) and (expression not in KNOWN or expression.endswith(".Labels")):
+        if not _LABEL.fullmatch(expression) and expression not in KNOWN:
             return match.group(0)
     return ""

@@ -154,9 +154,12 @@ def network_matches(network: Network, wanted: Filter) -> bool:
 
 def node_matches(node: Node, wanted: Filter) -> bool:
     """Labels: those of the node and those of its engine."""
-    labels = {**node.description.engine_labels, **node.spec.annotations.labels}
     names = [node.description.hostname, node.spec.annotations.name]
-    return _common(node.id, names, labels, wanted) and (not wanted.roles or node.role in wanted.roles)
+    return (
+        _common(node.id, names, node.spec.annotations.labels, wanted)
+        and _has(node.description.engine_labels, wanted.engine_labels)
+        and (not wanted.roles or node.role in wanted.roles)
+    )
 
 
 def task_matches(task: Task, wanted: Filter) -> bool:
@@ -174,4 +177,8 @@ def _common(object_id: str, names: Sequence[str], labels: Mapping[str, str], wan
         return False
     if wanted.names and not any(name.startswith(prefix) for name in names if name for prefix in wanted.names):
         return False
-    return all(key in labels and value in ("", labels[key]) for key, value in wanted.labels.items())
+    return _has(labels, wanted.labels)
+
+
+def _has(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    return all(key in labels and value in ("", labels[key]) for key, value in wanted.items())

@@ -10,6 +10,7 @@ from proto.local_pb2 import DiskUsageReply, DiskUsageRequest, PruneRequest
 from swarm.cli.client import TRANSFER_S, connect
 from swarm.cli.command import command, finish, parse_filters, show_rows
 from swarm.cli.events import events
+from swarm.cli.spec import flag_value
 from swarm.cli.system import info
 from swarm.cli.units import human_size, parse_duration_s
 from swarm.errors import Invalid
@@ -99,7 +100,7 @@ def prune(all_images: bool, volumes: bool, filters: tuple[str, ...], force: bool
         if not click.confirm("Are you sure you want to continue?", default=False):
             return
     client = connect()
-    request = PruneRequest(all=all_images, volumes=volumes, until_s=parse_duration_s(until))
+    request = PruneRequest(all=all_images, volumes=volumes, until_s=flag_value("filter until", parse_duration_s, until))
     reply = client.ask(client.local.Prune, request, TRANSFER_S)
     if form:
         fields = {"ImagesDeleted": list(reply.images), "VolumesDeleted": list(reply.volumes)}

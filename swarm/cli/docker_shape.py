@@ -10,6 +10,7 @@ from typing import Any
 
 from proto import objects_pb2 as pb
 from swarm.cli.units import NANO, format_time
+from swarm.store import states
 
 Json = dict[str, Any]
 
@@ -76,8 +77,11 @@ def service_spec_json(spec: pb.ServiceSpec) -> Json:
         **_annotations(spec.annotations),
         "TaskTemplate": task_spec_json(spec.task),
         "Mode": mode,
-        "UpdateConfig": _update_config(spec.update),
-        "RollbackConfig": _update_config(spec.rollback),
+        **(
+            {}
+            if states.is_job(spec)
+            else {"UpdateConfig": _update_config(spec.update), "RollbackConfig": _update_config(spec.rollback)}
+        ),
         **_given("MaxUnavailable", spec.max_unavailable),
         "EndpointSpec": _endpoint_spec(spec.endpoint),
     }

@@ -60,8 +60,13 @@ def list_nodes(form: str | None, quiet: bool, filters: tuple[str, ...]) -> None:
     wanted = parse_filters(filters, ("id", "label", "node.label", "name", "role"))
     roles = [flag_value("filter role", choice(**ROLES), role) for role in wanted.get("role", ())]
     client = connect()
-    labels = [*wanted.get("label", ()), *wanted.get("node.label", ())]
-    condition = Filter(ids=wanted.get("id", ()), names=wanted.get("name", ()), labels=label_filter(labels), roles=roles)
+    condition = Filter(
+        ids=wanted.get("id", ()),
+        names=wanted.get("name", ()),
+        labels=label_filter(wanted.get("node.label", ())),
+        engine_labels=label_filter(wanted.get("label", ())),
+        roles=roles,
+    )
     nodes = client.call(client.control.ListNodes, ListRequest(filter=condition)).nodes
     ordered = sorted(nodes, key=lambda item: (natural_key(item.description.hostname), item.id))
     rows = [node_row(item, client.node_id) for item in ordered]

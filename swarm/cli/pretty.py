@@ -9,6 +9,7 @@ from swarm.cli.docker_shape import FAILURE, MONITOR_S, ORDER, PARALLELISM, RESTA
 from swarm.cli.generic import shown
 from swarm.cli.rows import AVAILABILITY, manager_word, mode_word
 from swarm.cli.units import NANO, format_duration, format_time, human_memory
+from swarm.store import states
 
 Line = tuple[int, str, str]
 """Indentation, label, value; a line without value is a heading."""
@@ -39,7 +40,8 @@ def pretty_service(service: pb.Service, network_name: Mapping[str, str]) -> str:
         lines += [(1, "Preferences", ", ".join(f"spread={item}" for item in task.placement.spread))]
     if task.placement.max_replicas_per_node:
         lines += [(1, "Max Replicas Per Node", str(task.placement.max_replicas_per_node))]
-    lines += _rollout("UpdateConfig", spec.update) + _rollout("RollbackConfig", spec.rollback)
+    if not states.is_job(spec):
+        lines += _rollout("UpdateConfig", spec.update) + _rollout("RollbackConfig", spec.rollback)
     lines += _restart(task.restart)
     lines += _container(task.container)
     reserved = task.resources.reservations

@@ -182,7 +182,7 @@ def inspect(service_refs: tuple[str, ...], form: str | None, pretty: bool) -> No
 @click.option("--no-resolve", is_flag=True, help="IDs instead of names.")
 @click.option("--details", is_flag=True, hidden=True)
 def logs(ref: str, follow: bool, tail: str, since: str | None, details: bool, **look: bool) -> None:
-    """Show what a service's tasks (or one task) wrote.
+    """Show what the tasks of a service, of one of its slots (SERVICE.SLOT), or one task wrote.
 
     \b
     Example:

@@ -30,6 +30,9 @@ def client_version() -> str:
     "--insecure-registry", "insecure", multiple=True, metavar="HOST[:PORT]", help="Registry to be spoken to unverified."
 )
 @click.option(
+    "--label", "labels", multiple=True, metavar="KEY=VALUE", help="Label that constraints call engine.labels.KEY."
+)
+@click.option(
     "--node-generic-resource",
     "generic",
     multiple=True,
@@ -56,6 +59,7 @@ def daemon(
     cgroup_parent: str,
     image_stores: tuple[str, ...],
     insecure: tuple[str, ...],
+    labels: tuple[str, ...],
     generic: tuple[str, ...],
     runtime: str,
     lb: str,
@@ -68,6 +72,7 @@ def daemon(
       pyswarm daemon --state-dir /srv/pyswarm --log-level debug
     """
     from swarm.cli.generic import parse_offered
+    from swarm.cli.spec import parse_pairs
 
     config = DaemonConfig(
         state_dir=Path(state_dir).absolute(),
@@ -76,6 +81,7 @@ def daemon(
         cgroup_parent=cgroup_parent,
         image_stores=tuple(Path(store).absolute() for store in image_stores),
         insecure_registries=insecure,
+        labels=parse_pairs(labels, "label"),
         generic_resources=tuple(parse_offered(generic, "node-generic-resource")),
         runtime=runtime,
         balancer=lb,

@@ -40,6 +40,12 @@ def backoff_s(policy: RestartPolicy, failures: int) -> float:
     return min(BACKOFF_MAX_S, max(delay_s, 1.0) * 2.0 ** min(doublings, 20))
 
 
+def is_limit_out_of_reach(policy: RestartPolicy) -> bool:
+    """The window in which attempts are counted is too short for as many as are allowed, with the delay between."""
+    delay_s = policy.delay_s if policy.HasField("delay_s") else DELAY_S
+    return 0 < policy.window_s <= policy.max_attempts * delay_s
+
+
 def failures_up_to(policy: RestartPolicy, task: Task) -> int:
     """How many tasks in a row, this one the last, ended by themselves soon after their start."""
     if task.status.state not in states.STOPPED_BY_ITSELF:
@@ -96,6 +102,8 @@ def misplaced(view: View, task: Task, node: Node | None) -> str | None:
         return f"node {name} is down"
     if node.spec.availability == pb.DRAINED and not _leaves_in_turn(view, task):
         return f"node {name} is drained"
+    if node.spec.availability == pb.PAUSED:
+        return None  # it is left as it is until somebody makes it active again
     # Where the placement changed, the rollout moves replicas; else the node changed (its labels, its role). A global
     # service has nothing to move: what does not belong on a node any more just stops.
     if (view.is_global or task.spec.placement == view.spec.task.placement) and not view.fits_on(node):
