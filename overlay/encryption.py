@@ -135,9 +135,8 @@ class HostEncryption:
             log.warning("encryption_fault", reason=self.fault)
 
     def forget(self) -> None:
-        """Have the next `apply` read the kernel and repair (with a line in the log), and look again whether it can."""
+        """Have the next `apply` read the kernel and repair, with a line in the log."""
         self._done = None
-        self._supported = self._supported or None
 
     # --- clear packets ---
 
@@ -152,7 +151,7 @@ class HostEncryption:
                     delete_tables(netlink, self._tables.name)
             elif vnis != self._vnis:
                 self._tables.adopt(netlink, layouts, guarded(vnis))
-            elif self._tables.audit(netlink, layouts, lambda: guarded(vnis)):
+            elif self._done is None and self._tables.audit(netlink, layouts, lambda: guarded(vnis)):
                 log.warning("overlay_repaired", object="guard of encrypted networks")
         self._vnis = vnis
 
@@ -166,7 +165,8 @@ class HostEncryption:
     # --- associations ---
 
     def _associate(self, state: HostState) -> None:
-        inputs = (state.keys, state.peers, state.vtep, state.index, state.vxlan_port, bool(self._vnis))
+        wants = any(network.encrypted for network in state.networks)
+        inputs = (wants, bool(self._vnis), state.keys, state.peers, state.vtep, state.index, state.vxlan_port)
         if inputs == self._done or not self._supported:
             return
         with Netlink(xfrm.NETLINK_XFRM) as netlink:

@@ -35,14 +35,13 @@ MARK = 0x70797378
 KEY_BYTES = 20
 """rfc4106(gcm(aes)): a key of 128 bits and a salt of 32."""
 ICV_BYTES = 16
-"""The whole tag: with 8 bytes, as the reference has, a forgery is found in 2^64 attempts divided by the packet's blocks
-(NIST SP 800-38D, appendix C), and 8 bytes per packet are all that it saves."""
+"""The whole tag. With half of it, as the reference has, a forged packet passes with a chance of its blocks in 2^64
+(NIST SP 800-38D, appendix C); 8 bytes per packet are all that this would save."""
 ESP_BYTES = 8 + 8
 """SPI and sequence number (RFC 4303), initialisation vector (RFC 4106)."""
 SENDING = 1
 """Place in the ring of the key to send with: the second newest, which each host has by now if its managers do not
 rotate faster than hosts hear of it."""
-RING_KEYS = 3
 
 ENCRYPTED = "encrypted"
 """Set of VNIs."""
@@ -173,7 +172,7 @@ def fault(state: HostState, supported: bool) -> str:
     if not supported:
         return (
             "this host's kernel cannot encrypt (ESP with AES-GCM, nftables' ipsec expression): load the modules esp4,"
-            " gcm and nft_xfrm, or keep tasks on encrypted networks off this node with a constraint"
+            " gcm and nft_xfrm and restart the daemon, or keep the tasks off this node with a constraint"
         )
     if len(state.keys) <= SENDING:
         return "the managers have not told this node the keys of encrypted networks yet; they do once it needs them"
