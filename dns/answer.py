@@ -1,134 +1,202 @@
 """Pure: a packet in, a packet out, or None where the question is not ours.
 
-dnslib parses and packs (about 120 us); a cache keyed by the question's bytes, all but the ID, makes a
-repeated question cost a dictionary lookup. The cache lives as long as the picture does.
+Two caches, gone with the next change of a name in sight: records by name and type, for every spelling, EDNS option and
+transport; and whole replies by the question's bytes less its ID, which the server looks up without parsing. A reply is
+kept there when its name is asked for a second time.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import random
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
-from dnslib import CLASS, EDNS0, PTR, QTYPE, RCODE, RR, A, DNSError, DNSHeader, DNSRecord
+from dns.message import (
+    A_BYTES,
+    AAAA,
+    ANY,
+    BADVERS,
+    COOKIE_BYTES,
+    IN,
+    NXDOMAIN,
+    PTR,
+    REFUSED,
+    SRV,
+    A,
+    NotAQuestion,
+    Question,
+    Records,
+    pack,
+    parse,
+    record,
+)
+from dns.names import Holder, Target, TaskView
 
-from dns.names import TaskView
+__all__ = ["CacheBudget", "NotAQuestion", "Responder"]
 
-TTL_S = 1
-"""Stale names are failures: short enough not to matter, long enough for a client's own burst."""
 ROTATIONS = 8
-"""Orders in which a list of addresses is handed out, in turn."""
-CACHE_ENTRIES_MAX = 4096
-"""Per view; random EDNS cookies would otherwise grow it without end."""
-UDP_BYTES_MAX = 1232
-"""Largest answer over UDP even if the client offers more: DNS flag day 2020, no fragmentation."""
-UDP_BYTES_MIN = 512
-"""RFC 1035: what every client takes."""
-HEADER_BYTES = 12
+"""Orders of a list of addresses that are packed ahead."""
+A_RECORD_BYTES, AAAA_RECORD_BYTES = 16, 28
+ADDRESSES_MAX = 1400
+"""Per answer and family: both together fit in 65,535 bytes of TCP."""
+CACHE_BYTES_MAX = 32 << 20
+"""Of all views of a host: some 70,000 entries. A task that fills it on purpose costs the others a few us a question."""
+ENTRY_BYTES = 400
+"""What an entry takes beside its key and its value: dictionary, tuples, iterator."""
+SRV_PRIORITY, SRV_WEIGHT = 0, 1
+"""RFC 2782: equal targets are chosen at random."""
+KEPT_TYPES = frozenset({A, AAAA, PTR, SRV, ANY})
+"""What applications ask for; the other 65,531 types would only fill the cache."""
+
+_SRV_DATA = struct.Struct(">HHH")
+_NOTHING = Records()
 
 
-class NotAQuestion(ValueError):
-    """The packet is not one standard DNS query."""
+class CacheBudget:
+    """Bytes that all caches together may take; when they are used up, all are emptied."""
+
+    def __init__(self, bytes_max: int = CACHE_BYTES_MAX) -> None:
+        self.used_bytes = 0
+        self._bytes_max = bytes_max
+        self._owners: dict[int, Callable[[], None]] = {}
+
+    def join(self, owner: object, forget: Callable[[], None]) -> None:
+        self._owners[id(owner)] = forget
+
+    def leave(self, owner: object) -> None:
+        forget = self._owners.pop(id(owner))
+        forget()
+
+    def take(self, size_bytes: int) -> None:
+        """Before something of this size is kept."""
+        if self.used_bytes + size_bytes > self._bytes_max:
+            for forget in self._owners.values():
+                forget()
+        self.used_bytes += size_bytes
+
+    def give_back(self, size_bytes: int) -> None:
+        self.used_bytes -= size_bytes
 
 
-@dataclass(slots=True)
-class _Cached:
-    bodies: tuple[bytes, ...]
-    next: int = 0
+class _Kept:
+    """Records of one name and type, and whose turn it is."""
+
+    __slots__ = ("records", "rotates", "turn")
+
+    def __init__(self, records: Records, rotates: bool, turn: int) -> None:
+        self.records = records
+        self.rotates = rotates
+        self.turn = turn
+
+    def next(self) -> Records:
+        if not self.rotates:
+            return self.records
+        self.turn += 1
+        return self.records.turned(self.turn)
 
 
 class Responder:
     """Answers for all tasks that share one view."""
 
-    def __init__(self, view: TaskView, seed: int = 0) -> None:
-        self._view = view
+    def __init__(self, view: TaskView, budget: CacheBudget, seed: int = 0, cookie_key: bytes = b"") -> None:
+        """`cookie_key`: a secret of this process, at most 64 bytes; with it cookies are answered (RFC 7873)."""
+        self.view = view
+        self.replies: dict[bytes, Iterator[bytes]] = {}
+        """Question over UDP less its ID -> replies less their ID, in turn."""
+        self._records: dict[tuple[bytes, int], _Kept] = {}
         self._random = random.Random(seed)
-        self._cache: dict[tuple[bytes, bool], _Cached] = {}
+        self._cookie_key = cookie_key
+        self._budget = budget
+        self._kept_bytes = 0
+        budget.join(self, self.forget)
+
+    def forget(self) -> None:
+        """A name in sight has changed."""
+        self.replies.clear()
+        self._records.clear()
+        self._budget.give_back(self._kept_bytes)
+        self._kept_bytes = 0
+
+    def close(self) -> None:
+        self._budget.leave(self)
 
     def answer(self, packet: bytes, tcp: bool = False) -> bytes | None:
         """The reply; None = forward it. Raises NotAQuestion for what is none (drop it)."""
-        cached = self._cache.get((packet[2:], tcp))
-        if cached is None:
-            bodies = self._build(packet, tcp)
-            if bodies is None:
-                return None
-            cached = _Cached(bodies)
-            if len(self._cache) >= CACHE_ENTRIES_MAX:
-                self._cache.clear()
-            self._cache[(packet[2:], tcp)] = cached
-        body = cached.bodies[cached.next]
-        cached.next = (cached.next + 1) % len(cached.bodies)
-        return packet[:2] + body
+        question = parse(packet)
+        name, qtype, qclass, section, _, edns = question
+        if qclass not in (IN, ANY):
+            return packet[:2] + pack(question, _NOTHING, REFUSED, tcp=tcp)
+        if edns is not None and edns.version:
+            return packet[:2] + pack(question, _NOTHING, BADVERS, tcp=tcp)
+        cookie = self._cookie(edns.cookie) if edns is not None and edns.cookie else b""
+        kept = self._records.get((name, qtype))
+        if kept is None:
+            records = self._find(name, qtype)
+            if records is None:
+                if self.view.may_forward:
+                    return None
+                return packet[:2] + pack(question, _NOTHING, NXDOMAIN, tcp=tcp, cookie=cookie)
+            rotates = records.answer_count > 1 and qtype in (A, AAAA)
+            kept = _Kept(records, rotates, self._random.getrandbits(16) if rotates else 0)
+            if qtype in KEPT_TYPES:
+                self._take(len(name) + len(records.answers) + len(records.additional))
+                self._records[name, qtype] = kept
+        elif not tcp and section.startswith(name) and (edns is None or edns.plain):
+            self._keep_replies(packet[2:], question, kept)
+        return packet[:2] + pack(question, kept.next(), tcp=tcp, cookie=cookie)
 
-    def _build(self, packet: bytes, tcp: bool) -> tuple[bytes, ...] | None:
-        request = parse(packet)
-        question = request.q
-        if question.qclass != CLASS.IN:
+    def _keep_replies(self, key: bytes, question: Question, kept: _Kept) -> None:
+        """All orders of the addresses, or the next few: once those are handed out the question comes here again."""
+        orders = kept.records.answer_count if kept.rotates else 1
+        bodies = [pack(question, kept.next()) for _ in range(min(orders, ROTATIONS))]
+        if key not in self.replies:
+            self._take(len(key) + sum(map(len, bodies)))
+        self.replies[key] = itertools.cycle(bodies) if orders <= ROTATIONS else iter(bodies)
+
+    def _take(self, size_bytes: int) -> None:
+        self._budget.take(size_bytes + ENTRY_BYTES)
+        self._kept_bytes += size_bytes + ENTRY_BYTES
+
+    def _cookie(self, sent: bytes) -> bytes:
+        client = sent[:COOKIE_BYTES]
+        return client + hashlib.blake2b(client, key=self._cookie_key, digest_size=COOKIE_BYTES).digest()
+
+    def _find(self, name: bytes, qtype: int) -> Records | None:
+        """None: nothing of ours has this name. Without answers: it exists, but not with this type (NODATA)."""
+        found = self.view.lookup(name)
+        if found is not None:
+            return _address_records(found[1], qtype)
+        targets = self.view.targets(name)
+        if targets is not None:
+            return _srv_records(targets) if qtype in (SRV, ANY) else _NOTHING
+        target = self.view.reverse(name)
+        if target is None:
             return None
-        name = str(question.qname).rstrip(".").lower()
-        if question.qtype == QTYPE.PTR:
-            target = self._view.reverse(name)
-            if target is None:
-                return None if self._view.may_forward else (refusal(request, RCODE.NXDOMAIN)[2:],)
-            records = [RR(question.qname, QTYPE.PTR, rdata=PTR(target), ttl=TTL_S)]
-            return (_pack(request, records, tcp),)
-        addresses = self._view.lookup(name)
-        if addresses is None:
-            return None if self._view.may_forward else (refusal(request, RCODE.NXDOMAIN)[2:],)
-        if question.qtype not in (QTYPE.A, QTYPE.ANY):
-            return (_pack(request, [], tcp),)  # the name exists, this type does not: NODATA
-        order = list(addresses)
-        self._random.shuffle(order)
-        bodies: list[bytes] = []
-        for turn in range(min(ROTATIONS, max(1, len(order)))):
-            start = turn * len(order) // ROTATIONS if len(order) > ROTATIONS else turn
-            turned = order[start:] + order[:start]
-            records = [RR(question.qname, QTYPE.A, rdata=A(address), ttl=TTL_S) for address in turned]
-            bodies.append(_pack(request, records, tcp))
-        return tuple(bodies)
+        return Records(record(PTR, target), 1) if qtype in (PTR, ANY) else _NOTHING
 
 
-def parse(packet: bytes) -> DNSRecord:
-    """A question, and nothing else. Raises NotAQuestion."""
-    if len(packet) < HEADER_BYTES:
-        raise NotAQuestion("shorter than a header")
-    flags, questions = struct.unpack_from(">HH", packet, 2)
-    if flags & 0x8000 or flags >> 11 & 0xF or questions != 1:
-        raise NotAQuestion("not one standard query")
-    try:
-        return DNSRecord.parse(packet)
-    except (DNSError, ValueError, IndexError, struct.error) as error:
-        raise NotAQuestion(str(error)) from error
+def _address_records(holders: tuple[Holder, ...], qtype: int) -> Records:
+    if len(holders) == 1:
+        a, aaaa = holders[0].a, holders[0].aaaa
+    else:
+        addresses = dict.fromkeys(address for holder in holders for address in holder.addresses)
+        a = b"".join(record(A, address) for address in addresses if len(address) == A_BYTES)
+        aaaa = b"".join(record(AAAA, address) for address in addresses if len(address) != A_BYTES)
+    if qtype == A:
+        aaaa = b""
+    elif qtype == AAAA:
+        a = b""
+    elif qtype != ANY:
+        return _NOTHING
+    a, aaaa = a[: ADDRESSES_MAX * A_RECORD_BYTES], aaaa[: ADDRESSES_MAX * AAAA_RECORD_BYTES]
+    return Records(a + aaaa, len(a) // A_RECORD_BYTES + len(aaaa) // AAAA_RECORD_BYTES)
 
 
-def _reply(request: DNSRecord) -> DNSRecord:
-    header = DNSHeader(id=request.header.id, qr=1, aa=1, ra=1, rd=request.header.rd)
-    reply = DNSRecord(header, q=request.q)
-    if _edns_bytes(request):
-        reply.add_ar(EDNS0(udp_len=UDP_BYTES_MAX))
-    return reply
-
-
-def _pack(request: DNSRecord, records: list[RR], tcp: bool) -> bytes:
-    """The packed reply less its ID; with TC set and no records where it does not fit in UDP."""
-    reply = _reply(request)
-    reply.add_answer(*records)
-    packed = bytes(reply.pack())
-    limit = max(UDP_BYTES_MIN, min(UDP_BYTES_MAX, _edns_bytes(request)))
-    if not tcp and len(packed) > limit:
-        reply = _reply(request)
-        reply.header.tc = 1
-        packed = bytes(reply.pack())
-    return packed[2:]
-
-
-def _edns_bytes(request: DNSRecord) -> int:
-    """The UDP size that the client offers (RFC 6891); 0 = no EDNS."""
-    return next((int(rr.rclass) for rr in request.ar if rr.rtype == QTYPE.OPT), 0)
-
-
-def refusal(request: DNSRecord, code: int) -> bytes:
-    """An empty reply with this RCODE."""
-    reply = _reply(request)
-    reply.header.rcode = code
-    return bytes(reply.pack())
+def _srv_records(targets: tuple[Target, ...]) -> Records:
+    """With the addresses of the targets as additional records, so that one question is enough."""
+    answers = [record(SRV, _SRV_DATA.pack(SRV_PRIORITY, SRV_WEIGHT, port) + name) for name, port, _ in targets]
+    glue = {(name, address) for name, _, addresses in targets for address in addresses}
+    additional = [record(A if len(address) == A_BYTES else AAAA, address, name) for name, address in sorted(glue)]
+    return Records(b"".join(answers), len(answers), b"".join(additional), len(additional))

@@ -1,6 +1,7 @@
 """What the agent tells the DNS server. The server is a process of its own (`python -m dns.server`), so
-that names resolve while the agent restarts; it is told the whole picture over a unix stream socket, one
-JSON object per line, and answers each line with one line ({"ok": true} or {"error": "..."})."""
+that names resolve while the agent restarts. It is told over a unix stream socket what changed (changes.py), one JSON
+object per line, and answers each line with one line: the digest of the picture that it now answers by, null where
+the change does not fit its own, and an error if there is one. The agent then tells it the whole picture."""
 
 from __future__ import annotations
 

@@ -10,34 +10,51 @@ import asyncio
 import ctypes
 import os
 import socket
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from functools import partial
 
-from dns.interface import LISTEN_ADDRESS, LISTEN_PORT
+from dns.answer import NotAQuestion, Responder
+from dns.datagrams import Client, Datagrams
+from dns.forward import Forwarder
+from dns.interface import LISTEN_ADDRESS, LISTEN_PORT, Sandbox
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
-PACKETS_PER_WAKE = 64
-"""Drained before other sandboxes get their turn."""
+SO_RCVBUFFORCE = 33  # asm-generic/socket.h
+RECEIVE_BUFFER_BYTES = 1 << 20
+"""A burst of a thousand questions waits here for its turn; the kernel's default holds some 250."""
 TCP_CONNECTIONS_MAX = 32
 """Per task; a further one is closed at once."""
 TCP_IDLE_S = 5.0
+TCP_ANSWER_S = 10.0
+"""For the answer of other resolvers, and for a client that does not read."""
 TCP_BACKLOG = 32
-
-Ask = Callable[[bytes, bool], Awaitable[bytes | None]]
-"""(packet, over TCP) -> reply or None (drop)."""
-AnswerNow = Callable[[bytes], bytes | None]
-"""Own answer over UDP without waiting; None = ask. Raises ValueError for garbage."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _sockets_in(netns_path: str) -> tuple[socket.socket, socket.socket]:
-    """UDP and listening TCP socket on LISTEN_ADDRESS in that namespace. Runs in the hopping thread.
-    Raises OSError."""
+Sockets = tuple[socket.socket, socket.socket, int]
+"""UDP, listening TCP, and the inode of the namespace that they are in."""
+
+
+def sockets_in_each(netns_paths: Sequence[str]) -> list[Sockets | OSError]:
+    """Sockets on LISTEN_ADDRESS in these namespaces, or why there are none: the namespace is gone or has no loopback
+    up. Runs in the hopping thread."""
+    found: list[Sockets | OSError] = []
+    for path in netns_paths:
+        try:
+            found.append(_sockets_in(path))
+        except OSError as error:
+            found.append(error)
+    return found
+
+
+def _sockets_in(netns_path: str) -> Sockets:
+    """Raises OSError."""
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         there = os.open(netns_path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            inode = os.fstat(there).st_ino
             _setns(there)
         finally:
             os.close(there)
@@ -45,6 +62,7 @@ def _sockets_in(netns_path: str) -> tuple[socket.socket, socket.socket]:
             udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             tcp = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             try:
+                udp.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER_BYTES)
                 udp.bind((LISTEN_ADDRESS, LISTEN_PORT))
                 tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 tcp.bind((LISTEN_ADDRESS, LISTEN_PORT))
@@ -57,7 +75,7 @@ def _sockets_in(netns_path: str) -> tuple[socket.socket, socket.socket]:
             _setns(home)
     finally:
         os.close(home)
-    return udp, tcp
+    return udp, tcp, inode
 
 
 def _setns(fd: int) -> None:
@@ -69,78 +87,101 @@ def _setns(fd: int) -> None:
 class SandboxListener:
     """Serves one namespace until closed."""
 
-    def __init__(self, netns_path: str, answer_now: AnswerNow, ask: Ask) -> None:
-        self.netns_path = netns_path
-        self.answer_now = answer_now
-        self.ask = ask
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        responder: Responder,
+        upstreams: Sequence[str],
+        forwarder: Forwarder,
+        datagrams: Datagrams,
+    ) -> None:
+        self.responder = responder
+        self.upstreams = upstreams
+        self._task_id = sandbox.task_id
+        self._netns_path = sandbox.netns_path
+        self._forwarder = forwarder
+        self._datagrams = datagrams
         self._udp: socket.socket | None = None
         self._server: asyncio.Server | None = None
-        self._under_way: set[asyncio.Task[None]] = set()
-        self._connections = 0
+        self._inode = 0
+        self._connections: set[asyncio.Task[None]] = set()
 
-    async def open(self, hopper: ThreadPoolExecutor) -> None:
-        """Raises OSError when the namespace is gone or has no loopback up."""
-        loop = asyncio.get_running_loop()
-        udp, tcp = await loop.run_in_executor(hopper, _sockets_in, self.netns_path)
-        self._udp = udp
-        loop.add_reader(udp, self._readable)
+    async def open(self, sockets: Sockets) -> None:
+        self._udp, tcp, self._inode = sockets
+        asyncio.get_running_loop().add_reader(self._udp, self._readable)
         self._server = await asyncio.start_server(self._serve_tcp, sock=tcp)
+
+    def is_in(self, netns_path: str) -> bool:
+        """Whether it listens in the namespace that is there now: another one may have taken over the path."""
+        try:
+            return netns_path == self._netns_path and os.stat(netns_path).st_ino == self._inode
+        except OSError:
+            return False
 
     def close(self) -> None:
         if self._udp is not None:
             asyncio.get_running_loop().remove_reader(self._udp)
             self._udp.close()
+            self._udp = None
         if self._server is not None:
             self._server.close()
-        for task in list(self._under_way):
+        for task in self._connections:
             task.cancel()
 
     def _readable(self) -> None:
-        assert self._udp is not None
-        for _ in range(PACKETS_PER_WAKE):
-            try:
-                packet, client = self._udp.recvfrom(4096)
-            except BlockingIOError:
-                return
-            except OSError:
-                continue  # an ICMP error of an earlier reply: the client is gone
-            try:
-                reply = self.answer_now(packet)
-            except ValueError:
-                continue  # no question: dropped
-            if reply is not None:
-                self._send(reply, client)
-                continue
-            task = asyncio.ensure_future(self._forward(packet, client))
-            self._under_way.add(task)
-            task.add_done_callback(self._under_way.discard)
+        if self._udp is not None:
+            self._datagrams.serve(self._udp.fileno(), self.responder.replies, self._answer)
 
-    async def _forward(self, packet: bytes, client: tuple[str, int]) -> None:
-        reply = await self.ask(packet, False)
-        if reply is not None:
-            self._send(reply, client)
+    def _answer(self, packet: bytes, number: int) -> bytes | None:
+        try:
+            reply = self.responder.answer(packet)
+            if reply is None:
+                client = self._datagrams.client(number)
+                self._forwarder.ask(packet, self.upstreams, self._task_id, False, partial(self._send, client))
+        except NotAQuestion:
+            return None
+        return reply
 
-    def _send(self, reply: bytes, client: tuple[str, int]) -> None:
-        assert self._udp is not None
+    def _send(self, client: Client, reply: bytes) -> None:
+        if self._udp is None:
+            return
         try:
             self._udp.sendto(reply, client)
         except OSError:
             return  # full buffer or vanished client: DNS clients repeat their question
 
     async def _serve_tcp(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
         try:
-            while self._connections <= TCP_CONNECTIONS_MAX:
+            while len(self._connections) <= TCP_CONNECTIONS_MAX:
                 async with asyncio.timeout(TCP_IDLE_S):
                     length = int.from_bytes(await reader.readexactly(2), "big")
                     packet = await reader.readexactly(length)
-                reply = await self.ask(packet, True)
-                if reply is None:
-                    return
-                writer.write(len(reply).to_bytes(2, "big") + reply)
-                await writer.drain()
-        except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError):
+                async with asyncio.timeout(TCP_ANSWER_S):
+                    reply = await self._answer_tcp(packet)
+                    writer.write(len(reply).to_bytes(2, "big") + reply)
+                    await writer.drain()
+        except (OSError, TimeoutError, EOFError, NotAQuestion):
             return  # idle, gone, or not speaking DNS
+        except asyncio.CancelledError:
+            return  # `close`; see server.py
         finally:
-            self._connections -= 1
+            self._connections.discard(task)
             writer.close()
+
+    async def _answer_tcp(self, packet: bytes) -> bytes:
+        """Raises NotAQuestion, TimeoutError."""
+        reply = self.responder.answer(packet, tcp=True)
+        if reply is not None:
+            return reply
+        found: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        def deliver(answer: bytes) -> None:
+            if not found.done():
+                found.set_result(answer)
+
+        if not self._forwarder.ask(packet, self.upstreams, self._task_id, True, deliver):
+            raise TimeoutError("too much is under way")
+        return await found

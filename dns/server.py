@@ -1,7 +1,7 @@
 """The name server process of a host: `python -m dns.server --socket PATH`.
 
-It is told the whole picture by the agent (one JSON line, see interface.py), reconciles its listening
-sockets with it, and goes on answering when the agent is gone. It keeps nothing on disk.
+It is told the picture by the agent, whole or what changed (one JSON line, see interface.py), reconciles its
+listening sockets with it, and goes on answering when the agent is gone. It keeps nothing on disk.
 """
 
 from __future__ import annotations
@@ -9,90 +9,149 @@ from __future__ import annotations
 import argparse
 import asyncio
 import fcntl
+import gc
 import json
 import os
+import secrets
 import signal
-from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from dns.answer import Responder
+from dns.answer import CacheBudget, Responder
+from dns.changes import Changes
+from dns.datagrams import Datagrams
 from dns.forward import Forwarder
-from dns.interface import Picture, Sandbox
-from dns.names import NetworkView, TaskView
-from dns.sandbox import SandboxListener
+from dns.interface import Sandbox
+from dns.names import TaskView
+from dns.sandbox import SandboxListener, sockets_in_each
 from dns.wire import LINE_BYTES_MAX, decode
+from dns.zones import OutOfStep, Zones
+
+_ViewKey = tuple[tuple[str, ...], tuple[str, ...]]
+"""Networks in order, search domains."""
 
 
 class Server:
     def __init__(self) -> None:
         self._hopper = ThreadPoolExecutor(1, thread_name_prefix="netns")
         self._forwarder = Forwarder()
+        self._datagrams = Datagrams()
+        self._budget = CacheBudget()
+        self._cookie_key = secrets.token_bytes(16)
+        self._zones = Zones()
+        self._responders: dict[_ViewKey, Responder] = {}
         self._listeners: dict[str, SandboxListener] = {}
         self._applying = asyncio.Lock()
 
-    async def apply(self, picture: Picture) -> None:
-        """Answer by this picture. Everything that can be applied is; then OSError names the sandboxes
-        that could not be listened in."""
+    async def apply(self, changes: Changes) -> tuple[int, str]:
+        """(digest of what it answers by now, what failed: sandboxes that could not be listened in are tried again
+        at the next call). The names change at once, for all. Raises OutOfStep, ValueError."""
         async with self._applying:
-            views = {network.network_id: NetworkView(network) for network in picture.networks}
-            responders: dict[tuple[str, ...], Responder] = {}
-            wanted = {sandbox.task_id: sandbox for sandbox in picture.sandboxes}
-            for task_id, listener in list(self._listeners.items()):
-                if task_id not in wanted or wanted[task_id].netns_path != listener.netns_path:
-                    listener.close()
-                    del self._listeners[task_id]
-            failed: list[str] = []
-            for sandbox in picture.sandboxes:
-                responder = responders.get(sandbox.network_ids)
-                if responder is None:
-                    known = [views[network_id] for network_id in sandbox.network_ids if network_id in views]
-                    responder = responders[sandbox.network_ids] = Responder(TaskView(known))
-                try:
-                    await self._listen(sandbox, responder, sandbox.upstreams or picture.upstreams)
-                except OSError as error:
-                    failed.append(f"{sandbox.task_id} ({sandbox.netns_path}): {error.strerror or error}")
-            if failed:
-                raise OSError(f"cannot listen in the namespace of {len(failed)} tasks: {'; '.join(failed[:3])}")
+            touched = self._zones.apply(changes)
+            if touched is None:
+                self._make_views()
+            else:
+                self._forget(touched)
+            failed = await self._listen()
+            self._drop_unused()
+            return self._zones.digest, _problem(failed)
 
-    async def _listen(self, sandbox: Sandbox, responder: Responder, upstreams: Sequence[str]) -> None:
-        answer_now, ask = responder.answer, partial(self._ask, responder, upstreams)
+    def _forget(self, network_ids: frozenset[str]) -> None:
+        for key, responder in self._responders.items():
+            if not network_ids.isdisjoint(key[0]):
+                responder.forget()
+
+    def _make_views(self) -> None:
+        for responder in self._responders.values():
+            responder.close()
+        self._responders.clear()
+        for task_id, listener in self._listeners.items():
+            sandbox = self._zones.sandboxes.get(task_id)
+            if sandbox is not None:
+                listener.responder = self._responder(sandbox)
+
+    def _responder(self, sandbox: Sandbox) -> Responder:
+        key = (sandbox.network_ids, sandbox.search)
+        if key not in self._responders:
+            networks = self._zones.networks
+            view = TaskView([networks[each] for each in sandbox.network_ids if each in networks], sandbox.search)
+            self._responders[key] = Responder(view, self._budget, cookie_key=self._cookie_key)
+        return self._responders[key]
+
+    async def _listen(self) -> list[str]:
+        """Sockets in exactly the wanted namespaces; returns what failed."""
+        zones, failed = self._zones, []
+        for task_id, listener in list(self._listeners.items()):
+            if task_id not in zones.sandboxes or not listener.is_in(zones.sandboxes[task_id].netns_path):
+                listener.close()
+                del self._listeners[task_id]
+        for task_id in self._listeners:
+            self._listener(zones.sandboxes[task_id])
+        missing = [sandbox for task_id, sandbox in zones.sandboxes.items() if task_id not in self._listeners]
+        paths = [sandbox.netns_path for sandbox in missing]
+        opened = await asyncio.get_running_loop().run_in_executor(self._hopper, sockets_in_each, paths)
+        for sandbox, sockets in zip(missing, opened, strict=True):
+            if isinstance(sockets, OSError):
+                failed.append(f"{sandbox.task_id} ({sandbox.netns_path}): {sockets.strerror or sockets}")
+                continue
+            listener = self._listeners[sandbox.task_id] = self._listener(sandbox)
+            await listener.open(sockets)
+        return failed
+
+    def _listener(self, sandbox: Sandbox) -> SandboxListener:
+        """For this task, not yet listening; one that listens already is told what may be new."""
+        responder = self._responder(sandbox)
+        upstreams = sandbox.upstreams or self._zones.upstreams
         listener = self._listeners.get(sandbox.task_id)
-        if listener is not None:
-            listener.answer_now, listener.ask = answer_now, ask
-            return
-        listener = SandboxListener(sandbox.netns_path, answer_now, ask)
-        await listener.open(self._hopper)
-        self._listeners[sandbox.task_id] = listener
+        if listener is None:
+            return SandboxListener(sandbox, responder, upstreams, self._forwarder, self._datagrams)
+        listener.responder, listener.upstreams = responder, upstreams
+        return listener
 
-    async def _ask(self, responder: Responder, upstreams: Sequence[str], packet: bytes, tcp: bool) -> bytes | None:
-        own = responder.answer(packet, tcp)
-        return own if own is not None else await self._forwarder.ask(packet, upstreams, tcp)
+    def _drop_unused(self) -> None:
+        """Views that no sandbox has, resolvers that no sandbox asks."""
+        sandboxes = self._zones.sandboxes.values()
+        for key in self._responders.keys() - {(sandbox.network_ids, sandbox.search) for sandbox in sandboxes}:
+            self._responders.pop(key).close()
+        self._forwarder.retain({*self._zones.upstreams, *(each for sandbox in sandboxes for each in sandbox.upstreams)})
 
     def close(self) -> None:
         for listener in self._listeners.values():
             listener.close()
+        self._forwarder.close()
         self._hopper.shutdown()
 
 
-async def _control(
-    apply: Callable[[Picture], Awaitable[None]], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> None:
-    """One agent's connection: a picture a line, an answer a line."""
+def _problem(failed: list[str]) -> str:
+    return f"cannot listen in the namespace of {len(failed)} tasks: {'; '.join(failed[:3])}" if failed else ""
+
+
+async def _control(server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """One agent's connection: changes a line, an answer a line."""
     try:
         while line := await reader.readline():
             try:
-                await apply(decode(line))
-                reply: dict[str, object] = {"ok": True}
-            except (ValueError, KeyError, TypeError, OSError) as error:
-                reply = {"error": str(error) or type(error).__name__}
+                digest, problem = await server.apply(decode(line))
+                reply: dict[str, object] = {"digest": digest} | ({"error": problem} if problem else {})
+            except OutOfStep:
+                reply = {"digest": None}
+            except (ValueError, KeyError, TypeError) as error:
+                reply = {"digest": None, "error": str(error) or type(error).__name__}
             writer.write(json.dumps(reply | {"pid": os.getpid()}).encode() + b"\n")
             await writer.drain()
     except (ConnectionError, ValueError):
         return  # the agent went away, or sent a line beyond the limit
+    except asyncio.CancelledError:
+        return  # the end; up to Python 3.11 asyncio logs the cancelled handler of a stream as a fault
     finally:
         writer.close()
+
+
+def _spare_collections() -> None:
+    """Names are tuples and bytes without cycles: looking through all of them for garbage would stop answers for tens
+    of milliseconds, often while many new names are asked for."""
+    gc.set_threshold(100_000, 50, 100)
 
 
 async def serve(socket_path: Path) -> None:
@@ -104,9 +163,7 @@ async def serve(socket_path: Path) -> None:
     socket_path.unlink(missing_ok=True)
     old_mask = os.umask(0o177)
     try:
-        control = await asyncio.start_unix_server(
-            partial(_control, server.apply), path=socket_path, limit=LINE_BYTES_MAX
-        )
+        control = await asyncio.start_unix_server(partial(_control, server), path=socket_path, limit=LINE_BYTES_MAX)
     finally:
         os.umask(old_mask)
     await ended.wait()
@@ -124,6 +181,7 @@ def main() -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return  # another one serves already
+        _spare_collections()
         asyncio.run(serve(socket_path))
 
 

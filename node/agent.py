@@ -35,9 +35,9 @@ from proto.objects_pb2 import NetworkKey, Node, NodeDescription, Task
 
 log = structlog.get_logger()
 
-AUDIT_PERIOD_S = 5.0
+AUDIT_PERIOD_S = 4.0
 """Networks and names are applied again this often though nothing changed: whatever another hand broke is
-repaired within seconds."""
+repaired within 5 s."""
 ROTATE_PERIOD_S = 5.0
 """A container that writes 100 MB/s overshoots its log limit by half a gigabyte between two looks; one that writes
 as applications do, by nothing worth mentioning."""

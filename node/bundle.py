@@ -13,6 +13,7 @@ from pathlib import Path
 from node import etcfiles, spec
 from node.interface import CreateRequest, RuntimeFault
 from node.mounts import mount_overlay, unmount
+from node.resolvers import search_domains
 from node.rootfs import Account, find_account, make_directory, read_small_file
 from node.taskdir import TaskPaths
 from proto.objects_pb2 import Device
@@ -93,7 +94,7 @@ def mount_rootfs(paths: TaskPaths, request: CreateRequest) -> None:
 def write_etc(paths: TaskPaths, request: CreateRequest) -> tuple[tuple[Path, str], ...]:
     """Write /etc/hosts and its like; returns (host file, target)."""
     wanted = request.spec
-    search = tuple(wanted.dns_search) or request.search
+    search = search_domains(wanted.dns_search)
     options = etcfiles.merge_options(tuple(wanted.dns_options), request.dns_options)
     if request.netns is None:
         # The host's network: its names and resolvers are the ones that work there.

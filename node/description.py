@@ -17,6 +17,7 @@ NANO_CPUS_PER_CPU = 1_000_000_000
 _RTM_GETADDR, _NLMSG_ERROR, _NLMSG_DONE = 22, 2, 3
 _NLM_F_REQUEST, _NLM_F_DUMP = 0x001, 0x300
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_RT_SCOPE_LINK = 253
 _NLMSG_HEADER = struct.Struct("=IHHII")
 _IFADDRMSG = struct.Struct("=BBBBI")
 _RTATTR = struct.Struct("=HH")
@@ -64,12 +65,12 @@ def underlay_subnets(addresses: list[InterfaceAddress], is_ours: Callable[[str],
 
 
 def interface_addresses() -> list[InterfaceAddress]:
-    """IPv4 addresses of this network namespace. Raises OSError."""
+    """Addresses of this network namespace, but for IPv6's link-local ones. Raises OSError."""
     names = dict(socket.if_nameindex())
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as netlink:
         netlink.settimeout(_DUMP_DEADLINE_S)
         netlink.bind((0, 0))
-        body = _IFADDRMSG.pack(socket.AF_INET, 0, 0, 0, 0)
+        body = _IFADDRMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
         size = _NLMSG_HEADER.size + len(body)
         netlink.send(_NLMSG_HEADER.pack(size, _RTM_GETADDR, _NLM_F_REQUEST | _NLM_F_DUMP, 1, 0) + body)
         found: list[InterfaceAddress] = []
@@ -86,7 +87,7 @@ def interface_addresses() -> list[InterfaceAddress]:
 
 
 def _parse(message: bytes, names: dict[int, str]) -> InterfaceAddress | None:
-    _, prefix, _, _, index = _IFADDRMSG.unpack_from(message)
+    family, prefix, _, scope, index = _IFADDRMSG.unpack_from(message)
     found: dict[int, bytes] = {}
     rest = message[_IFADDRMSG.size :]
     while len(rest) >= _RTATTR.size:
@@ -95,9 +96,11 @@ def _parse(message: bytes, names: dict[int, str]) -> InterfaceAddress | None:
         rest = rest[_aligned(length) :]
     # On a point-to-point link ADDRESS is the other end, LOCAL is ours.
     raw = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
-    if raw is None or len(raw) != 4:
+    if raw is None or family not in (socket.AF_INET, socket.AF_INET6):
         return None
-    return InterfaceAddress(names.get(index, str(index)), f"{socket.inet_ntoa(raw)}/{prefix}")
+    if family == socket.AF_INET6 and scope == _RT_SCOPE_LINK:
+        return None
+    return InterfaceAddress(names.get(index, str(index)), f"{socket.inet_ntop(family, raw)}/{prefix}")
 
 
 def _aligned(length: int) -> int:

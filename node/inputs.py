@@ -6,8 +6,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from dns.interface import Sandbox
 from node.interface import CreateRequest, ResolvedImage, RuntimeFault
 from node.templates import expanded, task_name, values_for
+from overlay.interface import Attachment
 from proto.objects_pb2 import TCP, VIP, ContainerSpec, Mount, NodeDescription, Task
 
 DEFAULT_STOP_GRACE_S = 10.0
@@ -25,6 +27,17 @@ def addresses(task: Task) -> tuple[str, ...]:
     """Those that the swarm gave, without prefix lengths."""
     given = (address for net in task.networks for address in (net.address, net.address6) if address)
     return tuple(address.partition("/")[0] for address in given)
+
+
+def sandbox(task: Task, netns: Path, attachment: Attachment, search: tuple[str, ...]) -> Sandbox:
+    """What the name server is told of the task; `search`: its domains, or the host's."""
+    return Sandbox(
+        task_id=task.id,
+        netns_path=str(netns),
+        network_ids=tuple(interface.network_id for interface in attachment.interfaces),
+        upstreams=tuple(task.spec.container.dns_nameservers),
+        search=search,
+    )
 
 
 def network_ids(task: Task) -> frozenset[str]:
@@ -123,7 +136,6 @@ def create_request(
         addresses=addresses(task),
         limits=task.spec.resources.limits,
         reservations=task.spec.resources.reservations,
-        search=tuple(spec.dns_search),
         dns_options=tuple(spec.dns_options) or ("ndots:0",),
         labels=labels,
         log_max_bytes=max_bytes,

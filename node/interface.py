@@ -123,7 +123,6 @@ class CreateRequest:
     limits: Resources = field(default_factory=Resources)
     reservations: Resources = field(default_factory=Resources)
     nameservers: tuple[str, ...] = ("127.0.0.11",)
-    search: tuple[str, ...] = ()
     dns_options: tuple[str, ...] = ("ndots:0",)
     labels: dict[str, str] = field(default_factory=dict)
     log_max_bytes: int = 10_000_000

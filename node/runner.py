@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 import structlog
 
-from dns.interface import DnsError, Sandbox
+from dns.interface import DnsError
 from node import drain, inputs, steps
 from node import shell as limits
 from node.health import HEALTHY, UNHEALTHY, Check, Health, check_of, complaint, merged
 from node.interface import ContainerStatus, ImageFault, Phase, RuntimeFault
 from node.prober import Prober
+from node.resolvers import search_domains
 from node.shell import Shell
 from node.steps import Action, Facts, Outcome
 from overlay.interface import NetworkError
@@ -234,12 +235,8 @@ class TaskRunner:
             )
             shell.networks.poke()
         if attachment.interfaces:
-            world.sandboxes[self.task.id] = Sandbox(
-                task_id=self.task.id,
-                netns_path=str(self._netns),
-                network_ids=tuple(interface.network_id for interface in attachment.interfaces),
-                upstreams=tuple(self.task.spec.container.dns_nameservers),
-            )
+            search = search_domains(self.task.spec.container.dns_search)
+            world.sandboxes[self.task.id] = inputs.sandbox(self.task, self._netns, attachment, search)
         return self._netns
 
     async def _wire_in_slot(self) -> Path | None:

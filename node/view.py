@@ -1,4 +1,4 @@
-"""The mirror as seen by the kernel and by the name server (pure).
+"""The mirror as seen by the kernel (pure); pictures.py has the name server's.
 
 Who is behind a VIP or a published port is decided by the managers alone (`NetworkEndpoint.serving`), with one
 exception: a local task that is known to have ended is left out at once, without waiting for the round trip.
@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from dns.interface import NetworkNames, Picture, Sandbox, ServiceNames, TaskNames
 from node import drivers
 from node.mirror import Mirror
 from node.steps import State, ended
@@ -27,7 +26,7 @@ from overlay.interface import (
     RemoteEndpoint,
     Vip,
 )
-from proto.dispatch_pb2 import NetworkEndpoint, NetworkService
+from proto.dispatch_pb2 import NetworkEndpoint
 from proto.objects_pb2 import (
     HOST,
     INGRESS,
@@ -131,42 +130,6 @@ def _peers(mirror: Mirror, local: Local) -> tuple[Peer, ...]:
     )
 
 
-def picture(mirror: Mirror, local: Local, sandboxes: Iterable[Sandbox], upstreams: tuple[str, ...]) -> Picture:
-    """Names for the networks that local tasks see. The ingress network has none: publishing needs no names
-    and its tasks belong to strangers."""
-    serving = _serving(mirror, local)
-    named = {n.id: n for n in mirror.networks() if not n.spec.ingress}
-    boxes = tuple(
-        Sandbox(box.task_id, box.netns_path, tuple(i for i in box.network_ids if i in named), box.upstreams)
-        for box in sorted(sandboxes, key=lambda box: box.task_id)
-    )
-    seen = {network_id for box in boxes for network_id in box.network_ids}
-    endpoints: dict[str, list[NetworkEndpoint]] = defaultdict(list)
-    for endpoint in mirror.endpoints():
-        endpoints[endpoint.network_id].append(endpoint)
-    services = list(mirror.services())
-    return Picture(
-        networks=tuple(
-            NetworkNames(
-                network_id=network.id,
-                name=network.spec.annotations.name,
-                internal=network.spec.internal,
-                services=tuple(
-                    names
-                    for service in services
-                    if (names := _service_names(service, network.id, serving[service.service_id, network.id]))
-                    is not None
-                ),
-                tasks=tuple(_task_names(e, local) for e in endpoints[network.id] if e.address),
-            )
-            for network in named.values()
-            if network.id in seen
-        ),
-        sandboxes=boxes,
-        upstreams=upstreams,
-    )
-
-
 def ingress_network_ids(mirror: Mirror) -> frozenset[str]:
     return frozenset(n.id for n in mirror.networks() if n.spec.ingress)
 
@@ -258,28 +221,3 @@ def _published(
             if port.mode == HOST and ways_in:
                 claim(port, ways_in)
     return tuple(ports[key] for key in sorted(ports))
-
-
-def _service_names(service: NetworkService, network_id: str, ends: tuple[NetworkEndpoint, ...]) -> ServiceNames | None:
-    """None: the service is not on this network."""
-    config = next((c for c in service.networks if c.network_id == network_id), None)
-    vip = next((v.address.partition("/")[0] for v in service.virtual_ips if v.network_id == network_id), None)
-    if config is None and vip is None and not ends:
-        return None
-    aliases = tuple(config.aliases) if config is not None else ()
-    names = tuple(dict.fromkeys((service.name, *aliases)))
-    return ServiceNames(
-        names=names, vip=vip if service.mode == VIP else None, task_addresses=tuple(end.address for end in ends)
-    )
-
-
-def _task_names(endpoint: NetworkEndpoint, local: Local) -> TaskNames:
-    """The full name stands for as long as the address belongs to the task, so that peers of a draining task can
-    still be named; `<service>.<slot>` and `<slot>.<service>` mean the one that serves, of which an update has two:
-    a slot keeps its name whatever task fills it. Tasks of global services have their node instead of a slot."""
-    names: tuple[str, ...] = (endpoint.task_name,)
-    if endpoint.serving and not local.has_ended(endpoint.task_id):
-        short = endpoint.task_name.rpartition(".")[0]
-        service, _, place = short.rpartition(".")
-        names += (short, f"{place}.{service}")
-    return TaskNames(names=names, address=endpoint.address)

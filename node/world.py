@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dns.interface import Picture, Sandbox
 from node import drivers, view
 from node.mirror import Mirror
+from node.pictures import Pictures
 from node.steps import State
 from overlay.interface import Attachment, EncryptionKey, HostState
 from proto.objects_pb2 import Node, NodeDescription, Task
@@ -31,6 +32,7 @@ class World:
         """Task -> the address that this host gave it on its own bridge."""
         self.states: dict[str, State] = {}
         self._describe = describe
+        self._pictures = Pictures()
         self._upstreams = upstreams
 
     def describe(self) -> NodeDescription:
@@ -58,7 +60,7 @@ class World:
     def picture(self) -> Picture | None:
         if not self.mirror.known:
             return None
-        return view.picture(self.mirror, self.local(), self.sandboxes.values(), self._upstreams())
+        return self._pictures.draw(self.mirror, self.local(), self.sandboxes.values(), self._upstreams())
 
     def attachment(self, task: Task) -> Attachment | None:
         return drivers.attachment(task, self.mirror.networks())

@@ -5,13 +5,13 @@ All of it runs on the namespace thread, synchronously.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import ipaddress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from overlay import namespaces, nfnl, nft, rtnl
 from overlay.addressing import (
-    TASK_LINK_INDEX,
     is_leg,
     network_namespace,
     task_namespace,
@@ -38,12 +38,10 @@ from overlay.diff import (
 from overlay.esp import MARKING, MARKING_RULES, MARKING_TABLE
 from overlay.interface import MACVLAN_MODES, Interface, NetworkError
 from overlay.namespaces import NamespaceThread
-from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, Netlink, acknowledged
+from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, Netlink, NetlinkError, acknowledged
 from overlay.plan import Leg, Sandbox, Task, TaskLink, Vxlan, port_alias, read_port_alias
-from overlay.sysctls import IPV6_SYSCTLS, TASK_SYSCTLS, set_all_optional, set_leg_sysctls, set_optional
-
-NO_ADDRESS = "1"
-"""addr_gen_mode "none": no link-local address, so nothing that is sent by itself."""
+from overlay.spares import Spare
+from overlay.sysctls import IPV6_SYSCTLS, set_all_optional, set_leg_sysctls, set_optional
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +53,13 @@ class HostKernel:
     routes: tuple[rtnl.Route, ...]
 
     def legs(self, tag: str) -> dict[str, Leg]:
+        whole = connected(self.addresses, self.routes)
         return {
             name: Leg(
                 name,
                 link.mac,
                 link.mtu_bytes,
-                frozenset((address, prefix) for index, address, prefix in self.addresses if index == link.index),
+                frozenset((address, prefix) for index, address, prefix in whole if index == link.index),
                 link.ipv6,
                 link.routing,
             )
@@ -90,6 +89,20 @@ class HostKernel:
         return out
 
 
+def connected(
+    addresses: Iterable[tuple[int, str, int]], routes: Iterable[rtnl.Route]
+) -> frozenset[tuple[int, str, int]]:
+    """(link, address, prefix) of those whose subnet is reachable: the kernel adds the route with the address, and does
+    not miss it later."""
+    reachable = {(route.link, route.destination, route.prefix) for route in routes if not route.gateway}
+
+    def has_route(link: int, address: str, prefix: int) -> bool:
+        subnet = ipaddress.ip_network(f"{address}/{prefix}", strict=False)
+        return subnet.num_addresses == 1 or (link, str(subnet.network_address), prefix) in reachable
+
+    return frozenset(item for item in addresses if has_route(*item))
+
+
 def read_host() -> HostKernel:
     with Netlink(NETLINK_ROUTE) as netlink:
         return HostKernel(rtnl.links(netlink), rtnl.addresses(netlink), tuple(rtnl.routes(netlink)))
@@ -102,12 +115,22 @@ class SandboxKernel:
     """Port -> alias, of the tasks' ports that exist."""
 
 
+@dataclass(frozen=True, slots=True)
+class InsideNetwork:
+    """A socket in a network's namespace, and the index of its bridge."""
+
+    netlink: Netlink
+    bridge: int
+
+
 class NamespaceKernel:
     """Sandboxes and task namespaces under `directory`."""
 
     def __init__(self, thread: NamespaceThread, directory: Path) -> None:
         self.thread = thread
         self.directory = directory
+        self._inside: dict[str, InsideNetwork] = {}
+        """By network; kept open, since each task that comes needs one."""
 
     def network_path(self, network_id: str) -> Path:
         return self.directory / network_namespace(network_id)
@@ -130,9 +153,9 @@ class NamespaceKernel:
             entries = rtnl.forwardings(netlink)
         device, bridge = links.get(VXLAN_NAME), links.get(BRIDGE_NAME)
         index = device.index if device else 0
-        bridged = {entry.mac for entry in entries if not entry.vtep}
+        bridged = {entry.mac for entry in entries if not entry.vtep} if bridge and bridge.up else set()
         info = device.vxlan if device and device.vxlan and device.vxlan.proxy else None
-        master = bridge.index if bridge else -1
+        master = bridge.index if bridge and bridge.up else -1  # one that is down is made anew
         picture = Sandbox(
             network_id=network_id,
             bridge=bridge is not None and bridge.up,
@@ -154,7 +177,7 @@ class NamespaceKernel:
     def marks(self, network_id: str) -> bool:
         """Whether packets of an encrypted network are marked."""
         with self.thread.inside(self.network_path(network_id)), Netlink(NETLINK_NETFILTER) as netlink:
-            return nfnl.rule_counts(netlink, nfnl.BRIDGE, MARKING_TABLE) == MARKING_RULES
+            return nfnl.rule_counts(netlink, MARKING_TABLE, nfnl.BRIDGE) == MARKING_RULES
 
     def network_identity(self, path: Path) -> str:
         """The network ID that was written on the bridge; "" if there is none."""
@@ -163,6 +186,7 @@ class NamespaceKernel:
         return bridge.alias if bridge else ""
 
     def make_namespace(self, network_id: str) -> None:
+        self._forget_lost(network_id)
         path = self.network_path(network_id)
         self.thread.create(path)
         with self.thread.inside(path), Netlink(NETLINK_ROUTE) as netlink:
@@ -170,6 +194,13 @@ class NamespaceKernel:
             # br_netfilter would send bridged frames through IP hooks for nothing.
             set_optional("net.bridge.bridge-nf-call-iptables", "0")
             netlink.batch(acknowledged([rtnl.set_link("lo")]))
+
+    def _forget_lost(self, network_id: str) -> None:
+        """A namespace that somebody unmounted: with its links go the tasks' ends, which are then made anew."""
+        known = self._inside.get(network_id)
+        if known is not None:
+            known.netlink.batch(acknowledged([rtnl.delete_group()]))
+            self._leave(network_id)
 
     def do_sandbox(self, network_id: str, operations: Iterable[SandboxOperation]) -> None:
         """Raises NetlinkError."""
@@ -222,7 +253,6 @@ class NamespaceKernel:
 
     def _set_vxlan(self, inner: Netlink, vxlan: Vxlan) -> None:
         # The kernel refuses IPv6 neighbours to a device without IPv6.
-        set_optional(f"net.ipv6.conf.{VXLAN_NAME}.addr_gen_mode", NO_ADDRESS)
         set_optional(f"net.ipv6.conf.{VXLAN_NAME}.disable_ipv6", "0" if vxlan.ipv6 else "1")
         self._enslave(inner, VXLAN_NAME, vxlan.mtu_bytes)
 
@@ -254,6 +284,7 @@ class NamespaceKernel:
     def remove_sandbox(self, network_id: str) -> None:
         """The links explicitly: the kernel destroys namespaces late, and the VNI may be wanted again now. With
         the leg's end here goes its end in the host's namespace."""
+        self._leave(network_id)
         path = self.network_path(network_id)
         if namespaces.exists(path):
             with self.thread.inside(path), Netlink(NETLINK_ROUTE) as inner:
@@ -262,15 +293,20 @@ class NamespaceKernel:
 
     # --- tasks ---
 
-    def make_task_namespace(self, task_id: str, sysctls: dict[str, str]) -> None:
-        path = self.task_path(task_id)
-        self.thread.create(path)
-        with self.thread.inside(path):
-            for name, value in TASK_SYSCTLS.items():
-                namespaces.sysctl(name, value)
-            set_all_optional(IPV6_SYSCTLS)
-            for name, value in sysctls.items():
-                namespaces.sysctl(name, value)
+    def claim(self, task: Task, spare: Spare, sysctls: Mapping[str, str]) -> None:
+        """Make a spare namespace the task's, and wire it. Raises OSError, NetworkError."""
+        path = self.task_path(task.task_id)
+        namespaces.pin(spare.descriptor, path)
+        if sysctls:
+            with self.thread.inside(path):
+                for name, value in sysctls.items():
+                    namespaces.sysctl(name, value)
+        for link in task.links:
+            self._make_link(task, link, spare.descriptor, spare.route)
+        if any(link.ipv6 for link in task.links):
+            with self.thread.inside(path):
+                _turn_on_ipv6(task.links)
+        _set_links(spare.route, (SetLink(link, frozenset()) for link in task.links))
 
     def read_task(self, task_id: str) -> TaskKernel:
         with self.thread.inside(self.task_path(task_id)), Netlink(NETLINK_ROUTE) as netlink:
@@ -280,7 +316,9 @@ class NamespaceKernel:
         names = {link.index: link.name for link in links.values()}
         return TaskKernel(
             links=frozenset((link.name, link.mac, link.mtu_bytes) for link in links.values() if link.up),
-            addresses=frozenset((names.get(index, ""), address, prefix) for index, address, prefix in addresses),
+            addresses=frozenset(
+                (names.get(index, ""), address, prefix) for index, address, prefix in connected(addresses, routes)
+            ),
             routes=frozenset(
                 (names.get(route.link, ""), route.destination, route.prefix, route.gateway) for route in routes
             ),
@@ -290,30 +328,36 @@ class NamespaceKernel:
         )
 
     def do_task(self, task: Task, operations: Iterable[TaskOperation]) -> None:
-        """Raises NetlinkError."""
-        path = self.task_path(task.task_id)
-        settings: list[TaskLink] = []
-        with self.thread.inside(path) as descriptor, Netlink(NETLINK_ROUTE) as inner:
+        """Raises OSError, NetworkError."""
+        settings: list[SetLink] = []
+        with self.thread.inside(self.task_path(task.task_id)) as descriptor, Netlink(NETLINK_ROUTE) as inner:
             for operation in operations:
                 match operation:
                     case MakeLink(link, replaces):
                         if replaces:
                             inner.batch(acknowledged([rtnl.delete_link(link.name)]))
-                        if link.parent:
-                            self._make_macvlan(task, link, descriptor, inner)
-                        else:
-                            self._make_link(task, link, descriptor)
-                    case SetLink(link):
-                        settings.append(link)
-            messages = [rtnl.set_link("lo")]
-            for link in settings:
-                if link.ipv6:
-                    namespaces.sysctl(f"net.ipv6.conf.{link.name}.disable_ipv6", "0")
-                messages += _link_settings(link, rtnl.link_index(inner, link.name))
-            inner.batch(acknowledged(messages))
+                        self._make_link(task, link, descriptor, inner)
+                    case SetLink():
+                        settings.append(operation)
+            # A link has no IPv6 at all while its MTU is too small for it.
+            sized = [rtnl.set_link(setting.link.name, mtu_bytes=setting.link.mtu_bytes) for setting in settings]
+            inner.batch(acknowledged([rtnl.set_link("lo"), *sized]))
+            _turn_on_ipv6(setting.link for setting in settings)
+            _set_links(inner, settings)
+
+    def _make_link(self, task: Task, link: TaskLink, descriptor: int, inner: Netlink) -> None:
+        if link.parent:
+            self._make_macvlan(task, link, descriptor, inner)
+            return
+        try:
+            self._make_veth(task, link, descriptor)
+        except NetlinkError:
+            # A port of that name may stand from before a crash, or the bridge be another than it was.
+            self._leave(link.network_id)
+            self._enter(link.network_id).netlink.batch(acknowledged([rtnl.delete_link(link.port)]))
+            self._make_veth(task, link, descriptor)
 
     def _make_macvlan(self, task: Task, link: TaskLink, descriptor: int, inner: Netlink) -> None:
-        index = TASK_LINK_INDEX + task.links.index(link)
         with self.thread.home(), Netlink(NETLINK_ROUTE) as outer:
             try:
                 parent = rtnl.link_index(outer, link.parent)
@@ -329,7 +373,6 @@ class NamespaceKernel:
                 MACVLAN_MODES[link.mode],
                 link.mac,
                 mtu_bytes=link.mtu_bytes,
-                index=index,
                 namespace_fd=descriptor,
             )
             outer.batch(acknowledged([made]))
@@ -342,15 +385,29 @@ class NamespaceKernel:
         known = [found for alias in aliases if (found := read_port_alias(alias)) is not None]
         return {name: interface for _, name, interface in known}
 
-    def _make_link(self, task: Task, link: TaskLink, descriptor: int) -> None:
-        index = TASK_LINK_INDEX + task.links.index(link)
-        near, far = rtnl.VethEnd(link.port, in_group=True), rtnl.VethEnd(link.name, link.mac, index)
-        network = self.network_path(link.network_id)
-        with self.thread.home(), self.thread.inside(network), Netlink(NETLINK_ROUTE) as netlink:
-            bridge = rtnl.link_index(netlink, BRIDGE_NAME)
-            made = rtnl.new_veth(near, far, link.mtu_bytes, descriptor, bridge)
-            alias = rtnl.set_link(link.port, alias=port_alias(task.task_id, link))
-            netlink.batch(acknowledged([rtnl.delete_link(link.port), made, alias]))
+    def _make_veth(self, task: Task, link: TaskLink, descriptor: int) -> None:
+        network = self._enter(link.network_id)
+        near = rtnl.VethEnd(link.port, in_group=True)
+        far = rtnl.VethEnd(link.name, link.mac)
+        made = rtnl.new_veth(near, far, link.mtu_bytes, descriptor, network.bridge)
+        alias = rtnl.set_link(link.port, alias=port_alias(task.task_id, link))
+        network.netlink.batch(acknowledged([made, alias]))
+
+    def _enter(self, network_id: str) -> InsideNetwork:
+        if network_id not in self._inside:
+            with self.thread.home(), self.thread.inside(self.network_path(network_id)):
+                netlink = Netlink(NETLINK_ROUTE)
+            self._inside[network_id] = InsideNetwork(netlink, rtnl.link_index(netlink, BRIDGE_NAME))
+        return self._inside[network_id]
+
+    def _leave(self, network_id: str) -> None:
+        known = self._inside.pop(network_id, None)
+        if known is not None:
+            known.netlink.close()
+
+    def close(self) -> None:
+        for network_id in list(self._inside):
+            self._leave(network_id)
 
     def open_network(self, path: Path) -> Netlink | None:
         """A socket in a network's namespace, to be closed by the caller; None when there is no such namespace."""
@@ -359,14 +416,27 @@ class NamespaceKernel:
         with self.thread.inside(path):
             return Netlink(NETLINK_ROUTE)
 
-    def remove_task(self, task_id: str) -> None:
-        namespaces.remove(self.task_path(task_id))
+
+def _turn_on_ipv6(links: Iterable[TaskLink]) -> None:
+    """In the task's namespace, where it is off by default."""
+    for link in links:
+        if link.ipv6:
+            namespaces.sysctl(f"net.ipv6.conf.{link.name}.disable_ipv6", "0")
+
+
+def _set_links(inner: Netlink, settings: Iterable[SetLink]) -> None:
+    messages: list[Message] = []
+    for setting in settings:
+        index = rtnl.link_index(inner, setting.link.name)
+        messages += [rtnl.delete_address(index, address, prefix) for address, prefix in sorted(setting.stale)]
+        messages += _link_settings(setting.link, index)
+    inner.batch(acknowledged(messages))
 
 
 def _link_settings(link: TaskLink, index: int) -> list[Message]:
     return [
         rtnl.set_link(index=index, mtu_bytes=link.mtu_bytes),
-        *(rtnl.add_address(index, address, prefix) for address, prefix in link.addresses),
+        *(rtnl.add_address(index, address, prefix) for address, prefix in link.all_addresses),
         *(rtnl.add_neighbour(index, gateway, link.gateway_mac) for gateway in link.gateways),
         *(rtnl.add_route(index, destination, prefix, gateway or None) for destination, prefix, gateway in link.routes),
     ]

@@ -17,9 +17,6 @@ NODE_RANGE6_PREFIX = 48
 MAX_NODE_INDEX = 65534
 TAG_MAX_CHARS = 6
 """The name of a leg is "pys" + tag + "-" + VNI in base 36 (at most 5 digits): 15 characters, the kernel's limit."""
-TASK_LINK_INDEX = 100
-"""eth0 gets this ifindex in its namespace, eth1 the next: choosing it saves a look-up, and starting at 100
-keeps clear of the tunnel devices that some kernels put into each new namespace."""
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
@@ -43,6 +40,13 @@ def node_address6(index: int) -> str:
 def canonical(address: str) -> str:
     """An address of either family as the kernel's answers are written here. Raises ValueError."""
     return str(ipaddress.ip_address(address))
+
+
+def link_local(mac: str) -> str:
+    """fe80::... of the link with this MAC (EUI-64, RFC 4291): who forwards looks for neighbours by it."""
+    octets = bytes.fromhex(mac.replace(":", ""))
+    interface = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
+    return str(ipaddress.IPv6Address(bytes([0xFE, 0x80, *bytes(6)]) + interface))
 
 
 def leg_mac(index: int) -> str:

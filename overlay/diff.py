@@ -40,7 +40,7 @@ class MakeLeg:
 class SetLeg:
     leg: Leg
     stale: frozenset[tuple[str, int]]
-    """Addresses to take away."""
+    """Addresses to take away first: wrong ones, and those whose route may be missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def _leg_operations(leg: Leg | None, actual: Sandbox, mtu_bytes: int) -> list[Sa
         return [*gone, MakeLeg(leg)]
     out: list[SandboxOperation] = []
     if old != leg:
-        out.append(SetLeg(leg, old.addresses - leg.addresses))
+        out.append(SetLeg(leg, old.addresses ^ leg.addresses))
     if (LEG_PORT_NAME, mtu_bytes) not in actual.ports:
         out.append(SetPort(LEG_PORT_NAME, mtu_bytes))
     return out
@@ -164,6 +164,8 @@ class MakeLink:
 @dataclass(frozen=True, slots=True)
 class SetLink:
     link: TaskLink
+    stale: frozenset[tuple[str, int]]
+    """Addresses to take away first: they lack the route to their subnet, or are not there at all."""
 
 
 TaskOperation = MakeLink | SetLink
@@ -175,9 +177,10 @@ def task_operations(wanted: Task, actual: TaskKernel) -> tuple[TaskOperation, ..
     names = {name for name, _ in actual.present}
     for link in wanted.links:
         if (link.name, link.mac) not in actual.present:
-            out += [MakeLink(link, link.name in names), SetLink(link)]
+            out += [MakeLink(link, link.name in names), SetLink(link, frozenset())]
         elif not _is_set(link, actual):
-            out.append(SetLink(link))
+            standing = {(address, prefix) for name, address, prefix in actual.addresses if name == link.name}
+            out.append(SetLink(link, frozenset(link.all_addresses) - standing))
     return tuple(out)
 
 
@@ -185,7 +188,7 @@ def _is_set(link: TaskLink, actual: TaskKernel) -> bool:
     return (
         any((link.name, link.mac) == found[:2] and link.mtu_bytes in (0, found[2]) for found in actual.links)
         and (link.name in actual.ipv6 or not link.ipv6)
-        and all((link.name, *address) in actual.addresses for address in link.addresses)
+        and all((link.name, *address) in actual.addresses for address in link.all_addresses)
         and all((link.name, gateway, link.gateway_mac) in actual.neighbours for gateway in link.gateways)
         and all(_reachable(destination, prefix, actual) for destination, prefix, _ in link.routes)
     )

@@ -111,7 +111,7 @@ class HostEncryption:
         """Loaded and deleted in one transaction: nothing of it is ever seen."""
         scratch = f"{self._tables.name}_probe"
         try:
-            nft.run(f"{guard(scratch, 1).text(replace=False)}delete table ip {scratch}\n")
+            nft.run(f"{guard(scratch, 1).text()}delete table ip {scratch}\n")
         except NetworkError as error:
             log.debug("no_ipsec_in_nftables", error=str(error))
             return False

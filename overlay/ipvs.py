@@ -11,7 +11,7 @@ import errno
 import hashlib
 import socket
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,8 +66,6 @@ class Standing:
 
     scheduler: str
     weights: dict[Destination, int]
-    open: dict[Destination, int]
-    """Connections when it was last read; a destination not in it: unknown."""
 
 
 # --- what is wanted (pure) ----------------------------------------------------------------------------------
@@ -126,10 +124,13 @@ class Operation:
 
 
 def operations(
-    wanted: Mapping[Key, Service | None], standing: Mapping[Key, Standing], alive: frozenset[bytes]
+    wanted: Mapping[Key, Service | None],
+    standing: Mapping[Key, Standing],
+    alive: frozenset[bytes],
+    idle: frozenset[tuple[Key, Destination]] = frozenset(),
 ) -> list[Operation]:
     """What makes `standing` as `wanted`, for the services named there (None: it should not be). `alive`: addresses of
-    tasks that still run, whose connections go on."""
+    tasks that still run, whose connections go on. `idle`: destinations without any, just now."""
     out: list[Operation] = []
     for key, service in wanted.items():
         found = standing.get(key)
@@ -139,7 +140,7 @@ def operations(
             continue
         kept = service.weights if service is not None else {}
         left = {item: weight for item, weight in found.weights.items() if item not in kept}
-        going = {item for item in left if item[0] not in alive or found.open.get(item) == 0}
+        going = {item for item in left if item[0] not in alive or (key, item) in idle}
         out += [Operation(_DEL_DEST, key, destination=item) for item in sorted(going)]
         out += [Operation(_SET_DEST, key, destination=item) for item in sorted(left.keys() - going) if left[item]]
         if service is None and going == left.keys():
@@ -164,15 +165,13 @@ def applied(standing: dict[Key, Standing], done: Iterable[Operation]) -> None:
         if item.command == _DEL_SERVICE:
             standing.pop(item.key, None)
             continue
-        service = standing.setdefault(item.key, Standing("", {}, {}))
+        service = standing.setdefault(item.key, Standing("", {}))
         if item.destination is None:
             service.scheduler = item.scheduler
         elif item.command == _DEL_DEST:
             service.weights.pop(item.destination, None)
-            service.open.pop(item.destination, None)
         else:
             service.weights[item.destination] = item.weight
-            service.open.pop(item.destination, None)
 
 
 # --- messages -----------------------------------------------------------------------------------------------
@@ -228,26 +227,30 @@ def timeouts(family: int) -> Message:
     return Message(family, 0, _command(_SET_CONFIG, *parts), "set IPVS timeouts")
 
 
-def read(netlink: Netlink, family: int) -> dict[Key, Standing]:
-    """All services by mark of the socket's namespace."""
-    out: dict[Key, Standing] = {}
+def read(netlink: Netlink, family: int) -> tuple[dict[Key, Standing], frozenset[tuple[Key, Destination]]]:
+    """All services by mark of the socket's namespace, and which destinations are idle."""
+    standing: dict[Key, Standing] = {}
+    idle: set[tuple[Key, Destination]] = set()
     for answer in netlink.dump(family, _command(_GET_SERVICE), "read IPVS services"):
         found = attributes(attributes(answer, 4)[_SERVICE])
         if 5 not in found:
             continue
         key = (struct.unpack("=H", found[1])[0], struct.unpack("=I", found[5])[0])
-        out[key] = Standing(text(found[6]), {}, {})
-        _read_destinations(netlink, family, key, out[key])
-    return out
+        standing[key] = Standing(text(found[6]), {})
+        for item, weight, connections in _read_destinations(netlink, family, key):
+            standing[key].weights[item] = weight
+            if not connections:
+                idle.add((key, item))
+    return standing, frozenset(idle)
 
 
-def _read_destinations(netlink: Netlink, family: int, key: Key, standing: Standing) -> None:
+def _read_destinations(netlink: Netlink, family: int, key: Key) -> Iterator[tuple[Destination, int, int]]:
+    """(destination, weight, connections)"""
     length = 4 if key[0] == socket.AF_INET else 16
     for answer in netlink.dump(family, _command(_GET_DEST, _service(key)), "read IPVS destinations"):
         found = attributes(attributes(answer, 4)[_DEST])
-        item = (found[1][:length], struct.unpack(">H", found[2])[0])
-        counts = [int(struct.unpack("=I", found[kind])[0]) for kind in (4, 7, 8)]
-        standing.weights[item], standing.open[item] = counts[0], counts[1] + counts[2]
+        weight, active, inactive = (int(struct.unpack("=I", found[kind])[0]) for kind in (4, 7, 8))
+        yield (found[1][:length], struct.unpack(">H", found[2])[0]), weight, active + inactive
 
 
 def any_here() -> bool:
@@ -277,22 +280,23 @@ class VirtualServices:
             namespaces.sysctl(name, value)
         self._netlink.batch(acknowledged([timeouts(self._family)]))
 
-    def change(self, wanted: Mapping[Key, Service | None], alive: frozenset[bytes]) -> bool:
-        """Make the services named as wanted (None: it should not be); True when one that is wanted was not.
-        Raises NetlinkError: `audit` must then compare."""
-        todo = operations(wanted, self._standing, alive)
+    def change(self, wanted: Mapping[Key, Service | None], alive: frozenset[bytes]) -> None:
+        """Make the services named as wanted (None: it should not be). Raises NetlinkError: `audit` must compare."""
+        self._do(operations(wanted, self._standing, alive))
+
+    def audit(self, wanted: Services, alive: frozenset[bytes]) -> bool:
+        """Read all from the kernel and make it as wanted; True when something that is wanted was missing."""
+        found, idle = read(self._netlink, self._family)
+        self._standing = {key: standing for key, standing in found.items() if self._ours(key[1])}
+        surplus: dict[Key, Service | None] = dict.fromkeys(self._standing)
+        todo = operations(surplus | dict(wanted), self._standing, alive, idle)
+        self._do(todo)
+        return any(item.command in (_NEW_SERVICE, _SET_SERVICE, _NEW_DEST) or item.weight for item in todo)
+
+    def _do(self, todo: list[Operation]) -> None:
         if todo:
             self._netlink.batch(acknowledged([message(self._family, item) for item in todo]))
             applied(self._standing, todo)
-        return any(item.command in (_NEW_SERVICE, _SET_SERVICE, _NEW_DEST) or item.weight for item in todo)
-
-    def audit(self, wanted: Services, alive: frozenset[bytes]) -> bool:
-        """Read all from the kernel and make it as wanted, inside the namespace or not; True when something wanted was
-        missing."""
-        found = read(self._netlink, self._family)
-        self._standing = {key: standing for key, standing in found.items() if self._ours(key[1])}
-        gone: dict[Key, Service | None] = dict.fromkeys(self._standing)
-        return self.change(gone | dict(wanted), alive)
 
     def close(self) -> None:
         self._netlink.close()

@@ -90,21 +90,41 @@ class NamespaceThread:
             self._enter(back)
             os.close(back)
 
-    def create(self, path: Path) -> None:
-        """A new namespace, kept alive by a bind mount at `path`: it survives the agent."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o444, exist_ok=True)
+    @contextlib.contextmanager
+    def fresh(self) -> Iterator[int]:
+        """The block runs in a new namespace; yields its descriptor, which the caller owns (if the block raises, it is
+        closed). Then it is home again. Raises OSError."""
         try:
             _checked(_libc.unshare(_CLONE_NEWNET), "make a network namespace")
-            _checked(
-                _libc.mount(_OWN_NAMESPACE.encode(), os.fsencode(path), b"none", _MS_BIND, None),
-                f"mount a network namespace at {path}",
-            )
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
+            descriptor = os.open(_OWN_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                yield descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
         finally:
             self._enter(self._home)
+
+    def create(self, path: Path) -> None:
+        """A new namespace, kept alive by a bind mount at `path`: it survives the agent."""
+        with self.fresh() as descriptor:
+            pin(descriptor, path)
+        os.close(descriptor)
+
+
+def pin(descriptor: int, path: Path) -> None:
+    """Keep that namespace alive by a bind mount at `path`. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o444, exist_ok=True)
+    source = f"/proc/self/fd/{descriptor}"
+    try:
+        _checked(
+            _libc.mount(source.encode(), os.fsencode(path), b"none", _MS_BIND, None),
+            f"mount a network namespace at {path}",
+        )
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def exists(path: Path) -> bool:

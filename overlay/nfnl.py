@@ -140,6 +140,12 @@ def transaction(messages: Sequence[Message]) -> list[Message]:
     return [begin, *messages[:-1], acknowledged, end]
 
 
+def clear_table(family: int, table: str) -> list[Message]:
+    """Delete it, whether it stands or not, within a transaction."""
+    made = _message(NEWTABLE, NLM_F_CREATE, family, attribute(1, table), f"make table {table}")
+    return [made, delete_table(family, table)]
+
+
 def delete_table(family: int, table: str) -> Message:
     body = header(family) + attribute(1, table)
     return Message(NFT_SUBSYSTEM << 8 | DELTABLE, 0, body, f"delete table {table}", frozenset({errno.ENOENT}))
@@ -161,7 +167,7 @@ def chains(netlink: Netlink, family: int = socket.AF_INET) -> frozenset[tuple[st
     return frozenset((text(item[1]), text(item[3])) for item in found)
 
 
-def rule_counts(netlink: Netlink, family: int, table: str) -> dict[str, int]:
+def rule_counts(netlink: Netlink, table: str, family: int = socket.AF_INET) -> dict[str, int]:
     """Chain -> its number of rules; {} when there is no such table."""
     standing = [name for owner, name in chains(netlink, family) if owner == table]
     if not standing:

@@ -17,6 +17,7 @@ from overlay.addressing import (
     canonical,
     leg_mac,
     leg_name,
+    link_local,
     node_address,
     node_address6,
     port_name,
@@ -110,6 +111,10 @@ class TaskLink:
     def ipv6(self) -> bool:
         return len(self.addresses) > 1
 
+    @property
+    def all_addresses(self) -> tuple[tuple[str, int], ...]:
+        return (*self.addresses, (link_local(self.mac), 64)) if self.ipv6 else self.addresses
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -165,6 +170,7 @@ def _leg(network: OverlayNetwork, index: int, tag: str, mtu_bytes: int) -> Leg |
     addresses = {(network.gateway, _prefix(network.subnet)), (node_address(index), 32)}
     if network.subnet6:
         addresses |= {(canonical(network.gateway6), _prefix(network.subnet6)), (node_address6(index), 128)}
+        addresses.add((link_local(leg_mac(index)), 64))
     return Leg(
         name=leg_name(tag, network.vni),
         mac=leg_mac(index),

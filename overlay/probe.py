@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import threading
 from collections.abc import Callable
 from functools import lru_cache
 
-from overlay import ipvs, nfnl, nft
+from overlay import ipvs
 from overlay.interface import Balancer, NetworkError
-from overlay.netlink import NETLINK_GENERIC, NETLINK_NETFILTER, Netlink
-from overlay.ruleset import layouts_text, task_layouts
-
-_CLONE_NEWNET = 0x40000000
-_libc = ctypes.CDLL(None, use_errno=True)
+from overlay.netlink import NETLINK_GENERIC, Netlink
+from overlay.ruleset import task_layouts
+from overlay.scratch import in_scratch
+from overlay.template import make_template
 
 
 @lru_cache(maxsize=1)
@@ -31,35 +27,15 @@ def has_ipvs() -> bool:
 
 
 def _works(attempt: Callable[[], None]) -> bool:
-    """Whether it raises nothing, in a namespace of its own."""
-    found: list[bool] = []
-
-    def run() -> None:
-        try:
-            if _libc.unshare(_CLONE_NEWNET) < 0:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            attempt()
-        except (NetworkError, OSError):
-            found.append(False)
-        else:
-            found.append(True)
-
-    thread = threading.Thread(target=run)  # its namespace ends with it
-    thread.start()
-    thread.join()
-    return found[0]
+    try:
+        in_scratch(attempt)
+    except (NetworkError, OSError):
+        return False
+    return True
 
 
 def _load_egress_rule() -> None:
-    (layout,) = task_layouts("nftables", ("127.0.0.11", 53), (), ("lo",))
-    nft.run(layouts_text([layout], replace=False))
-    with Netlink(NETLINK_NETFILTER) as netlink:
-        rules = [
-            nfnl.add_rule(layout.family, layout.table, chain.name, rule)
-            for chain in layout.chains
-            for rule in chain.raw
-        ]
-        netlink.transaction(nfnl.transaction(rules))
+    make_template(task_layouts("nftables", ("127.0.0.11", 53), (), ("lo",)))
 
 
 def _find_ipvs() -> None:

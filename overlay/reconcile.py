@@ -20,7 +20,7 @@ from overlay.addressing import (
     port_name,
 )
 from overlay.balance import TaskBalance
-from overlay.diff import TaskKernel, task_operations
+from overlay.diff import task_operations
 from overlay.encryption import HostEncryption
 from overlay.hostbridge import free_address
 from overlay.interface import Attachment, HostState, Interface, NetworkError
@@ -33,17 +33,20 @@ from overlay.plan import (
     mtu_left,
     plan_task,
 )
+from overlay.removal import Port
 from overlay.rtnl import delete_link
 from overlay.ruleset import Layout
 from overlay.sandboxes import FAILURES, Sandboxes
 from overlay.services import ServiceBalancer
+from overlay.spares import Spares
 from overlay.sysctls import set_host_sysctls
 from overlay.tables import UNKNOWN
 
 log = structlog.get_logger("overlay")
 
-AUDIT_PERIOD_S = 5.0
-"""How stale a repair may be. An audit reads everything: about 1 ms per task and network."""
+AUDIT_PERIOD_S = 3.0
+"""No audit sooner after the last: it reads everything, about 1 ms per task and network. Less than the period at which
+the agent calls, so that none of its calls comes a moment too early."""
 
 
 @dataclass(slots=True)
@@ -58,17 +61,17 @@ class Attached:
 
 
 @dataclass(frozen=True, slots=True)
-class Port:
-    """A task's link in a network's bridge ("" = none), and a socket in that network's namespace."""
+class Detached:
+    """What is left of a task: its ports first, then `finish`, on any thread."""
 
-    netlink: Netlink
-    name: str
+    ports: tuple[Port, ...]
+    path: Path
+    balance: TaskBalance | None
 
-    def delete(self) -> None:
-        """From any thread; closes the socket. No such link: fine."""
-        with self.netlink:
-            if self.name:
-                self.netlink.batch(acknowledged([delete_link(self.name)]))
+    def finish(self) -> None:
+        if self.balance is not None:
+            self.balance.close()
+        namespaces.remove(self.path)
 
 
 def _links_differ(old: HostState, new: HostState) -> bool:
@@ -87,6 +90,7 @@ class Reconciler:
         self._kernel = kernel
         self._tag = tag
         self._services = services
+        self._spares = Spares(services.open)
         self._clock = clock
         self._state: HostState | None = None
         self._complete = False
@@ -133,6 +137,7 @@ class Reconciler:
             self._replan_tasks()
         for task_id, attached in self._tasks.items():
             self._guarded(f"task {task_id}", self._give, task_id, attached)
+        self._spares.refill()
         self._complete = True
 
     def _apply_networks(self, state: HostState) -> None:
@@ -310,17 +315,18 @@ class Reconciler:
 
     def _attach_new(self, task: Task, interfaces: tuple[Interface, ...], sysctls: dict[str, str]) -> None:
         kernel, task_id = self._kernel, task.task_id
+        spare = self._spares.take(kernel.thread)
+        attached = self._tasks[task_id] = Attached(interfaces, task, spare.balance)
         try:
-            kernel.make_task_namespace(task_id, sysctls)
-            attached = Attached(interfaces, task, self._new_balance(task_id))
-            self._tasks[task_id] = attached
-            kernel.do_task(task, task_operations(task, TaskKernel()))
+            kernel.claim(task, spare, sysctls)
             with kernel.thread.inside(kernel.task_path(task_id)):
                 self._services.load(attached.balance, self._layouts(attached))
             self._give(task_id, attached)
         except FAILURES:
             self._discard(task_id)
             raise
+        finally:
+            spare.release()
 
     def _attach_again(self, task: Task, interfaces: tuple[Interface, ...]) -> None:
         known = self._tasks.get(task.task_id)
@@ -331,36 +337,32 @@ class Reconciler:
         for network_id in set(known.network_ids()) - wanted:
             netlink = self._kernel.open_network(self._kernel.network_path(network_id))
             if netlink is not None:
-                Port(netlink, port_name(task.task_id)).delete()
+                Port(self._kernel.network_path(network_id), netlink, port_name(task.task_id)).delete()
         if known.task != task or known.interfaces != interfaces:
             self._repair_links(task)
         known.task, known.interfaces = task, interfaces
         self._give(task.task_id, known)
 
-    def begin_detach(self, task_id: str) -> list[Port]:
-        """Forget the task; returns its ports, which are then deleted on any thread: each deletion waits about
-        18 ms for packets under way, and this thread has better to do."""
+    def begin_detach(self, task_id: str) -> Detached:
+        """Forget the task; what is left of it is removed on other threads, then `end_detach` is called. Until its
+        namespace is removed a crash leaves the task in `attached`, to be detached again."""
         known = self._tasks.pop(task_id, None)
         names = {self._kernel.network_path(item).name for item in known.network_ids()} if known else set()
-        paths = [path for path in self._sandboxes.paths() if not names or path.name in names]
-        opened = [self._kernel.open_network(path) for path in paths]
-        ports = [Port(netlink, port_name(task_id)) for netlink in opened if netlink is not None]
-        own = self._kernel.task_path(task_id)
-        for link in known.task.links if known and known.task else ():
-            netlink = self._kernel.open_network(own) if link.parent else None
-            if netlink is not None:
-                ports.append(Port(netlink, link.name))
-        return [*ports, Port(known.balance.netlink, "")] if known else ports
+        found = [(path, port_name(task_id)) for path in self._sandboxes.paths() if not names or path.name in names]
+        links = known.task.links if known and known.task else ()
+        found += [(self._kernel.task_path(task_id), link.name) for link in links if link.parent]
+        opened = [(path, self._kernel.open_network(path), name) for path, name in found]
+        ports = tuple(Port(path, netlink, name) for path, netlink, name in opened if netlink is not None)
+        return Detached(ports, self._kernel.task_path(task_id), known.balance if known else None)
 
-    def end_detach(self, task_id: str) -> None:
-        """After its ports: until here a crash leaves the task in `attached`, to be detached again."""
-        self._kernel.remove_task(task_id)
+    def end_detach(self) -> None:
         self._remove_unused()
 
     def _discard(self, task_id: str) -> None:
-        for port in self.begin_detach(task_id):
+        gone = self.begin_detach(task_id)
+        for port in gone.ports:
             port.delete()
-        self._kernel.remove_task(task_id)
+        gone.finish()
 
     def attached(self) -> frozenset[str]:
         return self._kernel.task_ids()
@@ -413,6 +415,8 @@ class Reconciler:
         """Close what is kept open; the kernel's state stays."""
         for attached in self._tasks.values():
             attached.balance.close()
+        self._spares.close()
+        self._kernel.close()
         self._services.close()
 
     # --- teardown ------------------------------------------------------------------------------------
@@ -435,6 +439,7 @@ class Reconciler:
             for path in directory.glob("task-*"):
                 path.unlink()
             directory.rmdir()
+        self._spares.clear()
         self._services.remove()
         self._state, self._complete = None, False
         self._sandboxes = Sandboxes(self._kernel, self._tag)

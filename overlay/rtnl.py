@@ -29,6 +29,8 @@ IFLA_GROUP, IFLA_NET_NS_FD, IFLA_EXT_MASK = 27, 28, 29
 LINK_GROUP = 7901
 """Of all links that we put into a network's namespace: one message then deletes them all, and waits once (18 ms)
 for packets under way instead of once per link."""
+DOOMED_GROUP = 7902
+"""Of links that are deleted next, together."""
 RTEXT_FILTER_SKIP_STATS = 8
 VETH_INFO_PEER = 1
 MACVLAN_MODE = 1
@@ -98,8 +100,6 @@ def new_vxlan(name: str, vni: int, port: int, local: str, *, mtu_bytes: int, nam
 class VethEnd:
     name: str
     mac: str | None = None
-    index: int = 0
-    """0 = the kernel chooses."""
     in_group: bool = False
 
 
@@ -112,17 +112,15 @@ def new_veth(near: VethEnd, far: VethEnd, mtu_bytes: int, far_namespace_fd: int,
         group = attribute(IFLA_GROUP, LINK_GROUP) if side.in_group else b""
         return attribute(IFLA_IFNAME, side.name) + mac + attribute(IFLA_MTU, mtu_bytes) + group
 
-    peer = attribute(VETH_INFO_PEER, _info(far.index) + end(far) + attribute(IFLA_NET_NS_FD, far_namespace_fd))
-    body = _info(near.index, up=True) + end(near) + (attribute(IFLA_MASTER, master) if master else b"")
+    peer = attribute(VETH_INFO_PEER, _info() + end(far) + attribute(IFLA_NET_NS_FD, far_namespace_fd))
+    body = _info(up=True) + end(near) + (attribute(IFLA_MASTER, master) if master else b"")
     body += nested(IFLA_LINKINFO, attribute(1, "veth"), attribute(2, peer))
     return Message(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body, f"make veth {near.name} - {far.name}")
 
 
-def new_macvlan(
-    name: str, parent: int, mode: int, mac: str, *, mtu_bytes: int, index: int, namespace_fd: int
-) -> Message:
+def new_macvlan(name: str, parent: int, mode: int, mac: str, *, mtu_bytes: int, namespace_fd: int) -> Message:
     """Sent in the namespace of `parent` (an ifindex), appears in that of `namespace_fd`. mtu_bytes 0: the parent's."""
-    body = _info(index) + attribute(IFLA_IFNAME, name) + attribute(IFLA_ADDRESS, _mac(mac))
+    body = _info() + attribute(IFLA_IFNAME, name) + attribute(IFLA_ADDRESS, _mac(mac))
     body += (attribute(IFLA_MTU, mtu_bytes) if mtu_bytes else b"") + attribute(IFLA_LINK, parent)
     body += attribute(IFLA_NET_NS_FD, namespace_fd)
     body += nested(IFLA_LINKINFO, attribute(1, "macvlan"), nested(2, attribute(MACVLAN_MODE, mode)))
@@ -145,9 +143,14 @@ def delete_link(name: str) -> Message:
     return Message(RTM_DELLINK, 0, _info() + attribute(IFLA_IFNAME, name), f"delete link {name}", _GONE)
 
 
-def delete_group() -> Message:
-    """All links of LINK_GROUP in this namespace."""
-    return Message(RTM_DELLINK, 0, _info() + attribute(IFLA_GROUP, LINK_GROUP), "delete a network's links", _GONE)
+def set_group(name: str, group: int) -> Message:
+    body = _info() + attribute(IFLA_IFNAME, name) + attribute(IFLA_GROUP, group)
+    return Message(RTM_SETLINK, 0, body, f"mark link {name}", _GONE)
+
+
+def delete_group(group: int = LINK_GROUP) -> Message:
+    """All its links in this namespace."""
+    return Message(RTM_DELLINK, 0, _info() + attribute(IFLA_GROUP, group), "delete a group of links", _GONE)
 
 
 # --- addresses, routes, neighbours -------------------------------------------------------------------
@@ -321,12 +324,12 @@ def links(netlink: Netlink) -> dict[str, Link]:
 
 
 def addresses(netlink: Netlink) -> frozenset[tuple[int, str, int]]:
-    """(link, address, prefix) of both families, but IPv6's link-local ones: each link makes its own."""
+    """(link, address, prefix) of both families."""
     out = set()
     body = struct.pack("=BBBBi", socket.AF_UNSPEC, 0, 0, 0, 0)
     for answer in netlink.dump(RTM_GETADDR, body, "read addresses"):
-        family, prefix, _, scope, index = struct.unpack_from("=BBBBi", answer)
-        if family in _FAMILIES and not (family == socket.AF_INET6 and scope == RT_SCOPE_LINK):
+        family, prefix, _, _, index = struct.unpack_from("=BBBBi", answer)
+        if family in _FAMILIES:
             found = attributes(answer, 8)
             out.add((index, _text_ip(family, found.get(2, found.get(1))), prefix))
     return frozenset(out)
@@ -342,8 +345,6 @@ def routes(netlink: Netlink) -> list[Route]:
             continue
         found = attributes(answer, 12)
         destination = _text_ip(family, found.get(1))
-        if destination.startswith("fe80:"):
-            continue  # each link makes its own
         gateway = _text_ip(family, found[5]) if 5 in found else ""
         link = struct.unpack("=I", found[4])[0] if 4 in found else 0
         out.append(Route(destination, prefix, gateway, link))

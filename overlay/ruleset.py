@@ -52,6 +52,8 @@ class Chain:
     rules: tuple[str, ...]
     hook: str = ""
     """ "" = it is jumped to."""
+    device: str = ""
+    """The link that it hooks at, in a netdev table."""
     raw: tuple[Rule, ...] = ()
     """After the others: rules that nft's text has no words for."""
 
@@ -80,12 +82,9 @@ class Layout:
         """Those that we fill (packets fill the others)."""
         return tuple(name for name, declaration in self.sets if "dynamic" not in declaration)
 
-    def text(self, replace: bool) -> str:
-        """`replace`: a table of that name may stand; its deletion waits 15 ms for packets under way, which a fresh
-        namespace is spared."""
+    def text(self) -> str:
         table = f"{'netdev' if self.family == NETDEV else FAMILY_WORDS[self.family].name} {self.table}"
-        lines = [f"table {table}", f"delete table {table}"] if replace else []
-        lines.append(f"table {table} {{")
+        lines = [f"table {table} {{"]
         for name, declaration in self.sets:
             lines += [f"  {declaration.split()[0]} {name} {{", f"    {declaration.split(' ', 1)[1]}", "  }"]
         lines += [f"  chain {self.marker} {{", "  }"]
@@ -94,9 +93,9 @@ class Layout:
         return "\n".join([*lines, "}", ""])
 
 
-def layouts_text(layouts: Iterable[Layout], replace: bool) -> str:
-    """All of them in one transaction."""
-    return "".join(layout.text(replace) for layout in layouts)
+def layouts_text(layouts: Iterable[Layout]) -> str:
+    """For nft, in a namespace that has none of them."""
+    return "".join(layout.text() for layout in layouts)
 
 
 def _refusal(words: Words) -> Chain:
@@ -111,9 +110,14 @@ def task_layouts(
     the kernel has no hook for this (then other hosts hide clients from the task)."""
     layouts = [_task_layout(family, balancer, dns, bool(ways_out)) for family in families]
     chains = tuple(
-        Chain(f"answer_{link}", (), f'type filter hook egress device "{link}" priority 0; policy accept;', rules)
+        Chain(
+            f"answer_{link}",
+            rules=(),
+            hook=f'type filter hook egress device "{link}" priority 0; policy accept;',
+            device=link,
+            raw=(answer_to_ingress(),),
+        )
         for link in ways_out
-        for rules in [(answer_to_ingress(),)]
     )
     return (*layouts, *([Layout(NETDEV, TASK_TABLE, (), chains)] if chains else []))
 
@@ -135,12 +139,12 @@ def _task_layout(family: int, balancer: Balancer, dns: tuple[str, int], answers:
             "leave",
             (f"{name} daddr @{REFUSED} goto refusal",),
             "type filter hook output priority 0; policy accept;",
-            (recall_ingress(),) if answers else (),
+            raw=(recall_ingress(),) if answers else (),
         ),
     ]
     if answers:
         hook = "type filter hook prerouting priority -150; policy accept;"
-        chains.append(Chain("arrive", (), hook, (remember_ingress(),)))
+        chains.append(Chain("arrive", (), hook, raw=(remember_ingress(),)))
     if not nftables:
         give_mark = f"meta mark set {name} daddr . meta l4proto map @{VIPS}"
         # IPVS leaves a packet on the way to its VIP even if the chosen backend is this task itself: routed again.

@@ -14,6 +14,8 @@ from overlay.rtnl import LEG_SETTINGS
 
 log = structlog.get_logger("overlay")
 
+NO_ADDRESS = "1"
+"""addr_gen_mode "none": link-local addresses are given like the others, so that one that is missing is missed."""
 TASK_SYSCTLS = {
     # As Docker: ping and low ports need no privilege inside a container.
     "net.ipv4.ip_unprivileged_port_start": "0",
@@ -32,6 +34,7 @@ IPV6_SYSCTLS = {
     "net.ipv6.conf.default.autoconf": "0",
     "net.ipv6.conf.default.accept_dad": "0",
     "net.ipv6.conf.default.accept_redirects": "0",
+    "net.ipv6.conf.default.addr_gen_mode": NO_ADDRESS,
 }
 """Of each namespace of ours; optional, since IPv6 may be absent from the kernel."""
 HOST_MINIMA = {
@@ -42,8 +45,9 @@ HOST_MINIMA = {
 """The machine's neighbour tables are shared by all namespaces; the default of 1,024 is 10 tasks of 100 peers. A
 connection by a published port is remembered for 5 days, the kernel's default: some hosts lower it below the two hours
 after which a TCP keepalive speaks."""
-FORWARD6 = "net.ipv6.conf.all.force_forwarding"
-"""Linux 6.17: forwards without making the host a router, which would stop it from hearing router advertisements."""
+FORWARD6 = ("net.ipv6.conf.all.force_forwarding", "net.ipv6.conf.default.force_forwarding")
+"""Linux 6.17: forwards without making the host a router, which would stop it from hearing router advertisements. "all"
+reaches only the links that exist when it is set."""
 
 
 def set_optional(name: str, value: str) -> None:
@@ -74,15 +78,17 @@ def _forward6() -> None:
     """All links, as for IPv4: what comes back for a task may come in by any of them."""
     if namespaces.read_sysctl("net.ipv6.conf.all.forwarding") == "1":
         return
-    forced = namespaces.read_sysctl(FORWARD6)
-    if forced == "1":
+    forced = [namespaces.read_sysctl(name) for name in FORWARD6]
+    if forced == ["1", "1"]:
         return
-    if forced is None:
+    supported = None not in forced
+    if not supported:
         for path in Path("/proc/sys/net/ipv6/conf").glob("*/accept_ra"):
             with contextlib.suppress(OSError):
                 if path.read_text().strip() == "1":
                     path.write_text("2")  # as a router, too
-    namespaces.sysctl("net.ipv6.conf.all.forwarding" if forced is None else FORWARD6, "1")
+    for name in FORWARD6 if supported else ("net.ipv6.conf.all.forwarding",):
+        namespaces.sysctl(name, "1")
     log.info("ipv6_forwarding_enabled")
 
 
@@ -91,6 +97,5 @@ def set_leg_sysctls(leg: Leg) -> None:
         namespaces.sysctl(f"net.ipv4.conf.{leg.name}.{name}", str(value))
     for name in ("accept_ra", "autoconf", "accept_dad"):
         set_optional(f"net.ipv6.conf.{leg.name}.{name}", "0")
+    set_optional(f"net.ipv6.conf.{leg.name}.addr_gen_mode", NO_ADDRESS)
     set_optional(f"net.ipv6.conf.{leg.name}.disable_ipv6", "0" if leg.ipv6 else "1")
-    # all.force_forwarding reaches only the links that exist when it is set.
-    set_optional(f"net.ipv6.conf.{leg.name}.force_forwarding", "1" if leg.ipv6 else "0")

@@ -6,17 +6,16 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from overlay import nfnl, nft
+from overlay import nfnl
 from overlay.elements import Element, ElementChange, Elements, Value, balancing, element_change
 from overlay.netlink import Message, Netlink
-from overlay.ruleset import NETDEV, Layout, layouts_text
-from overlay.template import Templates
+from overlay.ruleset import NETDEV, Layout
+from overlay.template import template
 
 UNKNOWN = -1
 """A generation that the kernel never has: the tables must be read."""
 ALL_FAMILIES = (socket.AF_INET, socket.AF_INET6, NETDEV)
 ChainMaker = Callable[[int, str, str], list[Message]]
-TEMPLATES = Templates()
 Chains = frozenset[tuple[int, str]]
 """(family, balancing chain)"""
 
@@ -37,28 +36,16 @@ class Tables:
     anything."""
 
     def load(self, netlink: Netlink, elements: Mapping[Element, Value], fresh: bool) -> None:
-        """Make them from nothing, replacing what stands unless the namespace is fresh."""
+        """Make them, with all elements, in place of what stands, in one transaction. `fresh`: nothing stands; deleting
+        waits 15 ms for packets under way. Raises NetworkError."""
         self.chains = set()
-        template = TEMPLATES.get(self.layouts) if fresh else None
-        if template is None:
-            self._load_text(netlink, fresh)
-        else:
-            self.generation = nfnl.generation(netlink)
-            self._transact(netlink, list(template))
-        self.change(netlink, element_change({}, elements))
-
-    def _load_text(self, netlink: Netlink, fresh: bool) -> None:
-        nft.run(layouts_text(self.layouts, replace=not fresh))
         self.generation = nfnl.generation(netlink)
-        raw = [
-            nfnl.add_rule(layout.family, layout.table, chain.name, rule)
-            for layout in self.layouts
-            for chain in layout.chains
-            for rule in chain.raw
-        ]
-        self._transact(netlink, raw)
-        if fresh:
-            TEMPLATES.learn(netlink, self.layouts)
+        cleared = (
+            () if fresh else [item for layout in self.layouts for item in nfnl.clear_table(layout.family, self.name)]
+        )
+        change = element_change({}, elements)
+        self._transact(netlink, [*cleared, *template(self.layouts), *self.messages(change)])
+        self.chains |= change.chains()
 
     def _transact(self, netlink: Netlink, messages: list[Message]) -> None:
         if messages:
@@ -116,7 +103,7 @@ class Tables:
         """Elements that stand; None when a fixed part is not as it should be."""
         found: set[tuple[int, str]] = set()
         for layout in self.layouts:
-            counts = nfnl.rule_counts(netlink, layout.family, self.name)
+            counts = nfnl.rule_counts(netlink, self.name, layout.family)
             balancers = {chain: count for chain, count in counts.items() if balancing(chain)}
             fixed = {chain: count for chain, count in counts.items() if chain not in balancers}
             if fixed != layout.rules() or any(count != self.chain_rules for count in balancers.values()):

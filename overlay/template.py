@@ -1,17 +1,45 @@
-"""The fixed part of a task's tables as netlink messages: read once from a namespace in which nft loaded the text, then
-sent to each new one. The kernel says of what stands exactly what it takes to make it, but for a few attributes.
+"""The fixed part of a namespace's tables as netlink messages: nft loads the text into a namespace that is thrown away,
+and what stands there is read back. The kernel says of what stands exactly what it takes to make it, but for a few
+attributes.
 
-Parsing the text takes libnftables five times as long as the kernel takes for the messages.
+Parsing the text takes libnftables five times as long as the kernel takes for the messages; and they fit into one
+transaction with the elements, so that a table is never seen without.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
-from overlay.netlink import NLM_F_APPEND, NLM_F_CREATE, Message, Netlink, attribute, attribute_list, text
-from overlay.nfnl import GETCHAIN, GETRULE, GETSET, NEWCHAIN, NEWRULE, NEWSET, NEWTABLE, NFT_SUBSYSTEM, header
-from overlay.ruleset import Layout
+from overlay import nft, rtnl
+from overlay.netlink import (
+    NETLINK_NETFILTER,
+    NETLINK_ROUTE,
+    NLM_F_APPEND,
+    NLM_F_CREATE,
+    Message,
+    Netlink,
+    acknowledged,
+    attribute,
+    attribute_list,
+    text,
+)
+from overlay.nfnl import (
+    GETCHAIN,
+    GETRULE,
+    GETSET,
+    NEWCHAIN,
+    NEWRULE,
+    NEWSET,
+    NEWTABLE,
+    NFT_SUBSYSTEM,
+    add_rule,
+    header,
+    transaction,
+)
+from overlay.ruleset import Layout, layouts_text
+from overlay.scratch import in_scratch
 
 _TABLE = 1
 """Attribute of chains, sets and rules alike."""
@@ -23,32 +51,48 @@ _RULE_KEPT = {1: "table", 2: "chain", 4: "expressions", 7: "user data"}
 Template = tuple[Message, ...]
 
 
-class Templates:
-    """By layouts. Kept for the life of the process: a task has one of a few."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Layout, ...], Template | None] = {}
-
-    def get(self, layouts: tuple[Layout, ...]) -> Template | None:
-        """None: nft has to load the text."""
-        return self._known.get(layouts)
-
-    def learn(self, netlink: Netlink, layouts: tuple[Layout, ...]) -> None:
-        """From tables that stand as just loaded, without any element."""
-        if layouts not in self._known:
-            self._known[layouts] = _read(netlink, layouts)
+@lru_cache(maxsize=64)
+def template(layouts: tuple[Layout, ...]) -> Template:
+    """Made once; a host has its own layouts, and a task one of a few. Raises NetworkError."""
+    links = sorted({chain.device for layout in layouts for chain in layout.chains} - {""})
+    return in_scratch(lambda: _with_links(links, layouts))
 
 
-def _read(netlink: Netlink, layouts: Iterable[Layout]) -> Template | None:
-    """None for a table with sets that have no name: rules find them in the transaction that makes both only."""
+def _with_links(links: Sequence[str], layouts: tuple[Layout, ...]) -> Template:
+    """Hooks at links need some of these names."""
+    with Netlink(NETLINK_ROUTE) as netlink, open("/proc/thread-self/ns/net") as here:
+        pairs = [
+            rtnl.new_veth(rtnl.VethEnd(name), rtnl.VethEnd(f"end{number}"), 1500, here.fileno())
+            for number, name in enumerate(links)
+        ]
+        netlink.batch(acknowledged(pairs))
+    return make_template(layouts)
+
+
+def make_template(layouts: tuple[Layout, ...]) -> Template:
+    """Load them into the current namespace, which is to be thrown away, and read them."""
+    nft.run(layouts_text(layouts))
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        raw = [
+            add_rule(layout.family, layout.table, chain.name, rule)
+            for layout in layouts
+            for chain in layout.chains
+            for rule in chain.raw
+        ]
+        if raw:
+            netlink.transaction(transaction(raw))
+        return _read(netlink, layouts)
+
+
+def _read(netlink: Netlink, layouts: Iterable[Layout]) -> Template:
     out: list[Message] = []
     for number, layout in enumerate(layouts):
         table = attribute(_TABLE, layout.table)
         out.append(_made(NEWTABLE, layout, table))
         out += [_made(NEWCHAIN, layout, _only(_CHAIN_KEPT, answer)) for answer in _dump(netlink, GETCHAIN, layout)]
         for index, answer in enumerate(_dump(netlink, GETSET, layout)):
-            if struct.unpack(">I", dict(answer).get(_SET_FLAGS, bytes(4)))[0] & _SET_ANONYMOUS:
-                return None
+            # Rules find sets without a name only in the transaction that makes both.
+            assert not struct.unpack(">I", dict(answer).get(_SET_FLAGS, bytes(4)))[0] & _SET_ANONYMOUS
             kept = b"".join(attribute(kind, value) for kind, value in answer if kind not in _SET_DROPPED)
             out.append(_made(NEWSET, layout, kept + attribute(_SET_ID, struct.pack(">I", number << 8 | index + 1))))
         out += [_made(NEWRULE, layout, _only(_RULE_KEPT, answer)) for answer in _dump(netlink, GETRULE, layout)]

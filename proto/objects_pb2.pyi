@@ -1461,6 +1461,7 @@ class Service(_message.Message):
     ALLOCATION_ERROR_FIELD_NUMBER: _builtins.int
     JOB_STATUS_FIELD_NUMBER: _builtins.int
     REBALANCE_MOVES_FIELD_NUMBER: _builtins.int
+    MASQUERADING_NODES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     spec_version: _builtins.int
     """moves only when the spec changes"""
@@ -1487,6 +1488,10 @@ class Service(_message.Message):
     def update_status(self) -> Global___UpdateStatus: ...
     @_builtins.property
     def job_status(self) -> Global___JobStatus: ...
+    @_builtins.property
+    def masquerading_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """computed when read, never stored: host names of nodes whose tasks of it"""
+
     def __init__(
         self,
         *,
@@ -1502,10 +1507,11 @@ class Service(_message.Message):
         allocation_error: _builtins.str = ...,
         job_status: Global___JobStatus | None = ...,
         rebalance_moves: _builtins.int = ...,
+        masquerading_nodes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "job_status", b"job_status", "meta", b"meta", "previous_spec", b"previous_spec", "spec", b"spec", "update_status", b"update_status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation_error", b"allocation_error", "endpoint", b"endpoint", "id", b"id", "job_status", b"job_status", "meta", b"meta", "pending_delete", b"pending_delete", "previous_spec", b"previous_spec", "previous_spec_version", b"previous_spec_version", "rebalance_moves", b"rebalance_moves", "spec", b"spec", "spec_version", b"spec_version", "update_status", b"update_status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation_error", b"allocation_error", "endpoint", b"endpoint", "id", b"id", "job_status", b"job_status", "masquerading_nodes", b"masquerading_nodes", "meta", b"meta", "pending_delete", b"pending_delete", "previous_spec", b"previous_spec", "previous_spec_version", b"previous_spec_version", "rebalance_moves", b"rebalance_moves", "spec", b"spec", "spec_version", b"spec_version", "update_status", b"update_status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

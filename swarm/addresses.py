@@ -12,6 +12,8 @@ from swarm.errors import Invalid
 DEFAULT_LISTEN_ADDR = "0.0.0.0:2377"
 DEFAULT_PORT = 2377
 COMMAND_TIMEOUT_S = 10.0
+SUBNET_BITS_MAX = 29
+"""A subnet needs a gateway, a VIP and a few tasks (swarm/allocate/subnets.py)."""
 _NOT_UNDERLAY = ("lo", "docker", "br-", "veth", "pys", "pyl", "cni", "flannel", "virbr")
 """Interfaces that other software made for containers, and ours: never announced."""
 
@@ -81,15 +83,36 @@ def check_listen(text: str) -> str:
     return f"{host or '0.0.0.0'}:{port}"
 
 
+def vtep_of(wanted: str, addresses: Mapping[str, Sequence[str]]) -> str:
+    """`wanted`, an IPv4 address or an interface that has one; "" stays (the advertised one is used). Raises Invalid."""
+    text = choose_advertise_host(wanted, addresses) if wanted in addresses else wanted
+    try:
+        if not text or not ipaddress.IPv4Address(text).is_unspecified:
+            return text
+    except ValueError:
+        pass
+    raise Invalid(
+        f"invalid --data-path-addr {wanted!r}: give an IPv4 address of this host, without port, or an interface"
+    )
+
+
 def check_pools(pools: Iterable[str], subnet_bits: int) -> None:
     """Whether subnets of this size can be cut from each pool. Raises Invalid."""
+    checked: list[ipaddress.IPv4Network] = []
     for pool in pools:
         try:
             network = ipaddress.ip_network(pool)
         except ValueError as error:
             raise Invalid(f"invalid --default-addr-pool {pool!r}: {error}") from None
-        if not network.prefixlen <= subnet_bits <= 30:
+        if not isinstance(network, ipaddress.IPv4Network):
+            raise Invalid(
+                f"invalid --default-addr-pool {pool!r}: IPv6 subnets come from the swarm's own prefix, fd00::/8"
+            )
+        if not network.prefixlen <= subnet_bits <= SUBNET_BITS_MAX:
             raise Invalid(
                 f"invalid --default-addr-pool-mask-length {subnet_bits}: must be from"
-                f" {network.prefixlen} (the pool {pool}) to 30"
+                f" {network.prefixlen} (the pool {pool}) to {SUBNET_BITS_MAX}"
             )
+        if (other := next((each for each in checked if each.overlaps(network)), None)) is not None:
+            raise Invalid(f"invalid --default-addr-pool {pool!r}: it overlaps pool {other}")
+        checked.append(network)

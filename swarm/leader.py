@@ -171,6 +171,8 @@ class LeaderLoop:
         except Exception:
             log.exception("leader.stage_failed", stage=name)
             return False, frozenset()
+        for note in decision.notes:
+            log.warning("leader.found", stage=name, problem=note)
         self._wakes.update(decision.wakes)
         if decision.wake_at is not None:
             self._wakes[""] = decision.wake_at

@@ -36,7 +36,7 @@ from proto.local_pb2 import (
     UnlockRequest,
 )
 from proto.objects_pb2 import MANAGER, Cluster, Node, NodeRole, NodeStatus
-from swarm.addresses import check_listen, check_pools, choose_advertise_host, host_addresses, split_host_port
+from swarm.addresses import check_listen, check_pools, choose_advertise_host, host_addresses, split_host_port, vtep_of
 from swarm.config import DaemonConfig
 from swarm.errors import Invalid, Locked, NoLeader, SwarmError
 from swarm.hostfiles import HostPaths, Membership
@@ -252,7 +252,8 @@ class HostMembership:
             )
         if request.advertise_addr:
             host = choose_advertise_host(request.advertise_addr, host_addresses())
-            membership = replace(membership, advertise_host=host, data_path_addr=request.data_path_addr or host)
+            data_path = vtep_of(request.data_path_addr, host_addresses())
+            membership = replace(membership, advertise_host=host, data_path_addr=data_path or host)
         membership = membership.knowing((membership.manager_addr,))
         node = Node(id=membership.node_id, advertise_host=membership.advertise_host)
         node.data_path_addr = membership.data_path_addr
@@ -288,6 +289,7 @@ class HostMembership:
             advertise = ""
             if request.advertise_addr:
                 advertise = choose_advertise_host(request.advertise_addr, host_addresses())
+            data_path = vtep_of(request.data_path_addr, host_addresses())
             remote_host, remote_port = split_host_port(request.remote_addr)
             if not remote_host:
                 raise Invalid("give the address of a manager: pyswarm swarm join --token TOKEN HOST:2377")
@@ -296,7 +298,7 @@ class HostMembership:
                 request.token,
                 advertise_host=advertise,
                 availability=request.availability,
-                data_path_addr=request.data_path_addr,
+                data_path_addr=data_path,
                 hostname=self._config.hostname,
                 timeout_s=JOIN_TIMEOUT_S,
             )
@@ -306,7 +308,7 @@ class HostMembership:
                 cluster_id=self._credentials.identity.cluster_id,
                 advertise_host=joined.advertise_host,
                 listen_addr=listen_addr,
-                data_path_addr=request.data_path_addr or joined.advertise_host,
+                data_path_addr=data_path or joined.advertise_host,
                 manager_addrs=tuple(joined.manager_addrs),
             )
             await self._become(membership, b"")
@@ -431,7 +433,7 @@ def _first_membership(bootstrap: NewCluster, host: str, listen_addr: str, data_p
     """Of the first manager, whose node object gets its addresses."""
     node = bootstrap.node
     node.advertise_host = host
-    node.data_path_addr = data_path_addr or host
+    node.data_path_addr = vtep_of(data_path_addr, host_addresses()) or host
     membership = Membership(
         node_id=node.id,
         cluster_id=bootstrap.cluster.id,

@@ -395,6 +395,20 @@ async def test_flushed_rules_are_back_with_the_next_audit_and_foreign_tables_are
         lab.sockets.run(netns, "nft", "delete", "table", "ip", "foreign")
 
 
+async def test_tables_are_replaced_without_disturbing_a_connection(lab: OverlayLab) -> None:
+    """As after an upgrade, or when somebody meddled with them."""
+    opened = [lab.sockets.connect(lab.client, host.address, 18080) for host in lab.hosts for _ in range(3)]
+    opened += [lab.sockets.connect(lab.path("c1"), WEB.address, PORT) for _ in range(3)]
+    tables = [(lab.path(name), "pyswarm") for name in lab.tasks]
+    tables += [(host.netns, f"pyswarm_t{host.number}") for host in lab.hosts]
+    for netns, table in tables:
+        lab.sockets.run(netns, "nft", "add", "chain", "ip", table, "meddled")
+    await audit(lab)
+    for netns, table in tables:
+        assert "meddled" not in lab.sockets.run(netns, "nft", "list", "table", "ip", table).stdout
+    assert broken(opened) == []
+
+
 async def test_the_hook_at_a_tasks_link_comes_back(lab: OverlayLab) -> None:
     for damage in ("nft delete table netdev pyswarm", "ip link del eth0"):
         lab.sockets.run(lab.path("a2"), *damage.split())
@@ -433,3 +447,11 @@ def test_sctp_is_balanced(lab: OverlayLab) -> None:
     assert accepted == [CLIENT] * 3
     for item in (*servers, *clients):
         item.close()
+
+
+async def test_teardown_leaves_nothing_of_balancing(lab: OverlayLab) -> None:
+    """The last test: afterwards this host has nothing."""
+    host = lab.hosts[2]
+    await host.network.teardown()
+    assert "pyswarm" not in lab.sockets.run(host.netns, "nft", "list", "tables").stdout
+    assert not lab.sockets.inside(host.netns, ipvs.any_here)

@@ -77,7 +77,9 @@ class Managers:
 
 @asynccontextmanager
 async def managing(*records: Record, names: Sequence[str] = ("m1",)) -> AsyncIterator[Managers]:
-    """The first of `names` leads."""
+    """The first of `names` leads. There is an ingress network, as in every swarm, if the records have none."""
+    if not any(isinstance(record, Network) and record.spec.ingress for record in records):
+        records = (*records, a_network("ingress0", "ingress", ingress=True))
     made = Managers(Store.of(*records), names)
     async with AsyncExitStack() as stack:
         for name, manager in made.managers.items():

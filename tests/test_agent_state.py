@@ -219,6 +219,7 @@ def test_underlay_subnets_leave_out_loopback_and_our_own_links() -> None:
 
 def test_this_machine_describes_itself() -> None:
     assert InterfaceAddress("lo", "127.0.0.1/8") in interface_addresses()
+    assert not any(found.address.startswith("fe80") for found in interface_addresses())
     described = describe("host1", "0.1.0", lambda link: True, {"disk": "ssd"})
     assert dict(described.engine_labels) == {"disk": "ssd"}
     assert described.resources.memory_bytes > 1 << 20

@@ -1,4 +1,4 @@
-"""The mirror as the kernel, the name server and the runtime see it."""
+"""The mirror as the kernel and the runtime see it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from dns.interface import Sandbox
-from dns.names import NetworkView, TaskView
 from node import drivers, inputs, view
 from node.interface import ImageConfig, ResolvedImage, RuntimeFault
 from node.mirror import Mirror
@@ -234,57 +232,6 @@ def test_host_ports_lead_to_the_running_local_task_on_a_network_with_an_outside(
     assert view.host_state(seen, local).published == published
 
 
-def box(task_id: str = "t1", *network_ids: str) -> Sandbox:
-    return Sandbox(task_id, f"/netns/{task_id}", network_ids or ("net1",))
-
-
-def test_names_of_a_network() -> None:
-    seen = mirror(
-        net("net1"),
-        svc(aliases=("db", "svc1-name")),
-        svc("svc2", vip="", mode=DNSRR),
-        end("t1", "10.0.1.3"),
-        end("t2", "10.0.1.4", node="n2", serving=False),
-        end("t3", "10.0.1.5", service="svc2"),
-    )
-    drawn = view.picture(seen, LOCAL, [box()], ("192.0.2.53",))
-    (network,) = drawn.networks
-    assert (network.network_id, network.name) == ("net1", "net1-name")
-    one, two = network.services
-    assert (one.names, one.vip, one.task_addresses) == (("svc1-name", "db"), "10.0.1.2", ("10.0.1.3",))
-    assert (two.names, two.vip, two.task_addresses) == (("svc2-name",), None, ("10.0.1.5",))
-    assert [(t.names, t.address) for t in network.tasks] == [
-        (("web.1.t1", "web.1", "1.web"), "10.0.1.3"),
-        (("web.2.t2",), "10.0.1.4"),  # not serving: the slot's name belongs to the one that is
-        (("web.3.t3", "web.3", "3.web"), "10.0.1.5"),
-    ]
-    assert drawn.upstreams == ("192.0.2.53",)
-
-
-def test_a_slot_keeps_its_name_when_another_task_takes_it_over() -> None:
-    def looked_up(*serving: bool) -> tuple[tuple[str, ...] | None, ...]:
-        old, new = end("t1", "10.0.1.3", serving=serving[0]), end("s1", "10.0.1.4", node="n2", serving=serving[1])
-        (network,) = view.picture(mirror(net("net1"), svc(), old, new), LOCAL, [box()], ()).networks
-        task_view = TaskView([NetworkView(network)])
-        return tuple(task_view.lookup(name) for name in ("1.web", "web.1", "1.web.net1-name"))
-
-    assert looked_up(True, False) == (("10.0.1.3",),) * 3
-    assert looked_up(False, True) == (("10.0.1.4",),) * 3
-    assert looked_up(False, False) == (None,) * 3
-
-
-def test_a_service_is_named_only_on_its_networks_and_ingress_has_no_names() -> None:
-    seen = mirror(net("net1"), net("net2"), net("net3", ingress=True), svc(), end("t9", "10.0.3.3", "net3"))
-    drawn = view.picture(seen, LOCAL, [box("t1", "net3", "net2", "net1")], ())
-    assert {n.network_id: len(n.services) for n in drawn.networks} == {"net1": 1, "net2": 0}
-    assert drawn.sandboxes[0].network_ids == ("net2", "net1"), "in the order of the task, without ingress"
-
-
-def test_networks_that_no_local_task_sees_are_not_served() -> None:
-    assert view.picture(mirror(net("net1"), net("net2"), svc()), LOCAL, [box()], ()).networks[0].network_id == "net1"
-    assert view.picture(mirror(net("net1")), LOCAL, [], ()).networks == ()
-
-
 # ---------------------------------------------------------------- what the runtime and the network are told
 
 
@@ -315,7 +262,7 @@ def test_the_request_to_the_runtime() -> None:
     assert request.name == "web.3.abcdefghijklmnopqrstuvwxy"
     assert request.hostname == "abcdefghijkl"
     assert request.addresses == ("10.0.1.5", "10.0.2.5")
-    assert (request.nameservers, request.search, request.dns_options) == (("127.0.0.11",), (), ("ndots:0",))
+    assert (request.nameservers, request.dns_options) == (("127.0.0.11",), ("ndots:0",))
     assert (request.log_max_bytes, request.log_max_files) == (2 << 20, 5)
     assert request.labels["com.docker.swarm.task.name"] == request.name
     assert made.spec.container.env[0] == "SLOT={{.Task.Slot}}", "the assigned task is not changed"

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import Cluster, PortConfig, Service
 from swarm.allocate import decide, port_conflict, subnet_conflict
-from swarm.allocate.addresses import Hosts
 from swarm.allocate.subnets import LEGS, VNI_LAST, next_vni
 from swarm.store.dirty import Dirty
+from swarm.store.released import as_address
 from swarm.store.store import Store
 from tests.simulated import Simulation, network, node, service
 
@@ -47,7 +47,7 @@ def test_subnets_keep_clear_of_the_hosts_own_networks() -> None:
     ("subnet", "says"),
     [
         ("10.0.1.128/25", "overlaps 10.0.1.0/24 of network a"),
-        ("10.255.3.0/24", "overlaps 10.255.0.0/16 of the ingress network"),
+        ("10.255.3.0/24", "overlaps 10.255.0.0/16 of network ingress"),
         ("192.168.9.0/28", "overlaps 192.168.9.0/24 of node n1"),
         ("198.18.4.0/24", "of the nodes' addresses on overlays"),
         ("10.9.0.1/24", "invalid subnet '10.9.0.1/24'"),
@@ -59,7 +59,7 @@ def test_a_users_subnet_is_honoured_or_refused_with_both_names(subnet: str, says
     at.description.underlay_subnets.append("192.168.9.11/24")
     sim = Simulation(at, network("a"))
     sim.settle()
-    assert says in (subnet_conflict(sim.store, subnet) or "")
+    assert says in (subnet_conflict(sim.store, network("mine", subnet=subnet).spec) or "")
     sim.create(network("mine", subnet=subnet), service("web", 1, ["mine"]))
     sim.settle()
     assert says in allocated(sim, "mine").allocation_error
@@ -84,7 +84,7 @@ def test_an_overlap_that_goes_away_is_forgotten() -> None:
 def test_an_exhausted_pool_says_what_to_do() -> None:
     pool = Cluster(id="c", default_addr_pool=["172.20.0.0/23"], subnet_size=24)
     store = Store.of(pool, *(network(name) for name in "abc"))
-    records = [g[0].record for g in decide(store, 0.0, str, Dirty(everything=True)).groups]
+    records = [g[0].record for g in decide(store, 0.0, str, Dirty(networks={"a"})).groups]
     nets = [r for r in records if isinstance(r, pb.Network)]
     assert [n.ipam.subnet for n in nets] == ["172.20.0.0/24", "172.20.1.0/24", ""]
     assert "no free /24 is left in the address pools 172.20.0.0/23" in nets[2].allocation_error
@@ -180,7 +180,7 @@ def test_exhaustion_is_told_and_ends_when_an_address_is_freed() -> None:
     sim.run()
     assert len(sim.running("web")) == 4  # eight less network, broadcast, gateway, VIP
     stuck = next(task for task in sim.runnable("web") if task.status.state == pb.TASK_NEW)
-    assert stuck.status.err.startswith("no free address in 10.9.0.0/29 of network tiny (6 in use): scale down")
+    assert stuck.status.err.startswith("no free address in 10.9.0.0/29 of network tiny (5 in use): scale down")
     sim.create(service("late", 1, ["tiny"]))
     sim.settle()
     assert sim.service("late").allocation_error.startswith("no virtual IP: no free address in 10.9.0.0/29")
@@ -201,40 +201,41 @@ def test_a_freed_address_is_not_given_again_at_once() -> None:
     assert len(set(given)) == 8
 
 
-def test_an_address_that_is_still_remembered_is_given_last() -> None:
-    net = network("a")
-    net.ipam.subnet, net.ipam.gateway = "10.9.0.0/29", "10.9.0.1"
-    tasks = []
-    for number, (last, state) in enumerate([(2, pb.TASK_FAILED), (4, pb.TASK_RUNNING), (6, pb.TASK_RUNNING)]):
-        task = pb.Task(id=f"t{number}", meta=pb.Meta(created_at=number))
-        task.status.state = state
-        task.networks.add(network_id="a", address=f"10.9.0.{last}/29")
-        tasks.append(task)
-    hosts = Hosts(Store.of(net, *tasks), net)
-    assert [hosts.take() for _ in range(4)] == ["10.9.0.3/29", "10.9.0.5/29", "10.9.0.2/29", None]
+@pytest.mark.parametrize("history", [0, 5])
+def test_a_freed_address_is_given_last_whoever_leads_and_whether_or_not_its_task_is_remembered(history: int) -> None:
+    """10.9.0.0/28 has 13 addresses: one is the VIP, 3 tasks are there, so 9 were never given."""
+    sim = Simulation(node("n1"), network("a", subnet="10.9.0.0/28"), service("web", 3, ["a"]))
+    sim.set_history_limit(history)
+    sim.run()
+    first = {task.networks[0].address for task in sim.running("web")}
+    sim.scale("web", 0)  # they are forgotten at once
+    sim.run()
+    assert not sim.tasks("web")
+    sim.store.load(list(sim.store.dump()))  # what a manager that starts anew, or gets a snapshot, knows
+    sim.scale("web", 12)
+    sim.settle()
+    given = [task.networks[0].address for task in sorted(sim.tasks("web"), key=lambda task: task.slot)]
+    assert len(given) == 12
+    assert set(given[:9]).isdisjoint(first)
+    assert given[9:] == sorted(first)
 
 
-@given(st.lists(st.booleans(), max_size=60), st.integers(26, 29))
-@settings(max_examples=60)
-def test_every_address_is_handed_out_once_before_none_is_left(ended: list[bool], prefix: int) -> None:
-    net = network("a")
-    net.ipam.subnet, net.ipam.gateway = f"10.9.0.0/{prefix}", "10.9.0.1"
-    capacity = 2 ** (32 - prefix) - 3
-    store = Store.of(net)
-    live: set[str] = set()
-    for number, has_ended in enumerate(ended):
-        address = Hosts(store, net).take()
-        if len(live) == capacity:
-            assert address is None
-            break
-        assert address is not None
-        assert address not in live
-        task = pb.Task(id=f"t{number}", meta=pb.Meta(created_at=number))
-        task.networks.add(network_id="a", address=address)
-        task.status.state = pb.TASK_FAILED if has_ended else pb.TASK_RUNNING
-        if not has_ended:
-            live.add(address)
-        store.tasks.put(task)
+def test_what_was_freed_first_is_given_first() -> None:
+    sim = Simulation(node("n1"), network("a", subnet="10.9.0.0/29"), service("web", 4, ["a"]))
+    sim.run()
+    ended = sim.running("web")[2].networks[0].address, sim.running("web")[0].networks[0].address
+    for address in ended:
+        task = next(task for task in sim.running("web") if task.networks[0].address == address)
+        sim.report(task, pb.TASK_SHUTDOWN)
+    assert [as_address(number) + "/29" for number in sim.store.released.of("a")] == list(ended)
+
+
+def test_a_subnet_of_24_bits_holds_250_tasks_without_any_address_for_nodes() -> None:
+    nodes = [node(f"n{number}", cpus=100) for number in range(5)]
+    sim = Simulation(*nodes, network("a"), service("web", 250, ["a"]))
+    sim.run()
+    assert len(sim.running("web")) == 250
+    assert {task.networks[0].address.rpartition(".")[0] for task in sim.running("web")} == {"10.0.1"}
 
 
 def test_an_ip_range_bounds_what_is_handed_out() -> None:
@@ -314,6 +315,32 @@ def test_port_conflicts(
         sim.run()
         assert numbers(sim, "b") == [80]
         assert not sim.service("b").allocation_error
+
+
+def test_ports_on_different_addresses_do_not_meet_and_one_without_an_address_meets_all() -> None:
+    sim = Simulation(node("n1"), publishing("a", PortConfig(target_port=1, published_port=80, host_ip="192.0.2.1")))
+    sim.settle()
+    asked = {
+        ip: PortConfig(target_port=2, published_port=80, host_ip=ip) for ip in ("", "192.0.2.1", "192.0.2.2", "::1")
+    }
+    assert [ip for ip, port in asked.items() if port_conflict(sim.store, "", [port])] == ["", "192.0.2.1"]
+    sim.create(publishing("b", asked["192.0.2.2"]), publishing("c", PortConfig(target_port=80, host_ip="192.0.2.9")))
+    sim.settle()
+    assert (numbers(sim, "b"), numbers(sim, "c")) == ([80], [30000])
+
+
+def test_balance_and_weights_are_a_part_of_the_endpoint_and_follow_the_spec() -> None:
+    web = publishing("web", PortConfig(target_port=80))
+    sim = Simulation(node("n1"), web)
+    sim.settle()
+
+    def change(spec: pb.ServiceSpec) -> None:
+        spec.endpoint.balance, spec.endpoint.weight_label = pb.SOURCE_HASH, "node.labels.size"
+
+    sim.update_spec("web", change)
+    sim.settle()
+    given = sim.service("web").endpoint.spec
+    assert (given.balance, given.weight_label, numbers(sim, "web")) == (pb.SOURCE_HASH, "node.labels.size", [30000])
 
 
 def test_the_legs_range_is_never_given_to_a_network() -> None:

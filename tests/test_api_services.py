@@ -10,11 +10,10 @@ import pytest
 
 from proto import control_pb2 as pb
 from proto import objects_pb2 as objects
-from proto.objects_pb2 import Network, Service, ServiceSpec, Task, UpdateStatus
+from proto.objects_pb2 import Service, ServiceSpec, Task, UpdateStatus
 from swarm.api import services
 from swarm.store.changes import Remove, Update
 from tests.managing import Managers, a_cluster, a_network, a_node, a_spec, managing
-from tests.waiting import until
 
 
 async def refused(call: Any) -> tuple[grpc.StatusCode, str]:
@@ -256,42 +255,6 @@ async def test_filters() -> None:
         assert await names(labels={"tier": ""}) == ["api"]
         assert await names(labels={"tier": "back"}) == []
         assert await names(names=["web"], labels={"tier": ""}) == []
-
-
-async def test_networks_are_created_refused_while_used_and_removed() -> None:
-    ingress = a_network("net0", "ingress", ingress=True)
-    async with managing(a_cluster(), ingress) as made:
-        stub = made.stubs["m1"]
-        spec = a_network("", "wpnet").spec
-        network = await stub.CreateNetwork(pb.NetworkRequest(spec=spec))
-        assert network.spec.driver == "overlay"
-        code, message = await refused(stub.CreateNetwork(pb.NetworkRequest(spec=spec)))
-        assert (code, message) == (grpc.StatusCode.ALREADY_EXISTS, "network with name wpnet already exists")
-        web = a_spec("wpinst")
-        web.task.networks.add(network_id="wpnet")
-        await create(made, web)
-        code, message = await refused(stub.RemoveNetwork(pb.RemoveRequest(ref="wpnet")))
-        assert code is grpc.StatusCode.FAILED_PRECONDITION
-        assert message.startswith("network wpnet is in use by service wpinst")
-        code, message = await refused(stub.RemoveNetwork(pb.RemoveRequest(ref="ingress")))
-        assert (code, "predefined" in message) == (grpc.StatusCode.FAILED_PRECONDITION, True)
-        code, message = await refused(stub.RemoveNetwork(pb.RemoveRequest(ref="nope")))
-        assert (code, message) == (grpc.StatusCode.NOT_FOUND, "network nope not found")
-        await stub.RemoveService(pb.RemoveRequest(ref="wpinst"))
-        removing = asyncio.ensure_future(_removed(made, "wpnet"))
-        await until(lambda: _marked(made, network.id))
-        marked = made.store.networks.get(network.id)
-        assert marked is not None
-        await made["m1"].service._backend.writer.commit((Remove(marked),))  # the reaper's part
-        assert await removing == network.id
-
-
-async def _removed(made: Managers, ref: str) -> str:
-    return (await made.stubs["m1"].RemoveNetwork(pb.RemoveRequest(ref=ref))).id
-
-
-def _marked(made: Managers, network_id: str) -> bool:
-    return (made.store.networks.get(network_id) or Network()).pending_delete
 
 
 @pytest.mark.parametrize(

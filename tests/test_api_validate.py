@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proto import objects_pb2 as pb
-from proto.objects_pb2 import Mount, NetworkSpec, PortConfig, ServiceSpec
+from proto.objects_pb2 import Mount, PortConfig, ServiceSpec
 from swarm.api import check
 from swarm.api.validate import service_spec
-from swarm.api.validate_network import network_spec
 from swarm.errors import Invalid
 from tests.managing import a_spec
 
@@ -31,6 +30,9 @@ def full_spec() -> ServiceSpec:
     container.stop_grace_period_s = 0
     container.ulimits.add(name="nofile", soft=1024, hard=-1)
     container.hosts.append("10.0.0.1 db")
+    container.dns_nameservers.extend(["10.0.0.1", "fd00::1"])
+    container.dns_search.append("corp.example")
+    container.dns_options.append("timeout:3")
     container.health.test[:] = ["CMD-SHELL", "true"]
     container.health.interval_s = 0.001
     container.devices.add(host_path="/dev/fuse", permissions="rw")
@@ -54,7 +56,7 @@ def test_a_full_spec_is_fine() -> None:
     service_spec(full_spec())
 
 
-def port(**fields: int) -> Change:
+def port(**fields: int | str) -> Change:
     return lambda spec: spec.endpoint.ports.append(PortConfig(**fields))  # type: ignore[arg-type]
 
 
@@ -117,6 +119,9 @@ BAD: list[tuple[Change, str]] = [
     (port(target_port=90, published_port=8000, mode=pb.HOST), "duplicate published port '8000/tcp'"),
     (port(target_port=90, protocol=7), "port protocol: unknown value 7"),
     (lambda s: setattr(s.endpoint, "mode", pb.DNSRR), "ingress mode can't be used with dnsrr mode"),
+    (port(target_port=83, published_port=8000, host_ip="192.0.2.1"), "duplicate published port '8000/tcp'"),
+    (port(target_port=83, host_ip="eth0"), "host ip 'eth0' of port 83 is no IP address"),
+    (lambda s: setattr(s.endpoint, "weight_label", "capacity"), "balance weight 'capacity': write node.labels.LABEL"),
     (lambda s: s.task.networks.extend([pb.NetworkAttachmentConfig(network_id="a")] * 2), "duplicate network 'a'"),
     (lambda s: s.replicated_job.SetInParent(), "update and rollback config have no meaning for a job"),
     (lambda s: s.global_job.SetInParent(), "update and rollback config have no meaning for a job"),
@@ -137,6 +142,10 @@ BAD: list[tuple[Change, str]] = [
     (lambda s: setattr(s.task.resources.reservations, "memory_swap_bytes", -1), "needs a memory limit"),
     (lambda s: setattr(s.task.resources.limits, "memory_swappiness", 101), "memory swappiness value 101"),
     (lambda s: s.task.resources.reservations.generic.add(kind="gpu"), "generic resources: this version"),
+    (lambda s: s.task.container.dns_nameservers.append("dns.example"), "dns 'dns.example' is not an IP address"),
+    (lambda s: s.task.container.dns_nameservers.append("127.0.0.11"), "dns 127.0.0.11: this is the server that"),
+    (lambda s: s.task.container.dns_search.append("a b"), "dns search 'a b' is not a domain"),
+    (lambda s: s.task.container.dns_options.append("a b"), "dns option 'a b': write one option"),
     (global_with_a_budget, "for replicated services only"),
     (lambda s: setattr(s, "max_unavailable", 10**9), "max unavailable 1000000000"),
 ]
@@ -180,51 +189,3 @@ def test_names_are_as_docker_allows_them(name: str) -> None:
         assert not fits
     else:
         assert fits
-
-
-def a_network_spec(**ipam: str) -> NetworkSpec:
-    spec = NetworkSpec(driver="overlay")
-    spec.annotations.name = "front"
-    for key, value in ipam.items():
-        setattr(spec.ipam, key, value)
-    return spec
-
-
-def test_good_networks() -> None:
-    network_spec(a_network_spec())
-    network_spec(a_network_spec(subnet="10.9.0.0/16", gateway="10.9.0.1", ip_range="10.9.5.0/24"))
-
-
-@pytest.mark.parametrize(
-    ("ipam", "message"),
-    [
-        ({"subnet": "10.0.0.1/24"}, "has host bits set"),
-        ({"subnet": "banana"}, "invalid subnet 'banana'"),
-        ({"subnet": "fd00::/64"}, "IPv4 only"),
-        ({"subnet": "10.0.0.0/30"}, "from /8 to /29"),
-        ({"subnet": "224.0.0.0/24"}, "reserved"),
-        ({"gateway": "10.0.0.1"}, "need a subnet"),
-        ({"subnet": "10.0.0.0/24", "gateway": "10.0.1.1"}, "not a host address"),
-        ({"subnet": "10.0.0.0/24", "gateway": "10.0.0.255"}, "not a host address"),
-        ({"subnet": "10.0.0.0/24", "ip_range": "10.0.1.0/25"}, "not within"),
-    ],
-)
-def test_bad_addresses_of_networks(ipam: dict[str, str], message: str) -> None:
-    with pytest.raises(Invalid, match=message):
-        network_spec(a_network_spec(**ipam))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: setattr(s, "driver", "macvlan"), "network driver 'macvlan'"),
-        (lambda s: setattr(s, "ingress", True), "ingress network exists"),
-        (lambda s: setattr(s.annotations, "name", "host"), "predefined"),
-        (lambda s: s.options.update({"com.docker.network.driver.mtu": "12"}), "number of bytes"),
-    ],
-)
-def test_bad_network_specs(change: Callable[[NetworkSpec], object], message: str) -> None:
-    spec = a_network_spec()
-    change(spec)
-    with pytest.raises(Invalid, match=message):
-        network_spec(spec)

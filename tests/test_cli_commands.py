@@ -25,6 +25,7 @@ from proto.dispatch_pb2 import LogLine
 from swarm.cli.main import COMMANDS, cli
 from tests.cli_servers import (
     Host,
+    Refusal,
     Script,
     a_service,
     converged,
@@ -388,6 +389,7 @@ def test_networks(host: Host) -> None:
     network.spec.annotations.name = "wpnet"
     host.manager.answers["CreateNetwork"] = reply(network)
     host.manager.answers["ListNetworks"] = reply(control.NetworkList(networks=[network]))
+    host.manager.answers["GetNetwork"] = reply(network)
     host.manager.answers["RemoveNetwork"] = refuse(Status.FAILED_PRECONDITION, "network wpnet is in use by service web")
     created = host.pyswarm("network", "create", "-d", "overlay", "--subnet", "10.5.0.0/24", "--label", "a=1", "wpnet")
     assert created.stdout == "n" * 25 + "\n"
@@ -402,17 +404,99 @@ def test_networks(host: Host) -> None:
 @pytest.mark.parametrize(
     ("args", "word"),
     [
-        (["-d", "bridge"], "--driver"),
         (["--subnet", "10.5.0.1/24"], "--subnet"),
-        (["--subnet", "10.5.0.0/24", "--gateway", "10.6.0.1"], "--gateway"),
-        (["--gateway", "10.6.0.1"], "--subnet"),
+        (["--subnet", "10.5.0.0/24", "--subnet", "10.6.0.0/24"], "at most one IPv4 and one IPv6"),
+        (["--subnet", "10.5.0.0/24", "--gateway", "10.6.0.1"], "--gateway: it does not lie in 10.5.0.0/24"),
+        (["--subnet", "10.5.0.0/24", "--gateway", "10.5.0.1", "--gateway", "10.5.0.2"], "has one already"),
+        (["--gateway", "10.6.0.1"], "--gateway needs --subnet"),
+        (["--aux-address", "a=10.6.0.1"], "--aux-address needs --subnet"),
+        (["--subnet", "10.5.0.0/24", "--aux-address", "10.5.0.9"], "write NAME=ADDRESS"),
         (["--subnet", "10.5.0.0/24", "--ip-range", "10.6.0.0/28"], "--ip-range"),
-        (["--ingress"], "--ingress is not supported"),
+        (["--scope", "local"], "--scope local is not supported"),
+        (["--ipv4=false"], "--ipv4=false is not supported"),
+        (["--ipam-driver", "dhcp"], "--ipam-driver"),
+        (["--config-only"], "--config-only"),
     ],
 )
 def test_bad_networks(host: Host, args: list[str], word: str) -> None:
     assert word in host.pyswarm("network", "create", *args, "n", status=1).stderr
     assert not host.manager.calls
+
+
+def test_each_address_of_a_network_goes_to_the_subnet_it_lies_in(host: Host) -> None:
+    host.manager.answers["CreateNetwork"] = reply(pb.Network(id="n" * 25))
+    flags = (
+        "--ipv6 --subnet 10.5.0.0/24 --subnet fd00:5::/64 --gateway fd00:5::fe --ip-range 10.5.0.128/25 --attachable"
+    )
+    aux = ("--aux-address", "a=10.5.0.9", "--aux-address", "b=fd00:5::9")
+    made = host.pyswarm("network", "create", *flags.split(), *aux, "-o", "encrypted", "n")
+    spec = host.manager.requests("CreateNetwork")[0].spec
+    assert spec.ipam == pb.IpamConfig(subnet="10.5.0.0/24", ip_range="10.5.0.128/25", aux_addresses={"a": "10.5.0.9"})
+    assert spec.ipam6 == pb.IpamConfig(subnet="fd00:5::/64", gateway="fd00:5::fe", aux_addresses={"b": "fd00:5::9"})
+    assert (spec.ipv6, spec.attachable, dict(spec.options)) == (True, True, {"encrypted": ""})
+    assert "--attachable has no effect" in made.stderr
+    assert made.stdout == "n" * 25 + "\n"
+
+
+def a_network(name: str, **spec: object) -> pb.Network:
+    made = pb.Network(id=name.ljust(25, "0"), spec=pb.NetworkSpec(**spec))  # type: ignore[arg-type]
+    made.spec.annotations.name = name
+    return made
+
+
+def test_networks_are_filtered_by_kind_and_use(host: Host) -> None:
+    networks = [a_network("host", driver="host"), a_network("none", driver="none"), a_network("in", ingress=True)]
+    networks += [a_network("used"), a_network("free", ipv6=True)]
+    service = a_service()
+    service.spec.task.networks.add(network_id=networks[3].id)
+    host.manager.answers["ListNetworks"] = reply(control.NetworkList(networks=networks))
+    host.manager.answers["ListServices"] = reply(control.ServiceList(services=[service]))
+
+    def names(*filters: str) -> str:
+        flags = [word for text in filters for word in ("--filter", text)]
+        return host.pyswarm("network", "ls", *flags, "--format", "{{.Name}}").stdout.replace("\n", " ").strip()
+
+    assert names("type=custom") == "free used"
+    assert names("type=builtin", "scope=local") == "host none"
+    assert names("driver=null") == "none"
+    assert names("dangling=true") == "free"
+    assert names("dangling=false") == "host in none used"
+    ipv6 = host.pyswarm("network", "ls", "--filter", "type=custom", "--format", "{{.Name}} {{.IPv6}}").stdout
+    assert ipv6 == "free true\nused false\n"
+
+
+def test_the_ingress_network_is_removed_after_a_question(host: Host) -> None:
+    host.manager.answers["GetNetwork"] = reply(a_network("ingress", ingress=True))
+    host.manager.answers["RemoveNetwork"] = reply(control.RemoveReply(id="ingress"))
+    asked = host.pyswarm("network", "rm", "ingress", text="n\n", status=1)
+    assert "Without an ingress network" in asked.output
+    assert not host.manager.requests("RemoveNetwork")
+    host.pyswarm("network", "rm", "ingress", text="y\n")
+    host.pyswarm("network", "rm", "--force", "ingress")
+    assert len(host.manager.requests("RemoveNetwork")) == 2
+
+
+def test_prune_removes_what_is_not_in_use(host: Host) -> None:
+    def remove(request: control.RemoveRequest, _: object) -> control.RemoveReply:
+        if request.ref.startswith("used"):
+            raise Refusal(Status.FAILED_PRECONDITION, "in use")
+        return control.RemoveReply(id=request.ref)
+
+    networks = [a_network("host", driver="host"), a_network("in", ingress=True), a_network("used"), a_network("free")]
+    host.manager.answers["ListNetworks"] = reply(control.NetworkList(networks=networks))
+    host.manager.answers["RemoveNetwork"] = remove
+    assert not host.pyswarm("network", "prune", text="n\n").stdout.count("Deleted")
+    assert not host.manager.calls
+    pruned = host.pyswarm("network", "prune", "--force", "--filter", "label=stage=test")
+    assert pruned.stdout == "Deleted Networks:\nfree\n"
+    assert dict(host.manager.requests("ListNetworks")[0].filter.labels) == {"stage": "test"}
+
+
+@pytest.mark.parametrize("command", ["connect", "disconnect"])
+def test_containers_are_not_connected_to_networks(host: Host, command: str) -> None:
+    refused = host.pyswarm("network", command, "--alias", "db", "n", "container", status=1)
+    assert f"network {command} is not supported" in refused.stderr
+    assert "service update --network-" in refused.stderr
 
 
 def test_images(host: Host, tmp_path: Path) -> None:

@@ -140,18 +140,38 @@ def test_publish(text: str, ports: list[tuple[int, int, int, int]]) -> None:
         ("70000:80", "published port 70000 is not in 1..65535"),
         ("8000:0", "target port 0"),
         ("8000:80/icmp", "protocol"),
-        ("127.0.0.1:8000:80", "host address"),
+        ("localhost:8000:80", "host address"),
+        ("::1:8000:80", "write \\[IP:\\]PUBLISHED:TARGET"),
+        ("[::g]:8000:80", "host address"),
+        ("published=8000,target=80,host_ip=eth0", "host address"),
         ("published=8000", "target=PORT is missing"),
         ("target=80,colour=red", "unknown field"),
         ("8000-8002:80-81", "differ in length"),
         ("81-80:80", "ends before"),
-        ("web", "write PUBLISHED:TARGET"),
+        ("web", "write \\[IP:\\]PUBLISHED:TARGET"),
     ],
 )
 def test_a_bad_publish_names_the_flag_and_the_fault(text: str, why: str) -> None:
     with pytest.raises(Invalid, match=why) as caught:
         parse_publish(text)
     assert f'invalid value "{text}" for --publish' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "host_ip", "shown"),
+    [
+        ("192.168.1.5:8000:80", "192.168.1.5", "192.168.1.5:8000->80/tcp"),
+        ("[2001:DB8::1]:8000:80/sctp", "2001:db8::1", "[2001:db8::1]:8000->80/sctp"),
+        ("published=8000,target=80,host_ip=192.168.1.5", "192.168.1.5", "192.168.1.5:8000->80/tcp"),
+        ("192.168.1.5::80", "192.168.1.5", "80/tcp"),
+    ],
+)
+def test_a_port_on_one_address_of_the_hosts(text: str, host_ip: str, shown: str) -> None:
+    (port,) = parse_publish(text)
+    assert (port.host_ip, port.target_port) == (host_ip, 80)
+    assert ports_text([port], pb.INGRESS) == shown
+    others = [*parse_publish("192.0.2.9:8000:80"), *parse_publish("192.0.2.9:8000:80/sctp")]
+    assert remove_ports([port, *others], text) == others
 
 
 def test_ports_are_removed_by_target_or_in_full() -> None:

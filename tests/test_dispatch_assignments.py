@@ -18,7 +18,7 @@ from swarm.store.changes import Change, Create, Remove, Update, transaction
 from swarm.store.store import Event, Store
 
 NODES = ("n1", "n2", "n3")
-NETWORKS = ("ingress", "front", "back")
+NETWORKS = ("ingress", "front", "back", "host")
 SERVICES = ("web", "db")
 TASKS = tuple(f"t{number}" for number in range(6))
 STATES = (pb.TASK_PENDING, pb.TASK_ASSIGNED, pb.TASK_STARTING, pb.TASK_RUNNING, pb.TASK_FAILED, pb.TASK_SHUTDOWN)
@@ -46,7 +46,8 @@ class Mirror:
 
 def expected(store: Store, node_id: str) -> dict[str, Item]:
     """By brute force, straight from the rules: the oracle."""
-    used = {a.network_id for t in store.tasks if t.node_id == node_id and items.is_live(t) for a in t.networks}
+    used = {leg.network_id for t in store.tasks if t.node_id == node_id and items.is_live(t) for leg in t.networks}
+    used |= {network.id for network in store.networks if network.spec.driver == "host"}
     used |= {items.ingress_network_of(store, service) for service in store.services} - {""}
     found: dict[str, Item] = {}
     for task in store.tasks:
@@ -55,16 +56,17 @@ def expected(store: Store, node_id: str) -> dict[str, Item]:
         if items.is_live(task):
             owner = store.nodes.get(task.node_id)
             down = owner is not None and owner.status.state == NodeStatus.DOWN
-            for key, scoped in items.task_items(task, down).items():
+            for key, scoped in items.task_items(task, down, weight=weight(store, task)).items():
                 if key.startswith("endpoint/") and is_told(store, task, scoped.item, node_id, used):
                     found[key] = scoped.item
     for network_id in used:
         network = store.networks.get(network_id)
-        if network is not None and network.vni:
+        if network is not None and (network.vni or network.spec.driver == "host"):
             copy = Network()
             copy.CopyFrom(network)
             copy.ClearField("meta")
             found[f"network/{network_id}"] = Item(network=copy)
+    used.discard("host")
     for service in store.services:
         on = {config.network_id for config in service.spec.task.networks}
         if on & used or items.ingress_network_of(store, service):
@@ -74,6 +76,13 @@ def expected(store: Store, node_id: str) -> dict[str, Item]:
         if node.id != node_id and peer is not None and spoken_on(store, node.id) & used:
             found[f"peer/{node.id}"] = peer.item
     return found
+
+
+def weight(store: Store, task: Task) -> int:
+    service, node = store.services.get(task.service_id), store.nodes.get(task.node_id)
+    if service is None or node is None or service.endpoint.spec.weight_label != "node.labels.size":
+        return 1
+    return {"5": 5, "500": 100}.get(node.spec.annotations.labels.get("size", ""), 1)
 
 
 def is_told(store: Store, task: Task, item: Item, node_id: str, used: set[str]) -> bool:
@@ -88,7 +97,7 @@ def is_told(store: Store, task: Task, item: Item, node_id: str, used: set[str]) 
 def spoken_on(store: Store, node_id: str) -> set[str]:
     """The networks on which this node and others send each other anything."""
     tasks = (task for task in store.tasks if task.node_id == node_id and items.is_live(task))
-    own = {attachment.network_id for task in tasks for attachment in task.networks}
+    own = {attachment.network_id for task in tasks for attachment in task.networks if attachment.address}
     published = {items.ingress_network_of(store, service) for service in store.services} - {""}
     return (own - {"ingress"} if "ingress" in store.networks else own) | published
 
@@ -98,7 +107,8 @@ def make_task(task_id: str, node_id: str, service_id: str, state: int, networks:
     task.service_annotations.name = service_id
     task.status.state = pb.TaskState.ValueType(state)
     for network_id in sorted(networks):
-        task.networks.add(network_id=network_id, address=f"10.0.{NETWORKS.index(network_id)}.{ord(task_id[1])}/24")
+        address = f"10.0.{NETWORKS.index(network_id)}.{ord(task_id[1])}/24" if network_id != "host" else ""
+        task.networks.add(network_id=network_id, address=address)
     return task
 
 
@@ -107,10 +117,12 @@ def make_network(network_id: str, internal: bool = False) -> Network:
     network.spec.annotations.name = network_id
     network.spec.internal = internal
     network.spec.ingress = network_id == "ingress"
+    if network_id == "host":
+        network.spec.driver, network.vni = "host", 0
     return network
 
 
-def make_service(service_id: str, networks: frozenset[str], published: bool) -> Service:
+def make_service(service_id: str, networks: frozenset[str], published: bool, weighed: bool = False) -> Service:
     service = Service(id=service_id)
     service.spec.annotations.name = service_id
     for network_id in sorted(networks):
@@ -118,6 +130,7 @@ def make_service(service_id: str, networks: frozenset[str], published: bool) -> 
         service.endpoint.virtual_ips.add(network_id=network_id, address="10.0.9.2/24")
     if published:
         service.endpoint.spec.ports.append(PortConfig(target_port=80, published_port=8000))
+    service.endpoint.spec.weight_label = "node.labels.size" if weighed else ""
     return service
 
 
@@ -188,7 +201,7 @@ class AnyHistory(RuleBasedStateMachine):
         task_id=st.sampled_from(TASKS),
         owners=st.tuples(st.sampled_from(("", *NODES)), st.sampled_from(SERVICES)),
         state=st.sampled_from(STATES),
-        networks=st.frozensets(st.sampled_from(NETWORKS), max_size=2),
+        networks=st.frozensets(st.sampled_from(NETWORKS), max_size=3),
         wanted=st.sampled_from((pb.TASK_RUNNING, pb.TASK_SHUTDOWN)),
     )
     def task(self, task_id: str, owners: tuple[str, str], state: int, networks: frozenset[str], wanted: int) -> None:
@@ -213,17 +226,23 @@ class AnyHistory(RuleBasedStateMachine):
         service_id=st.sampled_from(SERVICES),
         networks=st.frozensets(st.sampled_from(NETWORKS[1:]), max_size=2),
         published=st.booleans(),
+        weighed=st.booleans(),
     )
-    def service(self, service_id: str, networks: frozenset[str], published: bool) -> None:
-        self.cluster.put(make_service(service_id, networks, published))
+    def service(self, service_id: str, networks: frozenset[str], published: bool, weighed: bool) -> None:
+        self.cluster.put(make_service(service_id, networks, published, weighed))
 
     @rule(service_id=st.sampled_from(SERVICES))
     def service_removed(self, service_id: str) -> None:
         self.cluster.drop(self.cluster.store.services.get(service_id))
 
-    @rule(node_id=st.sampled_from(NODES), state=st.sampled_from((NodeStatus.READY, NodeStatus.DOWN)))
-    def node(self, node_id: str, state: int) -> None:
+    @rule(
+        node_id=st.sampled_from(NODES),
+        state=st.sampled_from((NodeStatus.READY, NodeStatus.DOWN)),
+        size=st.sampled_from(("", "5", "500", "-3", "many")),
+    )
+    def node(self, node_id: str, state: int, size: str) -> None:
         node = make_node(node_id)
+        node.spec.annotations.labels["size"] = size
         node.status.state = NodeStatus.State.ValueType(state)
         self.cluster.put(node)
 
@@ -308,7 +327,8 @@ def test_a_task_serves_only_while_it_runs_is_wanted_and_its_node_is_up() -> None
 
 def test_a_network_is_known_only_where_it_is_used_until_a_port_is_published_on_it() -> None:
     cluster = busy_cluster()
-    assert not any(key.startswith(("network/", "endpoint/", "service/")) for key in cluster.mirrors["n3"].items)
+    known = [key for key in cluster.mirrors["n3"].items if key.startswith(("network/", "endpoint/", "service/"))]
+    assert known == [key for key in known if key == "network/host"]  # each node has one of its own
     cluster.put(make_service("web", frozenset({"front"}), published=True))
     cluster.check("n3")
     assert {"network/front", "endpoint/front/t1", "endpoint/front/t2", "service/web"} <= set(
@@ -410,3 +430,21 @@ def test_a_task_that_served_nobody_is_released_at_once_and_an_ended_one_needs_no
         cluster.views[node].take()
         cluster.index.releases.confirmed(node, cluster.views[node].confirmed(1000))
     assert cluster.index.releases.take() == {}
+
+
+def test_a_node_whose_tasks_cannot_answer_through_others_is_told_as_one_to_masquerade_for() -> None:
+    node = make_node("n1")
+    assert items.peer_item(node, ()).item.peer.masquerade  # type: ignore[union-attr]
+    node.description.answers_through_ingress = True
+    assert not items.peer_item(node, ()).item.peer.masquerade  # type: ignore[union-attr]
+
+
+def test_endpoints_carry_both_addresses_and_services_their_balance() -> None:
+    store = Store.of(make_network("front"))
+    task = make_task("t1", "n1", "web", pb.TASK_RUNNING, frozenset({"front"}))
+    task.networks[0].address6 = "fd00::3/64"
+    (endpoint,) = (each.item.endpoint for key, each in items.task_items(task, False).items() if "endpoint" in key)
+    assert (endpoint.address, endpoint.address6, endpoint.weight) == ("10.0.1.49", "fd00::3", 1)
+    service = make_service("web", frozenset({"front"}), published=False)
+    service.endpoint.spec.balance = pb.SOURCE_HASH
+    assert items.service_item(store, service).item.service.balance == pb.SOURCE_HASH

@@ -28,7 +28,7 @@ Stages = Sequence[tuple[str, Stage]]
 
 class Leading:
     def __init__(self, stages: Stages = STAGES) -> None:
-        self.store = Store()
+        self.store = Store.of(network("ingress", ingress=True))
         self.group = FakeGroup(self.store)
         self.group.member("m1")
         self.group.elect("m1")

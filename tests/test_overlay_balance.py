@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from overlay.interface import Balancer
-from tests.balance_cases import *  # noqa: F403
+
+pytest.register_assert_rewrite("tests.balance_cases")
+from tests.balance_cases import *  # noqa: E402, F403
 
 pytestmark = pytest.mark.root
 

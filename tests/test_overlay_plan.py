@@ -151,6 +151,7 @@ def test_a_network_with_ipv6_has_its_addresses_beside_those_of_ipv4() -> None:
         ("198.18.0.1", 32),
         ("fd00:1::1", 64),
         ("2001:2::1", 128),
+        ("fe80::43:c6ff:fe12:1", 64),
     }
     assert wanted.neighbours >= {("fd00:1::9", "02:42:0a:00:01:09"), ("2001:2::12c", leg_mac(300))}
     with pytest.raises(NetworkError, match="network n6: an MTU of 1279 bytes"):
@@ -410,8 +411,6 @@ def test_another_layout_has_another_marker() -> None:
     (one,), (two,) = (task_layouts("nftables", ("127.0.0.11", port), (AF_INET,), ()) for port in (42053, 42054))
     assert one.marker != two.marker
     assert one.rules() == {one.marker: 0, "refusal": 2, "balance": 3, "leave": 1}
-    assert "delete table" in one.text(replace=True)
-    assert "delete table" not in one.text(replace=False)
     (host,), (other,) = (
         host_layouts("nftables", "t", "x", {AF_INET: own}, 4789) for own in ("198.18.0.1", "198.18.0.2")
     )

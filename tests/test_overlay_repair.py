@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
+import re
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -12,13 +14,17 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 
 from overlay import namespaces, nfnl, nft
+from overlay.addressing import port_name
 from overlay.interface import Attachment, Interface, NetworkError, OverlayNetwork, PublishedPort, Vip
 from overlay.netlink import NETLINK_NETFILTER, Netlink
 from overlay.reconcile import AUDIT_PERIOD_S
 from overlay.ruleset import TASK_TABLE, task_layouts
-from overlay.tables import TEMPLATES, Tables, delete_tables
+from overlay.sysctls import FORWARD6
+from overlay.tables import Tables, delete_tables
+from overlay.template import make_template
 from tests.overlay_lab import INSIDE, NET, OTHER, OUTSIDE, OverlayLab, SimulatedHost, address6, interface
 
 pytestmark = pytest.mark.root
@@ -106,45 +112,115 @@ DAMAGE = {
     "task's IPv6 address": ("task", "ip -6 addr flush dev eth0 scope global"),
     "task's IPv6 off": ("task", "sysctl -qw net.ipv6.conf.eth0.disable_ipv6=1"),
     "task's IPv6 route": ("task", "ip -6 route del default"),
+    "bridge down": ("sandbox", "ip link set br0 down"),
+    "device out of the bridge": ("sandbox", "ip link set vx0 nomaster"),
+    "task's port out of the bridge": ("sandbox", f"ip link set {port_name('a1')} nomaster"),
+    "task's port down": ("sandbox", f"ip link set {port_name('a1')} down"),
+    "a wrong forwarding entry": ("sandbox", "bridge fdb replace 02:42:0a:4d:01:0c dev vx0 dst 192.168.99.77 self"),
+    "a wrong neighbour": ("sandbox", "ip neigh replace 10.77.1.12 lladdr 02:00:00:00:00:09 dev vx0 nud permanent"),
+    "leg down": ("host", "ip link set pyst1-35t down"),
+    "leg's MAC": ("host", "ip link set pyst1-35t address 02:00:00:00:00:09"),
+    "leg's MTU": ("host", "ip link set pyst1-35t mtu 1000"),
+    "leg's route": ("host", "ip route del 10.77.1.0/24"),
+    "leg's IPv6 route": ("host", "ip -6 route del fd00:77:1::/64 dev pyst1-35t"),
+    "task's neighbour": ("task", "ip neigh del 10.77.1.1 dev eth0"),
+    "task's own route": ("task", "ip route del 10.77.1.0/24"),
+    "task's IPv6 own route": ("task", "ip -6 route del fd00:77:1::/64 dev eth0"),
+    "task's MTU": ("task", "ip link set eth0 mtu 1300"),
+    "task's MTU below that of IPv6": ("task", "ip link set eth0 mtu 1000"),
+    "IPv6 forwarding off": ("host", "sysctl -qw net.ipv6.conf.all.force_forwarding=0"),
+    "sandbox": ("host", "umount SANDBOX"),
 }
+
+
+def do_damage(lab: OverlayLab, damage: str) -> subprocess.CompletedProcess[str]:
+    where, command = DAMAGE[damage]
+    host = lab.hosts[0]
+    netns = {"sandbox": sandbox(host), "host": host.netns, "task": lab.path("a1")}[where]
+    return lab.sockets.run(netns, *command.replace("SANDBOX", str(sandbox(host))).split())
+
+
+LEG_SYSCTLS = ("forwarding", "rp_filter", "route_localnet")
+SYSCTLS = {
+    "sandbox": ["net.ipv6.conf.vx0.disable_ipv6"],
+    "host": ["net.ipv4.ip_forward", *FORWARD6, *(f"net.ipv4.conf.pyst1-35t.{name}" for name in LEG_SYSCTLS)],
+    "task": ["net.ipv6.conf.eth0.disable_ipv6"],
+}
+
+
+def made(word: str) -> bool:
+    """By the kernel: a random MAC."""
+    return re.fullmatch(r"([0-9a-f]{2}:){5}[0-9a-f]{2}", word) is not None and not word.startswith("02:4")
+
+
+def picture(lab: OverlayLab) -> dict[tuple[str, str], list[str]]:
+    """What the kernel of h1 holds, without what it numbers itself."""
+    host = lab.hosts[0]
+    found = {}
+    for where, netns in (("sandbox", sandbox(host)), ("host", host.netns), ("task", lab.path("a1"))):
+
+        def ask(command: str, netns: Path = netns) -> str:
+            return lab.sockets.run(netns, *command.split()).stdout
+
+        links = (line.partition("link-netnsid")[0].split() for line in ask("ip -o link").splitlines())
+        kept = [[words[1].partition("@")[0], *words[2:], ""] for words in links]
+        found[where, "links"] = sorted(" ".join(word for word in words if not made(word)) for words in kept)
+        found[where, "addresses"] = sorted(re.findall(r"^\d+: (\S+ +inet6? \S+)", ask("ip -o addr"), re.M))
+        for command in ("ip neigh show nud permanent", "ip route", "ip -6 route"):
+            found[where, command] = sorted(ask(command).splitlines())
+        found[where, "fdb"] = sorted(
+            line for line in ask("bridge fdb").splitlines() if "dev vx0" in line and "permanent" not in line
+        )
+        found[where, "rules"] = sorted(ask("nft list ruleset").split())
+        found[where, "sysctls"] = [ask(f"sysctl -n {name}") for name in SYSCTLS[where]]
+    return found
+
+
+def differences(lab: OverlayLab, sound: dict[tuple[str, str], list[str]]) -> dict[tuple[str, str], set[str]]:
+    """What there is too much or too little, by place and kind."""
+    now = picture(lab)
+    return {key: set(now[key]) ^ set(lines) for key, lines in sound.items() if now[key] != lines}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 async def test_the_audit_repairs(shared: OverlayLab, damage: str) -> None:
     lab = shared
-    where, command = DAMAGE[damage]
-    host = lab.hosts[0]
-    netns = {"sandbox": sandbox(host), "host": host.netns, "task": lab.path("a1")}[where]
-    done = lab.sockets.run(netns, *command.split())
+    sound = picture(lab)
+    done = do_damage(lab, damage)
     assert done.returncode == 0, done.stderr
     await lab.apply((VIP,), (PORT,))  # at once: no audit is due, what was applied is trusted
-    await audit(lab)
+    if damage != "sandbox":
+        assert differences(lab, sound)
+    with capture_logs() as logged:
+        await audit(lab)
     assert works(lab)
-    ruleset = lab.sockets.run(lab.path("a1"), "nft", "list", "ruleset").stdout
-    assert ruleset.count("table ip ") == 1
-    assert ruleset.count("table netdev ") == 1
+    assert differences(lab, sound) == {}
+    assert {line["event"] for line in logged} & {"overlay_repaired", "ip_forward_enabled", "ipv6_forwarding_enabled"}
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_several_damages_at_once_are_repaired_by_one_audit(shared: OverlayLab, seed: int) -> None:
+    sound = picture(shared)
+    for damage in sorted(random.Random(seed).sample(sorted(DAMAGE), 5), key=lambda damage: damage == "sandbox"):
+        do_damage(shared, damage)  # may fail: an earlier one took away what it is about
+    await audit(shared)
+    assert works(shared)
+    assert differences(shared, sound) == {}
 
 
 async def test_an_audit_of_a_sound_host_changes_nothing(shared: OverlayLab) -> None:
-    lab = shared
+    host = shared.hosts[0]
 
-    def monitored(netns: Path) -> tuple[str, ...]:
-        return tuple(
-            lab.sockets.run(netns, *command.split()).stdout
-            for command in (
-                "ip -o addr",
-                "bridge fdb",
-                "ip neigh show nud permanent",
-                "ip route",
-                "ip -6 route",
-                "nft -a list ruleset",
-            )
-        )
+    def numbered() -> list[str]:
+        places = (sandbox(host), host.netns, shared.path("a1"))
+        commands = ("ip -o addr", "bridge fdb", "nft -a list ruleset")
+        return [shared.sockets.run(netns, *command.split()).stdout for netns in places for command in commands]
 
-    namespaces_of_h1 = (sandbox(lab.hosts[0]), lab.hosts[0].netns, lab.path("a1"))
-    before = [monitored(netns) for netns in namespaces_of_h1]
-    await audit(lab)
-    assert [monitored(netns) for netns in namespaces_of_h1] == before
+    before = (picture(shared), numbered())
+    with capture_logs() as logged:
+        await audit(shared)
+    assert (picture(shared), numbered()) == before
+    assert logged == []
 
 
 async def test_a_restarted_agent_adopts_all_without_disturbing_a_connection(lab: OverlayLab) -> None:
@@ -302,6 +378,41 @@ async def test_its_vni_can_be_used_again_at_once(lab: OverlayLab) -> None:
         os.close(held)
 
 
+FOREIGN = (
+    "ip link add foreign0 type veth peer name foreign1",
+    "ip link set foreign0 up",
+    "ip addr add 10.66.0.1/24 dev foreign0",
+    "ip addr add fd66::1/64 dev foreign0",
+    "ip route add 10.67.0.0/16 dev foreign0",
+    "ip neigh add 10.66.0.9 lladdr 02:00:00:00:00:09 dev foreign0 nud permanent",
+    "ip rule add fwmark 7 lookup 77",
+    "nft table ip mine { chain c { type filter hook forward priority 5; counter; }; }",
+)
+
+
+async def test_what_others_made_is_left_alone(lab: OverlayLab) -> None:
+    host = lab.hosts[0]
+    for command in FOREIGN:
+        done = lab.sockets.run(host.netns, *command.split())
+        assert done.returncode == 0, done.stderr
+
+    def foreign() -> list[str]:
+        asked = ("ip -d addr show dev foreign0", "ip route show dev foreign0", "ip neigh show dev foreign0", "ip rule")
+        rules = lab.sockets.run(host.netns, "nft", "-a", "list", "table", "ip", "mine").stdout
+        return [lab.sockets.run(host.netns, *command.split()).stdout for command in asked] + [
+            re.sub(r"packets \d+ bytes \d+", "", rules)
+        ]
+
+    before = foreign()
+    for damage in ("leg", "bridge", "host's elements"):
+        assert do_damage(lab, damage).returncode == 0
+    await audit(lab)
+    assert works(lab)
+    assert foreign() == before
+    await host.network.teardown()
+    assert foreign() == before
+
+
 @pytest.mark.parametrize("restarted", [False, True])
 async def test_teardown_leaves_nothing(lab: OverlayLab, restarted: bool) -> None:
     host = lab.hosts[0]
@@ -354,31 +465,40 @@ def test_the_messages_of_a_template_make_the_tables_that_the_text_makes(
 ) -> None:
     layouts = task_layouts("nftables", ("127.0.0.11", 42999), families, ("eth0",))  # a port of no other test
 
-    def load_and_list() -> str:
+    def listed() -> str:
+        listing = subprocess.run(["nft", "list", "ruleset"], capture_output=True, check=True, text=True).stdout
         with Netlink(NETLINK_NETFILTER) as netlink:
-            Tables(TASK_TABLE, nfnl.vip_chain, nfnl.VIP_CHAIN_RULES, layouts).load(netlink, {}, fresh=True)
-            listing = subprocess.run(["nft", "list", "ruleset"], capture_output=True, check=True, text=True).stdout
             delete_tables(netlink, TASK_TABLE)
         return listing
 
-    assert TEMPLATES.get(layouts) is None
-    by_text = shared.sockets.inside(shared.client, load_and_list)
-    assert TEMPLATES.get(layouts) is not None
-    assert shared.sockets.inside(shared.client, load_and_list) == by_text
-    assert "dnat to" in by_text
+    def by_text() -> str:
+        make_template(layouts)
+        return listed()
+
+    def by_messages() -> str:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            tables = Tables(TASK_TABLE, nfnl.vip_chain, nfnl.VIP_CHAIN_RULES, layouts)
+            for fresh in (True, False):  # in place of itself, too
+                tables.load(netlink, {}, fresh)
+                assert tables.generation == nfnl.generation(netlink)
+        return listed()
+
+    made = shared.sockets.inside(shared.client, by_text)
+    assert shared.sockets.inside(shared.client, by_messages) == made
+    assert "dnat to" in made
 
 
 def test_without_libnftables_the_command_loads_the_same_table(shared: OverlayLab) -> None:
     (layout,) = task_layouts("nftables", ("127.0.0.11", 42053), (socket.AF_INET,), ())
 
-    def load_and_list(library: bool) -> str:
-        nft.run(layout.text(replace=True), library=library)
+    def load_and_list(library: bool, again: bool) -> str:
+        nft.run(f"delete table ip {layout.table}\n" * again + layout.text(), library=library)
         return subprocess.run(
             ["nft", "list", "table", "ip", layout.table], capture_output=True, check=True, text=True
         ).stdout
 
-    by_library = shared.sockets.inside(shared.client, lambda: load_and_list(True))
-    by_command = shared.sockets.inside(shared.client, lambda: load_and_list(False))
+    by_library = shared.sockets.inside(shared.client, lambda: load_and_list(True, again=False))
+    by_command = shared.sockets.inside(shared.client, lambda: load_and_list(False, again=True))
     assert by_library == by_command
     with pytest.raises(NetworkError, match="nftables refused a ruleset"):
         shared.sockets.inside(shared.client, lambda: nft.run("nonsense", library=False))

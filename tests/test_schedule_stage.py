@@ -8,7 +8,7 @@ import pytest
 
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import NodeStatus, Service
-from swarm.schedule import decide
+from swarm.schedule import decide, why_pending
 from swarm.store.dirty import Dirty
 from tests.simulated import Simulation, node, service
 
@@ -136,6 +136,25 @@ def test_host_ports_allow_one_task_per_node() -> None:
     sim.settle()
     assert spread_of(sim, "web") == {"n1": 1, "n2": 1}
     assert waiting(sim, "web") == {"no suitable node (host-mode port already in use on 2 nodes)"}
+
+
+def test_host_ports_on_one_address_go_where_that_address_is_and_meet_only_there() -> None:
+    nodes = {name: node(name) for name in ("n1", "n2")}
+    nodes["n1"].description.underlay_subnets.extend(["192.0.2.1/24", "192.0.2.2/24"])
+    services = []
+    for name, host_ip in (("a", "192.0.2.1"), ("b", "192.0.2.2"), ("c", "192.0.2.2"), ("d", ""), ("e", "192.0.2.9")):
+        made = service(name)
+        made.spec.endpoint.ports.add(target_port=80, published_port=8080, mode=pb.HOST, host_ip=host_ip)
+        services.append(made)
+    sim = Simulation(*nodes.values(), *services)
+    sim.settle()
+    assert [spread_of(sim, name) for name in "abde"] == [{"n1": 1}, {"n1": 1}, {"n2": 1}, {}]
+    assert waiting(sim, "c") == {"no suitable node (host-mode port already in use on 2 nodes)"}
+    assert waiting(sim, "e") == {
+        "no suitable node (address of a host-mode port missing on 1 node; host-mode port already in use on 1 node)"
+    }
+    (line, _) = sorted(why_pending(sim.store, sim.tasks("e")[0], sim.now))
+    assert line == "n1: has no address 192.0.2.9"
 
 
 @pytest.mark.parametrize("state", [NodeStatus.DOWN, NodeStatus.UNKNOWN, NodeStatus.DISCONNECTED])

@@ -8,7 +8,9 @@ import pytest
 
 from overlay.interface import Balancer
 from overlay.probe import has_ipvs
-from tests.balance_cases import *  # noqa: F403
+
+pytest.register_assert_rewrite("tests.balance_cases")
+from tests.balance_cases import *  # noqa: E402, F403
 
 pytestmark = [
     pytest.mark.vm,

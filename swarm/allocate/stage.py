@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from proto import objects_pb2 as pb
-from proto.objects_pb2 import Network, Node, Service, Task, TaskSpec, VirtualIP
-from swarm.allocate import ports, subnets
+from proto.objects_pb2 import EndpointSpec, Network, Node, Service, Task, VirtualIP
+from swarm.allocate import ports, predefined, selfcheck, subnets
 from swarm.allocate.addresses import Hosts
+from swarm.store import drivers
 from swarm.store.changes import Decision, Group, Update, copy_of
 from swarm.store.dirty import Dirty
 from swarm.store.store import Store
@@ -19,28 +20,52 @@ from swarm.store.store import Store
 
 def decide(store: Store, now: float, new_id: Callable[[], str], dirty: Dirty) -> Decision:
     """Allocate whatever lacks an allocation. Errors are written to `allocation_error`, or to a task's `status.err`,
-    only when they change; what failed is tried again whenever something was freed or changed."""
-    groups: list[Group] = []
-    groups.extend(_number_nodes(store, dirty))
-    groups.extend(_allocate_networks(store))
-    hosts = HostsCache(store)
-    groups.extend(_allocate_services(store, dirty, hosts))
-    groups.extend(_allocate_tasks(store, now, hosts))
-    return Decision(tuple(groups))
+    only when they change; what failed is tried again whenever something was freed or changed. A look at everything,
+    as a new leader begins with, checks first what others have allocated, and allocates once that is repaired."""
+    found = selfcheck.Found()
+    if dirty.everything and store.cluster is not None:
+        found = selfcheck.check(store)
+        repairs = (*predefined.missing(store, new_id), *found.repairs)
+        if repairs:
+            return Decision(repairs, notes=found.notes)
+    taken = Pass(store)
+    groups: tuple[Group, ...] = (
+        *_number_nodes(store, dirty),
+        *_allocate_networks(store),
+        *_allocate_services(taken, dirty),
+        *_allocate_tasks(taken, now),
+    )
+    return Decision(groups, notes=found.notes)
 
 
-class HostsCache:
-    """Address books of the networks that this pass touches."""
+class Pass:
+    """What one pass has given out already, and what it looks up again and again."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self.store = store
+        self.ingress = predefined.ingress_network(store)
         self._hosts: dict[str, Hosts] = {}
+        self._ports: ports.PortMap | None = None
+        self._attachments: dict[tuple[str, int], list[tuple[str, list[str]]] | str] = {}
 
-    def of(self, network: Network) -> Hosts:
+    def hosts(self, network: Network) -> Hosts:
         hosts = self._hosts.get(network.id)
         if hosts is None:
-            hosts = self._hosts[network.id] = Hosts(self._store, network)
+            hosts = self._hosts[network.id] = Hosts(self.store, network)
         return hosts
+
+    @property
+    def ports(self) -> ports.PortMap:
+        if self._ports is None:
+            self._ports = ports.PortMap(self.store.services)
+        return self._ports
+
+    def attachments(self, task: Task, endpoint: EndpointSpec) -> list[tuple[str, list[str]]] | str:
+        """The same for all tasks of one spec."""
+        key = (task.service_id or task.id, task.spec_version)
+        if key not in self._attachments:
+            self._attachments[key] = predefined.attachments(self.store, task.spec, endpoint.ports, self.ingress)
+        return self._attachments[key]
 
 
 # ---------------------------------------------------------------- nodes and networks
@@ -63,117 +88,79 @@ def _number_nodes(store: Store, dirty: Dirty) -> Iterator[Group]:
 
 
 def _allocate_networks(store: Store) -> Iterator[Group]:
-    new = [network for network in store.networks if not network.vni and not network.pending_delete]
-    if not new:
-        return
+    new = [network for network in store.networks if not drivers.is_ready(network) and not network.pending_delete]
     new.sort(key=lambda network: (not network.spec.ingress, network.meta.created_at, network.id))
-    used_vnis = {network.vni for network in store.networks if network.vni}
-    fresh: list[subnets.Taken] = []
+    fresh: list[Network] = []
     for network in new:
-        vni = subnets.next_vni(used_vnis, network.spec.ingress)
-        made = subnets.allocated(store, network, vni, subnets.in_use(store, but=network.id) + fresh)
-        if isinstance(made, subnets.Refused):
-            if network.allocation_error != made.why:
-                failed = copy_of(network)
-                failed.allocation_error = made.why
-                yield (Update(failed),)
-            continue
-        used_vnis.add(vni)
-        net = subnets.parse_subnet(made.ipam.subnet)
-        assert not isinstance(net, subnets.Refused), made.ipam.subnet
-        fresh.append(subnets.Taken(net, f"network {network.spec.annotations.name}"))
-        yield (Update(made),)
+        made = subnets.allocated(store, network, fresh)
+        if not isinstance(made, subnets.Refused):
+            fresh.append(made)
+            yield (Update(made),)
+        elif network.allocation_error != made.why:
+            failed = copy_of(network)
+            failed.allocation_error = made.why
+            yield (Update(failed),)
 
 
 # ---------------------------------------------------------------- services
 
 
-def attachments(store: Store, spec: TaskSpec, publishes: bool) -> list[tuple[str, list[str]]]:
-    """The networks that tasks of this spec join, as (network ID, aliases), in order: its own; and the ingress
-    network when it has none, or publishes ports and all of its own are internal. A service that is on internal
-    networks only and publishes nothing stays there: it has no way out."""
-    joined = [(config.network_id, list(config.aliases)) for config in spec.networks]
-    known = [store.networks.get(network_id) for network_id, _ in joined]
-    if any(network is not None and not network.spec.internal for network in known):
-        return joined
-    if joined and not publishes:
-        return joined
-    ingress = ingress_network(store)
-    if ingress is not None and all(network_id != ingress.id for network_id, _ in joined):
-        joined.append((ingress.id, []))
-    return joined
-
-
-def ingress_network(store: Store) -> Network | None:
-    """The predefined network of services that name none."""
-    return next((network for network in store.networks if network.spec.ingress), None)
-
-
-def _vip_networks(service: Service) -> list[str]:
-    """Networks on which the service has a virtual IP; the ingress network serves no names, so none there."""
+def _vip_networks(store: Store, service: Service) -> list[str]:
+    """Networks on which the service has a virtual IP: overlays only, and not the ingress network, which serves no
+    names. One that is gone counts, so that its loss is told."""
     if service.spec.endpoint.mode != pb.VIP:
         return []
-    return list(dict.fromkeys(config.network_id for config in service.spec.task.networks))
+    joined = dict.fromkeys(config.network_id for config in service.spec.task.networks)
+    return [each for each in joined if (net := store.networks.get(each)) is None or drivers.is_overlay(net)]
 
 
-def is_allocated(service: Service) -> bool:
+def is_allocated(store: Store, service: Service) -> bool:
     """Ports and VIPs are as the spec asks."""
-    if service.allocation_error or service.endpoint.spec.mode != service.spec.endpoint.mode:
+    if service.allocation_error or not ports.is_given(service.spec.endpoint, service.endpoint.spec):
         return False
-    if [vip.network_id for vip in service.endpoint.virtual_ips] != _vip_networks(service):
-        return False
-    asked, given = service.spec.endpoint.ports, service.endpoint.spec.ports
-    return len(asked) == len(given) and all(_is_given(a, g) for a, g in zip(asked, given, strict=True))
+    vips = service.endpoint.virtual_ips
+    return [vip.network_id for vip in vips] == _vip_networks(store, service) and all(vip.address for vip in vips)
 
 
-def _is_given(asked: pb.PortConfig, given: pb.PortConfig) -> bool:
-    return (
-        bool(given.published_port)
-        and asked.published_port in (0, given.published_port)
-        and (asked.name, asked.protocol, asked.target_port, asked.mode)
-        == (given.name, given.protocol, given.target_port, given.mode)
-    )
-
-
-def _allocate_services(store: Store, dirty: Dirty, hosts: HostsCache) -> Iterator[Group]:
+def _allocate_services(taken: Pass, dirty: Dirty) -> Iterator[Group]:
+    store = taken.store
     if dirty.everything or dirty.networks or dirty.freed:
         candidates = list(store.services)
     else:
         named = (store.services.get(service_id) for service_id in dirty.services)
         candidates = [service for service in named if service is not None]
-    lacking = [service for service in candidates if not service.pending_delete and not is_allocated(service)]
+    lacking = [each for each in candidates if not each.pending_delete and not is_allocated(store, each)]
     lacking.sort(key=lambda service: (service.meta.created_at, service.id))
-    given: list[Service] = []
     for service in lacking:
-        others = ports.PortMap(store, service.id)
-        for other in given:
-            others.add(other, other.endpoint.spec.ports)
-        made = _allocated_service(store, service, others, hosts)
-        given.append(made)
+        made = _allocated_service(taken, service)
         if made != service:
+            taken.ports.add(made, made.endpoint.spec.ports)
             yield (Update(made),)
 
 
-def _allocated_service(store: Store, service: Service, others: ports.PortMap, hosts: HostsCache) -> Service:
+def _allocated_service(taken: Pass, service: Service) -> Service:
     """The service with its endpoint, or unchanged but for the reason why not."""
-    made = copy_of(service)
-    endpoint = ports.assign(service, others)
+    store, made = taken.store, copy_of(service)
+    endpoint = ports.assign(service, taken.ports)
     if isinstance(endpoint, str):
         made.allocation_error = endpoint
         return made
-    held = {vip.network_id: vip.address for vip in service.endpoint.virtual_ips}
+    held = {vip.network_id: vip for vip in service.endpoint.virtual_ips if vip.address}
     vips: list[VirtualIP] = []
-    for network_id in _vip_networks(service):
+    for network_id in _vip_networks(store, service):
         network = store.networks.get(network_id)
         why = _why_unusable(network, network_id)
         if why is not None or network is None:
             made.allocation_error = why or ""
             return made
-        address = held.get(network_id) or hosts.of(network).take()
-        if address is None:
-            made.allocation_error = f"no virtual IP: {hosts.of(network).exhausted()}"
+        if network_id in held:
+            vips.append(held[network_id])
+            continue
+        addresses = taken.hosts(network).take()
+        if addresses is None:
+            made.allocation_error = f"no virtual IP: {taken.hosts(network).exhausted()}"
             return made
-        vips.append(VirtualIP(network_id=network_id, address=address))
+        vips.append(VirtualIP(network_id=network_id, address=addresses[0], address6=addresses[1]))
     made.allocation_error = ""
     made.endpoint.spec.CopyFrom(endpoint)
     del made.endpoint.virtual_ips[:]
@@ -187,7 +174,7 @@ def _why_unusable(network: Network | None, network_id: str) -> str | None:
     name = network.spec.annotations.name
     if network.pending_delete:
         return f"network {name} is being removed: update the service without it"
-    if not network.vni:
+    if not drivers.is_ready(network):
         return f"network {name} has no subnet yet" + (f": {network.allocation_error}" * bool(network.allocation_error))
     return None
 
@@ -195,15 +182,15 @@ def _why_unusable(network: Network | None, network_id: str) -> str | None:
 # ---------------------------------------------------------------- tasks
 
 
-def _allocate_tasks(store: Store, now: float, hosts: HostsCache) -> Iterator[Group]:
-    waiting = store.tasks.where("allocation", "waiting")
+def _allocate_tasks(taken: Pass, now: float) -> Iterator[Group]:
+    waiting = taken.store.tasks.where("allocation", "waiting")
     waiting.sort(key=lambda task: (task.service_id, task.slot, task.id))
     ready: dict[str, str | None] = {}
     for task in waiting:
         if task.service_id not in ready:
-            ready[task.service_id] = _why_service_is_not_ready(store, task.service_id)
+            ready[task.service_id] = _why_service_is_not_ready(taken.store, task.service_id)
         why = ready[task.service_id]
-        made = _allocated_task(store, task, now, hosts) if why is None else why
+        made = _allocated_task(taken, task, now) if why is None else why
         if isinstance(made, Task):
             yield (Update(made),)
         elif made and task.status.err != made:
@@ -218,28 +205,34 @@ def _why_service_is_not_ready(store: Store, service_id: str) -> str | None:
     service = store.services.get(service_id)
     if service is None:
         return ""
-    if is_allocated(service):
+    if is_allocated(store, service):
         return None
     return service.allocation_error
 
 
-def _allocated_task(store: Store, task: Task, now: float, hosts: HostsCache) -> Task | str:
-    """The task with one address per network, PENDING; or why it cannot have them."""
+def _allocated_task(taken: Pass, task: Task, now: float) -> Task | str:
+    """The task with one address per network, PENDING; or why it cannot have them. Nodes themselves give addresses on
+    networks of their own."""
     made = copy_of(task)
     del made.networks[:]
-    service = store.services.get(task.service_id)
-    publishes = service is not None and bool(service.endpoint.spec.ports)
-    for network_id, aliases in attachments(store, task.spec, publishes):
-        network = store.networks.get(network_id)
+    service = taken.store.services.get(task.service_id)
+    endpoint = service.endpoint.spec if service is not None else EndpointSpec()
+    joined = taken.attachments(task, endpoint)
+    if isinstance(joined, str):
+        return joined
+    for network_id, aliases in joined:
+        network = taken.store.networks.get(network_id)
         why = _why_unusable(network, network_id)
         if why is not None or network is None:
             return why or ""
-        address = hosts.of(network).take()
-        if address is None:
-            return hosts.of(network).exhausted()
-        made.networks.add(network_id=network_id, address=address, aliases=aliases)
+        leg = made.networks.add(network_id=network_id, aliases=aliases)
+        if not drivers.is_local(network):
+            addresses = taken.hosts(network).take()
+            if addresses is None:
+                return taken.hosts(network).exhausted()
+            leg.address, leg.address6 = addresses
     if service is not None:
-        made.endpoint.CopyFrom(service.endpoint.spec)
+        made.endpoint.CopyFrom(endpoint)
     made.status.Clear()
     made.status.state = pb.TASK_PENDING
     made.status.timestamp = made.status.applied_at = now

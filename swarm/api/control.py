@@ -170,7 +170,7 @@ class ControlService(ControlServicer):
 
     @_read
     async def GetService(self, request: pb.GetRequest, call: Call) -> Service:
-        return views.shown_service(find.find_service(self._store, request.ref))
+        return views.inspected_service(self._store, find.find_service(self._store, request.ref))
 
     @_read
     async def ListServices(self, request: pb.ListRequest, call: Call) -> pb.ServiceList:

@@ -137,7 +137,7 @@ def events_of(seen: Seen, store: Store) -> list[Event]:
         case Node():
             return _of(seen, "node", record.description.hostname, _node_pairs)
         case Network():
-            return _of(seen, "network", record.spec.annotations.name, lambda _b, _a: {})
+            return _of(seen, "network", record.spec.annotations.name, _network_pairs)
         case Task():
             return _task_event(seen, record, store)
     return []
@@ -173,8 +173,15 @@ def _service_pairs(before: Record, after: Record) -> Pairs:
             "replicas": (_replicas(after), _replicas(before)),
             "image": (after.spec.task.container.image, before.spec.task.container.image),
             "updatestate": (_update_state(after), _update_state(before)),
+            "allocationerror": (after.allocation_error, before.allocation_error),
         }
     )
+
+
+def _network_pairs(before: Record, after: Record) -> Pairs:
+    assert isinstance(before, Network)
+    assert isinstance(after, Network)
+    return _differing({"allocationerror": (after.allocation_error, before.allocation_error)})
 
 
 def _replicas(service: Service) -> str:

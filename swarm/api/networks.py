@@ -9,14 +9,16 @@ from __future__ import annotations
 import secrets
 
 from proto.control_pb2 import RemoveReply, RotateNetworkKeysReply
-from proto.objects_pb2 import Network, NetworkSpec
+from proto.objects_pb2 import INGRESS, Network, NetworkSpec, Service
+from swarm.allocate import needs_ingress, subnet_conflict
 from swarm.allocate.keys import RandomBytes, rotated
-from swarm.allocate.subnets import subnet_conflict
+from swarm.allocate.predefined import ingress_network
 from swarm.api import validate_network
 from swarm.api.backend import Backend, object_id
 from swarm.api.find import find_network
 from swarm.api.nodes import the_cluster
 from swarm.errors import AlreadyExists, Busy, InUse, Invalid, NotFound
+from swarm.store import drivers
 from swarm.store.changes import Create, Group, Update
 from swarm.store.states import has_stopped
 from swarm.store.store import Store
@@ -36,7 +38,11 @@ def created(store: Store, network_id: str, spec: NetworkSpec) -> Network:
     if holder is not None:
         state = "is still being removed; try again in a moment" if holder.pending_delete else "already exists"
         raise AlreadyExists(f"network with name {name} {state}")
-    why = subnet_conflict(store, spec.ipam.subnet) if spec.ipam.subnet else None
+    if spec.ingress and (ingress := ingress_network(store)) is not None:
+        raise AlreadyExists(
+            f"ingress network {ingress.spec.annotations.name} already exists, and there is one only: remove it first"
+        )
+    why = subnet_conflict(store, spec)
     if why is not None:
         raise Invalid(why)
     return Network(id=network_id, spec=spec)
@@ -45,11 +51,13 @@ def created(store: Store, network_id: str, spec: NetworkSpec) -> Network:
 def removal_refusal(store: Store, network: Network) -> str | None:
     """Why the network cannot go, or None. What is being removed itself is no reason."""
     name = network.spec.annotations.name
-    if network.spec.ingress:
-        return f"network {name} is predefined: published ports and services without a network depend on it"
+    if drivers.is_local(network):
+        return f"network {name} is predefined and cannot be removed"
     for service in store.services:
-        if not service.pending_delete and any(c.network_id == network.id for c in service.spec.task.networks):
-            return f"network {name} is in use by service {service.spec.annotations.name}: remove or update it first"
+        if not service.pending_delete and (why := _use(store, network, service)) is not None:
+            return (
+                f"network {name} is in use by service {service.spec.annotations.name}{why}: remove or update it first"
+            )
     for task in store.tasks.where("network", network.id):
         owner = store.services.get(task.service_id)
         if owner is not None and owner.pending_delete:
@@ -59,17 +67,35 @@ def removal_refusal(store: Store, network: Network) -> str | None:
     return None
 
 
+def _use(store: Store, network: Network, service: Service) -> str | None:
+    """How the service uses the network, as the end of a sentence, or None."""
+    spec = service.spec
+    if any(config.network_id == network.id for config in spec.task.networks):
+        return ""
+    if network.spec.ingress:
+        if any(port.mode == INGRESS for port in spec.endpoint.ports):
+            return ", which publishes ports"
+        if needs_ingress(store, spec.task, spec.endpoint.ports):
+            return ", which is attached to no other network"
+    return None
+
+
+def _same_name(one: NetworkSpec, other: NetworkSpec) -> bool:
+    return one.annotations.name.lower() == other.annotations.name.lower()
+
+
 async def create(backend: Backend, spec: NetworkSpec, request_id: str) -> Network:
     store = backend.store
     full = NetworkSpec()
     full.CopyFrom(spec)
-    full.driver = full.driver or "overlay"
+    full.driver = full.driver or drivers.OVERLAY
+    full.ipv6 = full.ipv6 or bool(full.ipam6.subnet)
     validate_network.network_spec(full)
     network_id = object_id(request_id)
 
     def removal_is_over() -> bool:
-        holder = store.networks.by_name(full.annotations.name)
-        return holder is None or not holder.pending_delete
+        leaving = [network for network in store.networks if network.pending_delete]
+        return not any((full.ingress and each.spec.ingress) or _same_name(full, each.spec) for each in leaving)
 
     def decide() -> Group:
         return () if network_id in store.networks else (Create(created(store, network_id, full)),)

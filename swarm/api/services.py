@@ -12,9 +12,9 @@ from collections.abc import Callable
 from proto.control_pb2 import RebalanceReply, RemoveReply, ServiceReply, ServiceUpdateRequest
 from proto.objects_pb2 import Service, ServiceSpec, UpdateStatus
 from swarm.allocate.ports import port_conflict
-from swarm.api import validate
+from swarm.api import attachments, validate
 from swarm.api.backend import Backend, object_id
-from swarm.api.find import find_network, find_service
+from swarm.api.find import find_service
 from swarm.api.views import shown_service
 from swarm.errors import AlreadyExists, Conflict, Invalid, NotFound
 from swarm.orchestrate.moves import planned
@@ -40,14 +40,7 @@ def completed(store: Store, spec: ServiceSpec) -> ServiceSpec:
     full.CopyFrom(spec)
     if full.WhichOneof("mode") is None:
         full.replicated.replicas = 1
-    for config in full.task.networks:
-        network = find_network(store, config.network_id)
-        name = network.spec.annotations.name
-        if network.spec.ingress:
-            raise Invalid(f"a service cannot be attached to network {name} explicitly: publish a port instead")
-        if network.pending_delete:
-            raise Invalid(f"network {name} is being removed: create another one")
-        config.network_id = network.id
+    attachments.complete(store, full)
     validate.service_spec(full)
     return full
 
@@ -61,8 +54,9 @@ def warnings(spec: ServiceSpec) -> list[str]:
     return [f"{fits_not}: the limit is never reached, so a failing task is restarted for ever"]
 
 
-def check_ports(store: Store, service_id: str, spec: ServiceSpec) -> None:
-    """Raises Invalid when another service has one of the published ports."""
+def check_networks(store: Store, service_id: str, spec: ServiceSpec) -> None:
+    """Raises Invalid when another service has one of the published ports, or the ingress network is missing."""
+    attachments.check_ingress(store, spec)
     why = port_conflict(store, service_id, spec.endpoint.ports)
     if why is not None:
         raise Invalid(f"{why}: publish another port, or remove it there")
@@ -75,7 +69,7 @@ def created(store: Store, service_id: str, spec: ServiceSpec, now: float) -> Ser
     if holder is not None:
         state = "is still being removed; try again in a moment" if holder.pending_delete else "already exists"
         raise AlreadyExists(f"name conflicts with an existing object: service {name} {state}")
-    check_ports(store, service_id, spec)
+    check_networks(store, service_id, spec)
     made = Service(id=service_id, spec=spec, spec_version=1)
     if states.is_job(spec):
         made.job_status.last_execution = now
@@ -103,7 +97,7 @@ def updated(store: Store, request: ServiceUpdateRequest, now: float) -> Service 
         raise Invalid(f"service mode change is not allowed: {old.annotations.name} is {mode}")
     if not spec.task.container.registry_auth:  # reads do not show it, so a spec read and sent back lacks it
         spec.task.container.registry_auth = old.task.container.registry_auth
-    check_ports(store, service.id, spec)
+    check_networks(store, service.id, spec)
     if spec == old:
         return None
     changed = _copy(service)
@@ -252,4 +246,5 @@ def _reply(store: Store, service_id: str) -> ServiceReply:
     service = store.services.get(service_id)
     if service is None:
         raise NotFound(f"service {service_id} was removed meanwhile")
-    return ServiceReply(service=shown_service(service), warnings=warnings(service.spec))
+    told = warnings(service.spec) + attachments.warnings(store, service.spec)
+    return ServiceReply(service=shown_service(service), warnings=told)

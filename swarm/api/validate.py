@@ -5,6 +5,7 @@ What depends on other objects (names, networks, ports in use) is in `services.py
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import posixpath
 import re
@@ -25,6 +26,7 @@ from proto.objects_pb2 import (
     TaskSpec,
     UpdateConfig,
 )
+from swarm.allocate.ports import share_address
 from swarm.api import check, templates
 from swarm.errors import Invalid
 from swarm.schedule.constraints import parse_constraint, parse_spread
@@ -51,9 +53,13 @@ _LOG_OPTIONS = {
     "max-file": (re.compile(r"0*[1-9]\d*"), "a number of files, 1 or more"),
 }
 """As the nodes understand them (node/inputs.py): what they would refuse, task after task, is refused here at once."""
+_WEIGHT_LABEL = re.compile(r"node\.labels\.\S+")
 _HEALTH_TESTS = ("CMD", "CMD-SHELL", "NONE")
 _PROPAGATIONS = ("", "private", "rprivate", "shared", "rshared", "slave", "rslave")
 _PROTOCOL = {pb.TCP: "tcp", pb.UDP: "udp", pb.SCTP: "sctp"}
+
+EMBEDDED_NAME_SERVER = "127.0.0.11"
+_DOMAIN = re.compile(r"(?!-)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?", re.IGNORECASE)
 
 
 def service_spec(spec: ServiceSpec) -> None:
@@ -168,6 +174,7 @@ def container_spec(spec: ContainerSpec) -> None:
         "device", (device.container_path or device.host_path for device in spec.devices), "give each a path of its own"
     )
     _templates(spec)
+    _name_resolution(spec)
     for host in spec.hosts:
         if len(host.split()) < 2:
             raise Invalid(f"host {host!r}: write an address and a name")
@@ -195,6 +202,22 @@ def _device(device: Device) -> None:
             raise Invalid(f"device {path!r}: it must be an absolute path")
     if not re.fullmatch("[rwm]*", device.permissions):
         raise Invalid(f"device {device.host_path}: permissions {device.permissions!r}: use letters of rwm")
+
+
+def _name_resolution(spec: ContainerSpec) -> None:
+    for server in spec.dns_nameservers:
+        try:
+            ipaddress.ip_address(server)
+        except ValueError:
+            raise Invalid(f"dns {server!r} is not an IP address: name servers are asked by address") from None
+        if server == EMBEDDED_NAME_SERVER:
+            raise Invalid(f"dns {server}: this is the server that tasks ask already: leave it out")
+    for domain in spec.dns_search:
+        if domain != "." and not _DOMAIN.fullmatch(domain):
+            raise Invalid(f"dns search {domain!r} is not a domain: write one such as example.com, or . for none")
+    for option in spec.dns_options:
+        if len(option.split()) != 1:
+            raise Invalid(f"dns option {option!r}: write one option without white space, such as timeout:3")
 
 
 def _templates(spec: ContainerSpec) -> None:
@@ -278,13 +301,29 @@ def endpoint_spec(spec: EndpointSpec) -> None:
             "port published with ingress mode can't be used with dnsrr mode: "
             "publish with mode=host, or use endpoint mode vip"
         )
-    published = (port_key(port) for port in spec.ports if port.published_port)
-    _unique("published port", (f"{number}/{protocol}" for number, protocol in published), "publish a port once")
+    _published_once(spec.ports)
     _unique(
         "port name",
         (port.name for port in spec.ports if port.name),
         "give each published port a name of its own or none",
     )
+
+    check.choice("balance", spec.balance, dict(pb.Balance.items()))
+    if spec.mode == pb.DNSRR and (spec.balance or spec.weight_label):
+        raise Invalid("balance and balance weight have no meaning in dnsrr mode, where clients choose: leave them out")
+    if spec.weight_label and not _WEIGHT_LABEL.fullmatch(spec.weight_label):
+        raise Invalid(f"balance weight {spec.weight_label!r}: write node.labels.LABEL, whose values are 1 to 100")
+
+
+def _published_once(ports: Iterable[PortConfig]) -> None:
+    """Of the same number, twice is possible on different addresses of the hosts only."""
+    seen: dict[tuple[int, str], list[str]] = {}
+    for port in ports:
+        others = seen.setdefault(port_key(port), [])
+        if port.published_port and any(share_address(port.host_ip, other) for other in others):
+            number, protocol = port_key(port)
+            raise Invalid(f"duplicate published port '{number}/{protocol}': publish a port once")
+        others.append(port.host_ip)
 
 
 def _port(port: PortConfig) -> None:
@@ -297,6 +336,11 @@ def _port(port: PortConfig) -> None:
             f"published port {port.published_port} is out of range: "
             f"use a number from 1 to {PORT_MAX}, or 0 to have one chosen"
         )
+    if port.host_ip:
+        try:
+            ipaddress.ip_address(port.host_ip)
+        except ValueError:
+            raise Invalid(f"host ip {port.host_ip!r} of port {port.target_port} is no IP address") from None
 
 
 def port_key(port: PortConfig) -> tuple[int, str]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from proto.control_pb2 import Filter, ServiceCounts
 from proto.objects_pb2 import (
     ACTIVE,
+    INGRESS,
     MANAGER,
     TASK_COMPLETE,
     TASK_RUNNING,
@@ -21,7 +22,7 @@ from proto.objects_pb2 import (
     Task,
 )
 from swarm.consensus.interface import Consensus
-from swarm.dispatch.items import is_down, task_name
+from swarm.dispatch.items import is_down, is_live, task_name
 from swarm.schedule.filters import fits
 from swarm.store import states
 from swarm.store.store import Store
@@ -47,6 +48,19 @@ def shown_service(service: Service) -> Service:
     _forget_auth(copy.spec)
     if copy.HasField("previous_spec"):
         _forget_auth(copy.previous_spec)
+    return copy
+
+
+def inspected_service(store: Store, service: Service) -> Service:
+    """With what is computed when one service is read: where clients of its published ports are hidden from it."""
+    copy = Service()
+    copy.CopyFrom(shown_service(service))
+    if any(port.mode == INGRESS for port in service.endpoint.spec.ports):
+        hosts = {task.node_id for task in store.tasks.where("service", service.id) if is_live(task)}
+        nodes = (node for node_id in hosts if (node := store.nodes.get(node_id)) is not None)
+        copy.masquerading_nodes.extend(
+            sorted(node.description.hostname for node in nodes if not node.description.answers_through_ingress)
+        )
     return copy
 
 

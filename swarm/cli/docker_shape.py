@@ -16,6 +16,11 @@ Json = dict[str, Any]
 
 RESTART = {pb.RESTART_ANY: "any", pb.RESTART_ON_FAILURE: "on-failure", pb.RESTART_NONE: "none"}
 FAILURE = {pb.PAUSE: "pause", pb.CONTINUE: "continue", pb.ROLLBACK: "rollback"}
+BALANCE = {
+    pb.ROUND_ROBIN: "round-robin",
+    pb.LEAST_CONNECTIONS: "least-connections",
+    pb.SOURCE_HASH: "source",
+}
 ORDER = {pb.STOP_FIRST: "stop-first", pb.START_FIRST: "start-first"}
 RESTART_DELAY_S = 5.0
 MONITOR_S = 5.0
@@ -32,7 +37,7 @@ def service_json(service: pb.Service) -> Json:
         "Endpoint": {
             "Spec": _endpoint_spec(service.endpoint.spec),
             "Ports": _ports(service.endpoint.spec.ports),
-            "VirtualIPs": [{"NetworkID": v.network_id, "Addr": v.address} for v in service.endpoint.virtual_ips],
+            "VirtualIPs": [_virtual_ip(vip) for vip in service.endpoint.virtual_ips],
         },
     }
     if service.HasField("previous_spec"):
@@ -50,9 +55,23 @@ def service_json(service: pb.Service) -> Json:
             "JobIteration": {"Index": service.job_status.iteration},
             "LastExecution": format_time(service.job_status.last_execution),
         }
+    if clients := client_addresses(service):
+        shape["Endpoint"]["ClientAddresses"] = clients
     if service.allocation_error:
         shape["AllocationError"] = service.allocation_error
     return shape
+
+
+def client_addresses(service: pb.Service) -> str:
+    """What tasks see of the clients of ports that the ingress network publishes; "" = there are none."""
+    if not any(port.mode == pb.INGRESS for port in service.endpoint.spec.ports):
+        return ""
+    hidden = service.masquerading_nodes
+    return f"masqueraded for tasks on {', '.join(hidden)}" if hidden else "kept"
+
+
+def _virtual_ip(vip: pb.VirtualIP) -> Json:
+    return {"NetworkID": vip.network_id, "Addr": vip.address, **given("Addr6", vip.address6)}
 
 
 def update_state(state: pb.UpdateStatus.State.ValueType) -> str:
@@ -82,7 +101,7 @@ def service_spec_json(spec: pb.ServiceSpec) -> Json:
             if states.is_job(spec)
             else {"UpdateConfig": _update_config(spec.update), "RollbackConfig": _update_config(spec.rollback)}
         ),
-        **_given("MaxUnavailable", spec.max_unavailable),
+        **given("MaxUnavailable", spec.max_unavailable),
         "EndpointSpec": _endpoint_spec(spec.endpoint),
     }
 
@@ -95,7 +114,7 @@ def task_spec_json(task: pb.TaskSpec) -> Json:
         "Resources": {
             "Limits": _resources(resources.limits),
             "Reservations": _resources(resources.reservations),
-            **_given("SwapBytes", resources.limits.memory_swap_bytes),
+            **given("SwapBytes", resources.limits.memory_swap_bytes),
             **(
                 {"MemorySwappiness": resources.limits.memory_swappiness}
                 if resources.limits.HasField("memory_swappiness")
@@ -106,16 +125,16 @@ def task_spec_json(task: pb.TaskSpec) -> Json:
             "Condition": RESTART[restart.condition],
             "Delay": _ns(restart.delay_s if restart.HasField("delay_s") else RESTART_DELAY_S),
             "MaxAttempts": restart.max_attempts,
-            **_given("Window", _ns(restart.window_s)),
+            **given("Window", _ns(restart.window_s)),
         },
         "Placement": {
-            **_given("Constraints", list(task.placement.constraints)),
-            **_given("Preferences", [{"Spread": {"SpreadDescriptor": s}} for s in task.placement.spread]),
-            **_given("MaxReplicas", task.placement.max_replicas_per_node),
-            **_given("Platforms", [{"Architecture": p.architecture, "OS": p.os} for p in task.placement.platforms]),
+            **given("Constraints", list(task.placement.constraints)),
+            **given("Preferences", [{"Spread": {"SpreadDescriptor": s}} for s in task.placement.spread]),
+            **given("MaxReplicas", task.placement.max_replicas_per_node),
+            **given("Platforms", [{"Architecture": p.architecture, "OS": p.os} for p in task.placement.platforms]),
         },
-        **_given("Networks", [_attachment_config(network) for network in task.networks]),
-        **_given("LogDriver", {"Name": "json-file", "Options": dict(task.log_options)} if task.log_options else None),
+        **given("Networks", [_attachment_config(network) for network in task.networks]),
+        **given("LogDriver", {"Name": "json-file", "Options": dict(task.log_options)} if task.log_options else None),
         "ForceUpdate": task.force_update,
         "Runtime": "container",
     }
@@ -125,28 +144,28 @@ def container_json(c: pb.ContainerSpec) -> Json:
     """Credentials are never shown."""
     grace_s = c.stop_grace_period_s if c.HasField("stop_grace_period_s") else STOP_GRACE_S
     dns = {
-        **_given("Nameservers", list(c.dns_nameservers)),
-        **_given("Search", list(c.dns_search)),
-        **_given("Options", list(c.dns_options)),
+        **given("Nameservers", list(c.dns_nameservers)),
+        **given("Search", list(c.dns_search)),
+        **given("Options", list(c.dns_options)),
     }
     return {
         "Image": c.image,
-        **_given("Labels", dict(c.labels)),
-        **_given("Command", list(c.command)),
-        **_given("Args", list(c.args)),
-        **_given("Hostname", c.hostname),
-        **_given("Env", list(c.env)),
-        **_given("Dir", c.dir),
-        **_given("User", c.user),
-        **_given("Groups", list(c.groups)),
+        **given("Labels", dict(c.labels)),
+        **given("Command", list(c.command)),
+        **given("Args", list(c.args)),
+        **given("Hostname", c.hostname),
+        **given("Env", list(c.env)),
+        **given("Dir", c.dir),
+        **given("User", c.user),
+        **given("Groups", list(c.groups)),
         **({"Init": c.init} if c.HasField("init") else {}),
-        **_given("TTY", c.tty),
-        **_given("ReadOnly", c.read_only),
-        **_given("StopSignal", c.stop_signal),
+        **given("TTY", c.tty),
+        **given("ReadOnly", c.read_only),
+        **given("StopSignal", c.stop_signal),
         "StopGracePeriod": _ns(grace_s),
-        **_given("Mounts", [_mount(mount) for mount in c.mounts]),
-        **_given("Healthcheck", _health(c.health)),
-        **_given(
+        **given("Mounts", [_mount(mount) for mount in c.mounts]),
+        **given("Healthcheck", _health(c.health)),
+        **given(
             "Devices",
             [
                 {
@@ -157,25 +176,25 @@ def container_json(c: pb.ContainerSpec) -> Json:
                 for device in c.devices
             ],
         ),
-        **_given("Hosts", list(c.hosts)),
-        **_given("DNSConfig", dns),
-        **_given("CapabilityAdd", list(c.capability_add)),
-        **_given("CapabilityDrop", list(c.capability_drop)),
-        **_given("Ulimits", [{"Name": u.name, "Soft": u.soft, "Hard": u.hard} for u in c.ulimits]),
-        **_given("Sysctls", dict(c.sysctls)),
-        **_given("OomScoreAdj", c.oom_score_adj),
+        **given("Hosts", list(c.hosts)),
+        **given("DNSConfig", dns),
+        **given("CapabilityAdd", list(c.capability_add)),
+        **given("CapabilityDrop", list(c.capability_drop)),
+        **given("Ulimits", [{"Name": u.name, "Soft": u.soft, "Hard": u.hard} for u in c.ulimits]),
+        **given("Sysctls", dict(c.sysctls)),
+        **given("OomScoreAdj", c.oom_score_adj),
         "Isolation": "default",
     }
 
 
 def _health(health: pb.HealthConfig) -> Json:
     return {
-        **_given("Test", list(health.test)),
-        **_given("Interval", _ns(health.interval_s)),
-        **_given("Timeout", _ns(health.timeout_s)),
-        **_given("StartPeriod", _ns(health.start_period_s)),
-        **_given("StartInterval", _ns(health.start_interval_s)),
-        **_given("Retries", health.retries),
+        **given("Test", list(health.test)),
+        **given("Interval", _ns(health.interval_s)),
+        **given("Timeout", _ns(health.timeout_s)),
+        **given("StartPeriod", _ns(health.start_period_s)),
+        **given("StartInterval", _ns(health.start_interval_s)),
+        **given("Retries", health.retries),
     }
 
 
@@ -194,19 +213,20 @@ def node_json(node: pb.Node) -> Json:
             "Platform": {"Architecture": description.platform.architecture, "OS": description.platform.os},
             "Resources": {
                 **_resources(description.resources),
-                **_given("GenericResources", [_generic(resource) for resource in description.generic]),
+                **given("GenericResources", [_generic(resource) for resource in description.generic]),
             },
             "Engine": {
                 "EngineVersion": description.engine_version,
-                **_given("Labels", dict(description.engine_labels)),
+                **given("Labels", dict(description.engine_labels)),
             },
-            **_given("Balancer", description.balancer),
+            **given("Balancer", description.balancer),
             "AnswersThroughIngress": description.answers_through_ingress,
         },
         "Status": {
             "State": pb.NodeStatus.State.Name(node.status.state).lower(),
-            **_given("Message", node.status.message),
+            **given("Message", node.status.message),
             "Addr": node.status.addr or node.advertise_host,
+            **given("DataPathAddr", node.data_path_addr),
         },
     }
     if node.role == pb.MANAGER:
@@ -217,35 +237,6 @@ def node_json(node: pb.Node) -> Json:
             "Addr": status.addr or node.manager_addr,
         }
     return shape
-
-
-def network_json(network: pb.Network) -> Json:
-    """As `docker network inspect`."""
-    spec = network.spec
-    ipam = network.ipam if network.ipam.subnet else spec.ipam
-    config = {
-        **_given("Subnet", ipam.subnet),
-        **_given("Gateway", ipam.gateway),
-        **_given("IPRange", ipam.ip_range),
-    }
-    options = dict(spec.options)
-    if network.vni:
-        options["com.docker.network.driver.overlay.vxlanid_list"] = str(network.vni)
-    return {
-        "Name": spec.annotations.name,
-        "Id": network.id,
-        "Created": format_time(network.meta.created_at),
-        "Scope": "swarm",
-        "Driver": spec.driver or "overlay",
-        "EnableIPv6": False,
-        "IPAM": {"Driver": "default", "Options": None, "Config": [config] if config else []},
-        "Internal": spec.internal,
-        "Attachable": spec.attachable,
-        "Ingress": spec.ingress,
-        "Options": options,
-        "Labels": dict(spec.annotations.labels),
-        **_given("AllocationError", network.allocation_error),
-    }
 
 
 def _head(object_id: str, meta: pb.Meta) -> Json:
@@ -261,7 +252,7 @@ def _annotations(annotations: pb.Annotations) -> Json:
     return {"Name": annotations.name, "Labels": dict(annotations.labels)}
 
 
-def _given(key: str, value: Any) -> Json:
+def given(key: str, value: Any) -> Json:
     """As Go's omitempty."""
     return {key: value} if value else {}
 
@@ -272,10 +263,10 @@ def _ns(seconds: float) -> int:
 
 def _resources(resources: pb.Resources) -> Json:
     return {
-        **_given("NanoCPUs", resources.nano_cpus),
-        **_given("MemoryBytes", resources.memory_bytes),
-        **_given("Pids", resources.pids),
-        **_given("GenericResources", [_generic(resource) for resource in resources.generic]),
+        **given("NanoCPUs", resources.nano_cpus),
+        **given("MemoryBytes", resources.memory_bytes),
+        **given("Pids", resources.pids),
+        **given("GenericResources", [_generic(resource) for resource in resources.generic]),
     }
 
 
@@ -288,7 +279,7 @@ def _generic(resource: pb.GenericResource) -> Json:
 def _update_config(config: pb.UpdateConfig) -> Json:
     return {
         "Parallelism": config.parallelism if config.HasField("parallelism") else PARALLELISM,
-        **_given("Delay", _ns(config.delay_s)),
+        **given("Delay", _ns(config.delay_s)),
         "FailureAction": FAILURE[config.failure_action],
         "Monitor": _ns(config.monitor_s if config.HasField("monitor_s") else MONITOR_S),
         "MaxFailureRatio": round(config.max_failure_ratio, 6),  # a float on the wire: 0.1 is not 0.10000000149
@@ -297,34 +288,40 @@ def _update_config(config: pb.UpdateConfig) -> Json:
 
 
 def _endpoint_spec(spec: pb.EndpointSpec) -> Json:
-    return {"Mode": "dnsrr" if spec.mode == pb.DNSRR else "vip", **_given("Ports", _ports(spec.ports))}
+    return {
+        "Mode": "dnsrr" if spec.mode == pb.DNSRR else "vip",
+        **given("Ports", _ports(spec.ports)),
+        **given("Balance", BALANCE[spec.balance] if spec.balance else ""),
+        **given("BalanceWeight", spec.weight_label),
+    }
 
 
 def _ports(ports: Iterable[pb.PortConfig]) -> list[Json]:
     return [
         {
-            **_given("Name", port.name),
+            **given("Name", port.name),
             "Protocol": pb.Protocol.Name(port.protocol).lower(),
             "TargetPort": port.target_port,
-            **_given("PublishedPort", port.published_port),
+            **given("PublishedPort", port.published_port),
             "PublishMode": pb.PublishMode.Name(port.mode).lower(),
+            **given("HostIP", port.host_ip),
         }
         for port in ports
     ]
 
 
 def _attachment_config(network: pb.NetworkAttachmentConfig) -> Json:
-    return {"Target": network.network_id, **_given("Aliases", list(network.aliases))}
+    return {"Target": network.network_id, **given("Aliases", list(network.aliases))}
 
 
 def _mount(mount: pb.Mount) -> Json:
-    tmpfs = {**_given("SizeBytes", mount.tmpfs_size_bytes), **_given("Mode", mount.tmpfs_mode)}
+    tmpfs = {**given("SizeBytes", mount.tmpfs_size_bytes), **given("Mode", mount.tmpfs_mode)}
     return {
         "Type": pb.Mount.Type.Name(mount.type).lower(),
-        **_given("Source", mount.source),
+        **given("Source", mount.source),
         "Target": mount.target,
-        **_given("ReadOnly", mount.read_only),
-        **_given("BindOptions", _given("Propagation", mount.propagation)),
-        **_given("VolumeOptions", {**_given("NoCopy", mount.no_copy), **_given("PerSlot", mount.per_slot)}),
-        **_given("TmpfsOptions", tmpfs),
+        **given("ReadOnly", mount.read_only),
+        **given("BindOptions", given("Propagation", mount.propagation)),
+        **given("VolumeOptions", {**given("NoCopy", mount.no_copy), **given("PerSlot", mount.per_slot)}),
+        **given("TmpfsOptions", tmpfs),
     }

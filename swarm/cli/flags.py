@@ -60,6 +60,8 @@ COMMON: tuple[Flag, ...] = (
     _value("max-unavailable", "N", "Most tasks that a drain may move at a time (default: a quarter of the replicas)"),
     _value("replicas-max-per-node", "N", "Most tasks on one node; 0 = unlimited"),
     _value("endpoint-mode", "vip|dnsrr", "How the service's name resolves (default vip)"),
+    _value("balance", "round-robin|least-connections|source", "How connections are shared out (default round-robin)"),
+    _value("balance-weight", "LABEL", "Nodes' label with their tasks' share, 1 to 100: node.labels.capacity"),
     _value("limit-cpu", "CPUS", "Most CPU a task may use, such as 0.5"),
     _value("limit-memory", "BYTES", "Most memory a task may use, such as 64m"),
     _value("memory-swap", "BYTES", "Most memory and swap together; -1 = unlimited (default: twice --limit-memory)"),
@@ -97,7 +99,13 @@ COMMON: tuple[Flag, ...] = (
 
 LISTS: tuple[Flag, ...] = (
     _list("network", "NETWORK", "Attach to a network: NAME or name=NAME,alias=ALIAS", removal="NETWORK"),
-    _list("publish", "PORT", "Publish a port: 8000:80/tcp or published=,target=,protocol=,mode=", "p", "TARGET"),
+    _list(
+        "publish",
+        "PORT",
+        "Publish a port: [IP:]8000:80/tcp or published=,target=,protocol=,mode=,host_ip=,name=",
+        "p",
+        "TARGET",
+    ),
     _list("env", "KEY=VALUE", "Environment variable; KEY alone takes this shell's value", "e", "KEY"),
     _list("label", "KEY=VALUE", "Label of the service", "l", "KEY"),
     _list("container-label", "KEY=VALUE", "Label of its containers", removal="KEY"),
@@ -109,7 +117,7 @@ LISTS: tuple[Flag, ...] = (
     _list("device", "PATH", "Give access to a device of the node: HOST[:CONTAINER[:rwm]]", removal="PATH"),
     _list("host", "NAME:IP", "Line for /etc/hosts"),
     _list("dns", "IP", "Name server used instead of the node's"),
-    _list("dns-search", "DOMAIN", "DNS search domain"),
+    _list("dns-search", "DOMAIN", "DNS search domain (default: the node's; . for none)"),
     _list("dns-option", "OPTION", "DNS option, such as timeout:3"),
     _list("group", "GROUP", "Supplementary group of the process"),
     _list("ulimit", "NAME=SOFT[:HARD]", "Resource limit of the process, such as nofile=1024", removal="NAME"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from ipaddress import ip_address
 from typing import TypeVar
 
 from proto.objects_pb2 import HOST, INGRESS, SCTP, TCP, UDP, PortConfig, Protocol, PublishMode
@@ -14,11 +15,15 @@ PORT_MAX = 65535
 PROTOCOLS: dict[str, Protocol.ValueType] = {"tcp": TCP, "udp": UDP, "sctp": SCTP}
 MODES: dict[str, PublishMode.ValueType] = {"ingress": INGRESS, "host": HOST}
 
-_SHORT = re.compile(r"(?:(?P<published>\d+(?:-\d+)?)?:)?(?P<target>\d+(?:-\d+)?)(?:/(?P<protocol>\w+))?")
+_SHORT = re.compile(
+    r"(?:(?:(?P<host_ip>\[[^]]*\]|[^:/]+):)?(?P<published>\d+(?:-\d+)?)?:)?"
+    r"(?P<target>\d+(?:-\d+)?)(?:/(?P<protocol>\w+))?"
+)
 
 
 def parse_publish(text: str, flag: str = "--publish") -> list[PortConfig]:
-    """ "8000:80/tcp", "8000-8002:80-82" or "published=8000,target=80,mode=host". Raises Invalid."""
+    """ "8000:80/tcp", "8000-8002:80-82", "192.168.1.5:8000:80", "[::1]:8000:80" or
+    "published=8000,target=80,mode=host". Raises Invalid."""
     try:
         return [_long(text)] if "=" in text else _short(text)
     except Invalid as error:
@@ -28,9 +33,8 @@ def parse_publish(text: str, flag: str = "--publish") -> list[PortConfig]:
 def _short(text: str) -> list[PortConfig]:
     match = _SHORT.fullmatch(text)
     if match is None:
-        if text.count(":") > 1 or re.search(r"[.\]]", text):
-            raise Invalid("a host address is not supported for services; ports are published on every node")
-        raise Invalid("write PUBLISHED:TARGET[/PROTOCOL], such as 8000:80/tcp, or published=8000,target=80")
+        raise Invalid("write [IP:]PUBLISHED:TARGET[/PROTOCOL], such as 8000:80/tcp, or published=8000,target=80")
+    host_ip = _host_ip(match["host_ip"]) if match["host_ip"] else ""
     protocol = _choice("protocol", (match["protocol"] or "tcp").lower(), PROTOCOLS)
     targets = _range("target", match["target"])
     published = _range("published", match["published"]) if match["published"] else [0] * len(targets)
@@ -39,7 +43,7 @@ def _short(text: str) -> list[PortConfig]:
     if len(targets) != len(published):
         raise Invalid(f"the ranges differ in length: {len(published)} published, {len(targets)} target ports")
     return [
-        PortConfig(protocol=protocol, target_port=target, published_port=port, mode=INGRESS)
+        PortConfig(protocol=protocol, target_port=target, published_port=port, mode=INGRESS, host_ip=host_ip)
         for port, target in zip(published, targets, strict=True)
     ]
 
@@ -59,11 +63,20 @@ def _long(text: str) -> PortConfig:
                 port.mode = _choice("mode", value.lower(), MODES)
             case "name":
                 port.name = value
+            case "host_ip":
+                port.host_ip = _host_ip(value)
             case _:
-                raise Invalid(f'unknown field "{key}"; known: target, published, protocol, mode')
+                raise Invalid(f'unknown field "{key}"; known: target, published, protocol, mode, host_ip, name')
     if not port.target_port:
         raise Invalid("target=PORT is missing")
     return port
+
+
+def _host_ip(text: str) -> str:
+    try:
+        return str(ip_address(text.removeprefix("[").removesuffix("]")))
+    except ValueError:
+        raise Invalid(f'host address "{text}" is not an IP address; write [::1] for an IPv6 one') from None
 
 
 def _choice(what: str, value: str, known: dict[str, T]) -> T:
@@ -105,6 +118,7 @@ def remove_ports(current: Iterable[PortConfig], text: str) -> list[PortConfig]:
             port.target_port == want.target_port
             and port.protocol == want.protocol
             and (by_target or port.published_port == want.published_port)
+            and want.host_ip in ("", port.host_ip)
             for want in wanted
         )
 
@@ -117,7 +131,8 @@ def remove_ports(current: Iterable[PortConfig], text: str) -> list[PortConfig]:
 def port_text(port: PortConfig) -> str:
     """ "*:8000->80/tcp", as `service ls` shows it; without a published port yet: "80/tcp"."""
     name = Protocol.Name(port.protocol).lower()
-    prefix = f"*:{port.published_port}->" if port.published_port else ""
+    host = f"[{port.host_ip}]" if ":" in port.host_ip else port.host_ip or "*"
+    prefix = f"{host}:{port.published_port}->" if port.published_port else ""
     return f"{prefix}{port.target_port}/{name}"
 
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from proto import objects_pb2 as pb
-from swarm.cli.docker_shape import FAILURE, MONITOR_S, ORDER, PARALLELISM, RESTART, RESTART_DELAY_S, update_state
+from swarm.cli.docker_shape import (
+    BALANCE,
+    FAILURE,
+    MONITOR_S,
+    ORDER,
+    PARALLELISM,
+    RESTART,
+    RESTART_DELAY_S,
+    client_addresses,
+    update_state,
+)
 from swarm.cli.generic import shown
 from swarm.cli.rows import AVAILABILITY, manager_word, mode_word
 from swarm.cli.units import NANO, format_duration, format_time, human_memory
@@ -50,10 +60,16 @@ def pretty_service(service: pb.Service, network_name: Mapping[str, str]) -> str:
         names = (network_name.get(item.network_id, item.network_id) for item in task.networks)
         lines += [(0, "Networks", " ".join(names))]
     lines += [(0, "Endpoint Mode", "dnsrr" if spec.endpoint.mode == pb.DNSRR else "vip")]
+    if spec.endpoint.balance:
+        lines += [(0, "Balance", BALANCE[spec.endpoint.balance])]
+    if spec.endpoint.weight_label:
+        lines += [(0, "Balance Weight", spec.endpoint.weight_label)]
     lines += _ports(service.endpoint.spec.ports or spec.endpoint.ports)
-    for address in service.endpoint.virtual_ips:
-        name = network_name.get(address.network_id, address.network_id)
-        lines += [(0, "Virtual IP", f"{address.address} ({name})")]
+    if clients := client_addresses(service):
+        lines += [(0, "Client Addresses", clients)]
+    for vip in service.endpoint.virtual_ips:
+        name = network_name.get(vip.network_id, vip.network_id)
+        lines += [(0, "Virtual IP", f"{' '.join(filter(None, (vip.address, vip.address6)))} ({name})")]
     return _text(lines)
 
 
@@ -178,4 +194,5 @@ def _ports(ports: Iterable[pb.PortConfig]) -> list[Line]:
         lines += [(1, "PublishedPort", str(port.published_port))] if port.published_port else []
         lines += [(1, "Protocol", pb.Protocol.Name(port.protocol).lower()), (1, "TargetPort", str(port.target_port))]
         lines += [(1, "PublishMode", pb.PublishMode.Name(port.mode).lower())]
+        lines += [(1, "HostIP", port.host_ip)] if port.host_ip else []
     return lines

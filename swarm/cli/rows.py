@@ -11,6 +11,7 @@ from proto.local_pb2 import Image
 from swarm.cli.images import repository_and_tag, short_id, without_digest
 from swarm.cli.ports import ports_text
 from swarm.cli.units import format_time, human_duration, human_size
+from swarm.store import drivers
 
 ID_SHORT = 12
 ERROR_SHORT = 30
@@ -164,13 +165,24 @@ def manager_word(node: pb.Node) -> str:
     return "Reachable" if node.manager_status.reachable else "Unreachable"
 
 
+def driver_word(network: pb.Network) -> str:
+    """Docker calls the driver of the network `none` "null"."""
+    return "null" if network.spec.driver == drivers.NONE else drivers.driver_of(network)
+
+
+def scope_word(network: pb.Network) -> str:
+    return "local" if drivers.is_local(network) else "swarm"
+
+
 def network_row(network: pb.Network, no_trunc: bool) -> dict[str, str]:
     """One line of `network ls`."""
     return {
         "ID": network.id if no_trunc else network.id[:ID_SHORT],
         "Name": network.spec.annotations.name,
-        "Driver": network.spec.driver or "overlay",
-        "Scope": "swarm",
+        "Driver": driver_word(network),
+        "Scope": scope_word(network),
+        "IPv4": str(network.spec.driver != drivers.NONE).lower(),
+        "IPv6": str(network.spec.ipv6).lower(),
         "Internal": str(network.spec.internal).lower(),
         "Labels": labels_text(network.spec.annotations.labels),
         "CreatedAt": format_time(network.meta.created_at),

@@ -16,11 +16,14 @@ from google.protobuf.message import Message
 from proto.objects_pb2 import (
     CONTINUE,
     DNSRR,
+    LEAST_CONNECTIONS,
     PAUSE,
     RESTART_ANY,
     RESTART_NONE,
     RESTART_ON_FAILURE,
     ROLLBACK,
+    ROUND_ROBIN,
+    SOURCE_HASH,
     START_FIRST,
     STOP_FIRST,
     VIP,
@@ -97,6 +100,11 @@ def _rollout(prefix: str, **actions: int) -> dict[str, tuple[str, Parse]]:
 SCALARS: dict[str, tuple[str, Parse]] = {
     "name": ("annotations.name", str),
     "endpoint-mode": ("endpoint.mode", choice(vip=VIP, dnsrr=DNSRR)),
+    "balance": (
+        "endpoint.balance",
+        choice(round_robin=ROUND_ROBIN, least_connections=LEAST_CONNECTIONS, source=SOURCE_HASH),
+    ),
+    "balance-weight": ("endpoint.weight_label", str),
     "max-unavailable": ("max_unavailable", parse_uint),
     "replicas-max-per-node": ("task.placement.max_replicas_per_node", _uint32),
     "limit-cpu": ("task.resources.limits.nano_cpus", parse_nano_cpus),

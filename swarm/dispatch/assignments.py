@@ -28,8 +28,10 @@ from swarm.dispatch.items import (
     predefined_network,
     service_item,
     task_items,
+    weight_of,
 )
 from swarm.dispatch.releases import Releases
+from swarm.store.changes import Record
 from swarm.store.states import is_encrypted, is_runnable
 from swarm.store.store import Event, Store
 
@@ -188,6 +190,8 @@ class AssignmentIndex:
                 self._put_task(record.id, after if isinstance(after, Task) else None)
             elif isinstance(record, Service):
                 self._put_service(record.id, after if isinstance(after, Service) else None)
+                if _weight_label(event.before) != _weight_label(after):
+                    self._put_tasks("service", record.id)
             elif isinstance(record, Network):
                 self._put_network(event)
             elif isinstance(record, Node):
@@ -195,8 +199,10 @@ class AssignmentIndex:
         return {node_id for node_id in self._dirty if self._views[node_id].is_dirty}
 
     def _put_task(self, task_id: str, task: Task | None) -> None:
-        down = task is not None and is_down(self._store.nodes.get(task.node_id))
-        items = task_items(task, down, self._unreached(task)) if task is not None else {}
+        items: dict[str, Scoped] = {}
+        if task is not None:
+            node, service = self._store.nodes.get(task.node_id), self._store.services.get(task.service_id)
+            items = task_items(task, is_down(node), self._unreached(task), weight_of(service, node))
         stops = self._begins_to_stop(task_id, task)
         viewers = self._served_to(task_id) if stops else set()
         # In whichever order scopes and items change, a view settles per key on what is true at the end.
@@ -282,8 +288,7 @@ class AssignmentIndex:
             self._put_peer(node.id)
         for view in self._views.values():
             self._rescope(view, {network_id for network_id in (before, after) if network_id})
-        for task in self._store.tasks.where("service", service_id):
-            self._put_task(task.id, task)  # published now, or not any more: who has to know of it
+        self._put_tasks("service", service_id)  # published now, or not any more: who has to know of it
 
     def _put_network(self, event: Event) -> None:
         before, after = event.before, event.after
@@ -305,12 +310,13 @@ class AssignmentIndex:
                     self._put_peer(node.id)
 
     def _put_node(self, event: Event) -> None:
-        before, after = event.before, event.after
-        node = after if isinstance(after, Node) else None
         self._put_peer(event.record.id)
-        if is_down(before if isinstance(before, Node) else None) != is_down(node):
-            for task in self._store.tasks.where("node", event.record.id):
-                self._put_task(task.id, task)
+        if _shown_by_tasks(event.before) != _shown_by_tasks(event.after):
+            self._put_tasks("node", event.record.id)
+
+    def _put_tasks(self, index: str, key: str) -> None:
+        for task in self._store.tasks.where(index, key):
+            self._put_task(task.id, task)
 
     # ---- the engine: items, scopes, views
 
@@ -367,6 +373,15 @@ class AssignmentIndex:
     def _note(self, view: View, key: str, item: Item | None) -> None:
         view.note(key, item)
         self._dirty.add(view.node_id)
+
+
+def _weight_label(record: Record | None) -> str:
+    return record.endpoint.spec.weight_label if isinstance(record, Service) else ""
+
+
+def _shown_by_tasks(record: Record | None) -> tuple[bool, dict[str, str]]:
+    """What endpoints say of their node: whether it is down, and its labels, as weights."""
+    return (is_down(record), dict(record.spec.annotations.labels)) if isinstance(record, Node) else (False, {})
 
 
 def _decrement(counter: Counter[str], keys: Iterable[str]) -> None:

@@ -20,10 +20,14 @@ from proto.objects_pb2 import (
     Service,
     Task,
 )
+from swarm.store import drivers
 from swarm.store.states import is_runnable
 from swarm.store.store import Store
 
 EVERYWHERE = "all"
+WEIGHT_MAX = 100
+"""As overlay/interface.py has it: more would be as many entries in each balancer."""
+NODE_LABELS = "node.labels."
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,11 @@ def task_name(task: Task) -> str:
 
 
 def networks_of(task: Task) -> frozenset[str]:
-    """The networks that the task's node needs for it."""
-    return frozenset(attachment.network_id for attachment in task.networks) if is_live(task) else frozenset()
+    """The networks that the task's node needs for it, besides those of its own, on which tasks have no address."""
+    return frozenset(leg.network_id for leg in task.networks if leg.address) if is_live(task) else frozenset()
 
 
-def task_items(task: Task, node_down: bool, unreached: str = "") -> dict[str, Scoped]:
+def task_items(task: Task, node_down: bool, unreached: str = "", weight: int = 1) -> dict[str, Scoped]:
     """The task itself for its node, and its endpoints for everyone on its networks. `unreached`: the ID of a network
     that the task is on for its way out only: no other node has anything to send to it there."""
     items: dict[str, Scoped] = {}
@@ -69,10 +73,14 @@ def task_items(task: Task, node_down: bool, unreached: str = "") -> dict[str, Sc
     if is_live(task):
         serving = task.status.state == TASK_RUNNING and is_runnable(task) and not node_down
         for attachment in task.networks:
+            if not attachment.address:
+                continue  # a network of its node's own
             endpoint = NetworkEndpoint(
                 task_id=task.id,
                 network_id=attachment.network_id,
                 address=attachment.address.partition("/")[0],
+                address6=attachment.address6.partition("/")[0],
+                weight=weight,
                 node_id=task.node_id,
                 service_id=task.service_id,
                 task_name=task_name(task),
@@ -100,20 +108,34 @@ def for_agent(task: Task) -> Task:
 
 
 def network_item(network: Network) -> Scoped | None:
-    """Nothing until a VNI and a subnet are allocated: the node could not build it."""
-    if not network.vni:
+    """Nothing until it is allocated: the node could not build it. Every node knows those of its own."""
+    if not drivers.is_ready(network):
         return None
     copy = Network()
     copy.CopyFrom(network)
     copy.ClearField("meta")
-    return Scoped(Item(network=copy), frozenset({network_scope(network.id)}))
+    scope = EVERYWHERE if drivers.is_local(network) else network_scope(network.id)
+    return Scoped(Item(network=copy), frozenset({scope}))
+
+
+def weight_of(service: Service | None, node: Node | None) -> int:
+    """A task's share of its service's connections: the number that its node's label says, 1 where it says none."""
+    label = service.endpoint.spec.weight_label.removeprefix(NODE_LABELS) if service is not None else ""
+    text = node.spec.annotations.labels.get(label, "") if label and node is not None else ""
+    return max(1, min(WEIGHT_MAX, int(text))) if text.isdecimal() else 1
 
 
 def peer_item(node: Node, network_ids: Iterable[str], encrypts: bool = False) -> Scoped | None:
     """The node, for those with whom it shares one of these networks. `encrypts`: one of them is encrypted."""
     if not node.data_path_addr or not node.index:
         return None
-    peer = NetworkPeer(node_id=node.id, vtep_addr=node.data_path_addr, index=node.index, down=is_down(node))
+    peer = NetworkPeer(
+        node_id=node.id,
+        vtep_addr=node.data_path_addr,
+        index=node.index,
+        down=is_down(node),
+        masquerade=not node.description.answers_through_ingress,
+    )
     if encrypts and node.description.encrypts:
         peer.encryption_epoch = node.description.encryption_epoch
     return Scoped(Item(peer=peer), frozenset(map(network_scope, network_ids)))
@@ -124,13 +146,13 @@ def is_down(node: Node | None) -> bool:
 
 
 def ingress_network_of(store: Store, service: Service) -> str:
-    """The network whose endpoints receive the service's published traffic: its first that is not internal,
+    """The network whose endpoints receive the service's published traffic: its first overlay that is not internal,
     else the predefined one; "" when nothing is published by ingress."""
     if not any(port.mode == INGRESS for port in service.endpoint.spec.ports):
         return ""
     for config in service.spec.task.networks:
         network = store.networks.get(config.network_id)
-        if network is not None and not network.spec.internal:
+        if network is not None and drivers.leads_out(network):
             return network.id
     return predefined_network(store)
 
@@ -151,6 +173,7 @@ def service_item(store: Store, service: Service) -> Scoped:
         ports=[port for port in allocated.spec.ports if port.mode == INGRESS and port.published_port],
         ingress_network_id=ingress_network_id,
         networks=service.spec.task.networks,
+        balance=allocated.spec.balance,
     )
     seen_on = {config.network_id for config in service.spec.task.networks}
     seen_on.update(vip.network_id for vip in allocated.virtual_ips)

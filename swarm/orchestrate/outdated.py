@@ -50,8 +50,8 @@ def _essence(spec: TaskSpec) -> bytes:
     return kept.SerializeToString(deterministic=True)
 
 
-def _host_ports(ports: list[PortConfig]) -> dict[tuple[int, int, str], int]:
-    return {(p.protocol, p.target_port, p.name): p.published_port for p in ports if p.mode == pb.HOST}
+def _host_ports(ports: list[PortConfig]) -> dict[tuple[int, int, str, str], int]:
+    return {(p.protocol, p.target_port, p.name, p.host_ip): p.published_port for p in ports if p.mode == pb.HOST}
 
 
 def _host_ports_differ(service: Service, task: Task) -> bool:

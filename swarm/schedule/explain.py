@@ -10,6 +10,7 @@ from swarm.errors import Invalid
 from swarm.schedule import generic
 from swarm.schedule.constraints import parse_constraint
 from swarm.schedule.filters import FILTERS, Filter, Load, Need
+from swarm.schedule.ledger import in_the_way
 from swarm.schedule.stage import Board
 from swarm.store.store import Store
 
@@ -86,8 +87,12 @@ def _encryption(need: Need, load: Load) -> str:
 
 def _ports(need: Need, load: Load) -> str:
     names = {int(value): name.lower() for name, value in pb.Protocol.items()}
-    taken = sorted(need.host_ports & load.host_ports)
-    return f"has port {', '.join(f'{port}/{names[protocol]}' for protocol, port in taken)} in use"
+    taken = sorted(in_the_way(need.host_ports, load.host_ports))
+    return f"has port {', '.join(f'{port}/{names[protocol]}' for protocol, port, _ in taken)} in use"
+
+
+def _addresses(need: Need, load: Load) -> str:
+    return f"has no address {', '.join(sorted({host_ip for _, _, host_ip in need.host_ports if host_ip}))}"
 
 
 def _replicas(need: Need, load: Load) -> str:
@@ -97,7 +102,7 @@ def _replicas(need: Need, load: Load) -> str:
 _WORDS: dict[Filter, Callable[[Need, Load], str]] = dict(
     zip(
         (accepts for accepts, _ in FILTERS),
-        (_state, _resources, _constraints, _platform, _encryption, _ports, _replicas),
+        (_state, _resources, _constraints, _platform, _encryption, _ports, _addresses, _replicas),
         strict=True,
     )
 )

@@ -9,9 +9,12 @@ from proto.objects_pb2 import GenericResource, Node, Task, TaskSpec
 from swarm.errors import Invalid
 from swarm.schedule import generic
 from swarm.schedule.constraints import machine, parse_constraint
-from swarm.schedule.ledger import Account, HostPort, Ledger, host_ports_of
+from swarm.schedule.ledger import Account, HostPort, Ledger, host_ports_of, in_the_way
 from swarm.store import states
 from swarm.store.store import Store
+
+LOOPBACK = frozenset(("127.0.0.1", "::1"))
+"""Addresses that every node has."""
 
 
 class Load:
@@ -129,7 +132,15 @@ def _encrypts(need: Need, load: Load) -> bool:
 
 
 def _has_ports_free(need: Need, load: Load) -> bool:
-    return not need.host_ports or need.host_ports.isdisjoint(load.host_ports)
+    return not need.host_ports or not in_the_way(need.host_ports, load.host_ports)
+
+
+def _has_addresses(need: Need, load: Load) -> bool:
+    """Of the node, to publish host-mode ports on."""
+    wanted = {host_ip for _, _, host_ip in need.host_ports if host_ip}
+    return (
+        not wanted or wanted <= {text.partition("/")[0] for text in load.node.description.underlay_subnets} | LOOPBACK
+    )
 
 
 def _is_below_max(need: Need, load: Load) -> bool:
@@ -143,6 +154,7 @@ FILTERS: tuple[tuple[Filter, str], ...] = (
     (_has_platform, "unsupported platform on {}"),
     (_encrypts, "no encryption of networks on {}"),
     (_has_ports_free, "host-mode port already in use on {}"),
+    (_has_addresses, "address of a host-mode port missing on {}"),
     (_is_below_max, "max replicas per node limit exceeded on {}"),
 )
 """In the order in which they are asked. The texts are Docker's, which asks for no encryption."""

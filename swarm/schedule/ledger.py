@@ -3,7 +3,7 @@ what it decides and not what the cluster holds. The same as if it were counted a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -14,8 +14,8 @@ from swarm.store import states
 from swarm.store.store import Event, Store
 
 K = TypeVar("K")
-HostPort = tuple[int, int]
-"""Protocol and port of the host."""
+HostPort = tuple[int, int, str]
+"""Protocol, port and address of the host; "" is every address."""
 Alike = tuple[int, str, str]
 """Tasks of one service that share this are decided together: specification version, the node of a global service's
 task, and the task's own ID if it has no service."""
@@ -112,7 +112,16 @@ class Ledger:
 
 
 def host_ports_of(task: Task) -> frozenset[HostPort]:
-    return frozenset((p.protocol, p.published_port) for p in task.endpoint.ports if p.mode == pb.HOST)
+    return frozenset((p.protocol, p.published_port, p.host_ip) for p in task.endpoint.ports if p.mode == pb.HOST)
+
+
+def in_the_way(wanted: Iterable[HostPort], taken: Collection[HostPort]) -> list[HostPort]:
+    """The wanted ones that a taken one meets."""
+    return [port for port in wanted if any(port[:2] == other[:2] and _meet(port[2], other[2]) for other in taken)]
+
+
+def _meet(one: str, other: str) -> bool:
+    return not one or not other or one == other
 
 
 def _hold_alike(before: Task, after: Task) -> bool:

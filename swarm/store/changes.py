@@ -49,12 +49,14 @@ Group = tuple[Change, ...]
 class Decision:
     """What a decider wants: groups to store, and when (Unix s) to be asked again even without a change:
     about everything (`wake_at`), or about single services (`wakes`: service ID, time). `again` are the services that
-    it had no time for: it is to be asked about them at once, when what it wants now is stored."""
+    it had no time for: it is to be asked about them at once, when what it wants now is stored. `notes` are for the log:
+    what it found wrong."""
 
     groups: tuple[Group, ...] = ()
     wake_at: float | None = None
     wakes: tuple[tuple[str, float], ...] = ()
     again: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
 
 _KINDS: dict[type, tuple[str, pb.ObjectKind.ValueType]] = {

@@ -18,6 +18,7 @@ from proto import store_pb2 as pb
 from proto.objects_pb2 import Cluster, Network, Node, Service, Task
 from swarm.store import states
 from swarm.store.changes import Record, copy_of, unwrap, wrap
+from swarm.store.released import Released
 from swarm.store.table import DIGEST_MODULUS, Keys, Table, digest_of
 
 DEDUPE_LIMIT = 10_000
@@ -87,6 +88,7 @@ class Store:
         }
         self._verdicts: OrderedDict[str, pb.Verdict] = OrderedDict()
         self._verdicts_digest = 0
+        self.released = Released()
 
     @classmethod
     def of(cls, *records: Record) -> Store:
@@ -198,6 +200,7 @@ class Store:
         table = self._table_of(change.kind)
         before = table.get(change.id)
         table.discard(change.id)
+        self.released.note(before, None)
         return Event(before, None)
 
     def _put(self, decoded: Record, at: float) -> Event:
@@ -208,6 +211,7 @@ class Store:
         meta.version, meta.updated_at = self.version, at
         meta.created_at = before.meta.created_at if before is not None else at
         table.put(record)
+        self.released.note(before, record)
         return Event(before, record)
 
     def _table_of(self, kind: pb.ObjectKind.ValueType) -> Table[Record]:
@@ -228,7 +232,7 @@ class Store:
     def dump(self) -> Iterator[bytes]:
         """The whole state as records: a header, then every object. The list is taken at the first
         step, and stored objects are never mutated, so the rest may run beside further writes."""
-        header = pb.DumpHeader(version=self.version)
+        header = pb.DumpHeader(version=self.version, released=self.released.dump())
         for request_id, verdict in self._verdicts.items():
             header.verdicts.add(request_id=request_id, verdict=verdict)
         rows: list[Record] = [row for name in _TABLE_NAMES.values() for row in getattr(self, name)]
@@ -245,6 +249,7 @@ class Store:
         self.version = header.version
         for remembered in header.verdicts:
             self._remember(remembered.request_id, remembered.verdict)
+        self.released.load(header.released)
         for raw in source:
             record = unwrap(pb.Object.FromString(raw))
             self._table(record).put(record)

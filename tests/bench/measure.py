@@ -6,10 +6,13 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
+import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+INSTALL_TIMEOUT_S = 300
 
 
 def pss_mib(pids: Iterable[int]) -> float:
@@ -65,6 +68,17 @@ def cpu_ticks_s(pids: Iterable[int]) -> float:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             total += int(fields[11]) + int(fields[12])
     return total / os.sysconf("SC_CLK_TCK")
+
+
+def install(packages: Mapping[str, str]) -> None:
+    """Install what is missing (command -> Debian's package); no service of theirs is started."""
+    missing = sorted({package for command, package in packages.items() if shutil.which(command) is None})
+    if not missing:
+        return
+    print("installing:", *missing, flush=True)
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+    for words in (["update", "-q"], ["install", "-qy", "--no-install-recommends", *missing]):
+        subprocess.run(["apt-get", *words], env=quiet, stdout=subprocess.DEVNULL, timeout=INSTALL_TIMEOUT_S, check=True)
 
 
 def options(description: str | None) -> argparse.ArgumentParser:

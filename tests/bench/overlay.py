@@ -1,6 +1,7 @@
 """What attaching a task and changing a service's backends cost: `python -m tests.bench.overlay [--json]` (root).
 
-One host with 100 task namespaces; first 1 VIP, then 1,000 VIPs of 10 backends each. Nothing is kept afterwards.
+One host with 100 task namespaces; first 1 VIP, then 1,000 VIPs of 10 backends each. A real name server is told of each
+task, with the names of 10 services. Nothing is kept afterwards.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Awaitable
 from dataclasses import replace
 
+from dns.client import NameServerProcess
+from dns.interface import NetworkNames, Picture, Sandbox, ServiceNames
 from overlay.interface import HostState, PublishedPort, RemoteEndpoint, Vip
 from overlay.reconcile import AUDIT_PERIOD_S
 from tests.overlay_lab import NET, OverlayLab
@@ -20,6 +24,7 @@ TASKS = 100
 SERVICES = 1000
 BACKENDS = 10
 REPEATS = 10
+NAMED = 10
 WIDE = replace(NET, subnet="10.77.0.0/16", gateway="10.77.0.1", subnet6="", gateway6="")
 
 
@@ -38,19 +43,28 @@ def services(count: int, backends: int) -> tuple[Vip, ...]:
     )
 
 
-async def timed(lab: OverlayLab, state: HostState) -> float:
+async def took_ms(work: Awaitable[object]) -> float:
     start_s = time.perf_counter()
-    await lab.hosts[0].network.apply(state)
+    await work
     return (time.perf_counter() - start_s) * 1000
 
 
+async def timed(lab: OverlayLab, state: HostState) -> float:
+    return await took_ms(lab.hosts[0].network.apply(state))
+
+
 async def attach_all(lab: OverlayLab, prefix: str, count: int, first: int) -> list[float]:
-    out = []
-    for number in range(count):
-        start_s = time.perf_counter()
-        await lab.task(lab.hosts[0], f"{prefix}{number}", (WIDE, address(first + number)))
-        out.append((time.perf_counter() - start_s) * 1000)
-    return out
+    host = lab.hosts[0]
+    return [await took_ms(lab.task(host, f"{prefix}{n}", (WIDE, address(first + n)))) for n in range(count)]
+
+
+async def name_all(lab: OverlayLab, server: NameServerProcess) -> list[float]:
+    """The name server is told of one attached task after the other."""
+    services = tuple(ServiceNames((f"web{n}",), f"10.77.200.{n + 2}", (address(n),)) for n in range(NAMED))
+    networks = (NetworkNames(WIDE.network_id, "wide", False, services, ()),)
+    boxes = tuple(Sandbox(name, str(path), (WIDE.network_id,)) for name, (_, path, _) in lab.tasks.items())
+    await server.apply(Picture(networks, boxes[:1]))
+    return [await took_ms(server.apply(Picture(networks, boxes[:count]))) for count in range(2, len(boxes) + 1)]
 
 
 async def changes(lab: OverlayLab, base: HostState, vips: tuple[Vip, ...]) -> list[float]:
@@ -63,12 +77,15 @@ async def changes(lab: OverlayLab, base: HostState, vips: tuple[Vip, ...]) -> li
 async def measure() -> dict[str, float]:
     lab = OverlayLab()
     host = lab.hosts[0]
+    server = NameServerProcess(lab.directory, lab.directory / "dns.log")
     try:
         few, many = services(1, 3), services(SERVICES, BACKENDS)
         base = lab.state(host, networks=(WIDE,))
         await host.network.apply(replace(base, vips=few))
         await attach_all(lab, "warm", 1, 999)
         attach_ms = await attach_all(lab, "t", TASKS, 0)
+        name_ms = await name_all(lab, server)
+        await server.stop()
         few_ms = await changes(lab, base, few)
         growing_ms = [await timed(lab, replace(base, vips=services(1, count))) for count in range(10, 30)]
         load_ms = await timed(lab, replace(base, vips=many))
@@ -88,10 +105,12 @@ async def measure() -> dict[str, float]:
         await asyncio.gather(*(host.network.detach(f"t{number}") for number in range(TASKS)))
         detach_ms = (time.perf_counter() - start_s) * 1000 / TASKS
     finally:
+        await server.stop()
         await lab.close()
     return {
         "attach_ms": statistics.median(attach_ms),
         "attach_p90_ms": statistics.quantiles(attach_ms, n=10)[8],
+        "name_ms": statistics.median(name_ms),
         "attach_1000_vips_ms": statistics.median(full_ms),
         "detach_100_at_once_each_ms": detach_ms,
         "backend_change_100_tasks_1_vip_ms": statistics.median(few_ms),

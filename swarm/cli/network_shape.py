@@ -1,0 +1,102 @@
+"""Networks as the JSON that `docker network inspect` prints. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from proto import objects_pb2 as pb
+from proto.objects_pb2 import IpamConfig, Network, Node, Service, Task
+from swarm.cli.docker_shape import Json, given
+from swarm.cli.rows import driver_word, scope_word, task_name
+from swarm.cli.units import format_time
+from swarm.store import drivers
+
+VNI_OPTION = "com.docker.network.driver.overlay.vxlanid_list"
+
+
+def network_json(network: Network, tasks: Sequence[Task], nodes: Iterable[Node], services: Iterable[Service]) -> Json:
+    """`services` are shown only with `--verbose`: give none without. `tasks`: of the whole swarm."""
+    spec = network.spec
+    configs = [_config(network.ipam if network.ipam.subnet else spec.ipam)]
+    configs += [_config(network.ipam6 if network.ipam6.subnet else spec.ipam6)]
+    options = dict(spec.options)
+    if network.vni:
+        options[VNI_OPTION] = str(network.vni)
+    on_it = [task for task in tasks if _is_on(task, network)]
+    by_id = {node.id: node for node in nodes}
+    return {
+        "Name": spec.annotations.name,
+        "Id": network.id,
+        "Created": format_time(network.meta.created_at),
+        "Scope": scope_word(network),
+        "Driver": driver_word(network),
+        "EnableIPv4": spec.driver != drivers.NONE,
+        "EnableIPv6": bool(spec.ipv6),
+        "IPAM": {"Driver": "default", "Options": None, "Config": [config for config in configs if config]},
+        "Internal": spec.internal,
+        "Attachable": spec.attachable,
+        "Ingress": spec.ingress,
+        "ConfigFrom": {"Network": ""},
+        "ConfigOnly": False,
+        "Containers": {},
+        "Options": options,
+        "Labels": dict(spec.annotations.labels),
+        **given("Peers", _peers(network, on_it, by_id)),
+        **given("Services", {each.spec.annotations.name: _service(network, each, on_it, by_id) for each in services}),
+        **given("AllocationError", network.allocation_error),
+    }
+
+
+def services_on(network: Network, services: Iterable[Service]) -> list[Service]:
+    return [each for each in services if any(c.network_id == network.id for c in each.spec.task.networks)]
+
+
+def _config(config: IpamConfig) -> Json:
+    return {
+        **given("Subnet", config.subnet),
+        **given("IPRange", config.ip_range),
+        **given("Gateway", config.gateway),
+        **given("AuxiliaryAddresses", dict(config.aux_addresses)),
+    }
+
+
+def _is_on(task: Task, network: Network) -> bool:
+    assigned = pb.TASK_ASSIGNED <= task.status.state <= pb.TASK_RUNNING
+    return assigned and any(leg.network_id == network.id for leg in task.networks)
+
+
+def _peers(network: Network, tasks: Iterable[Task], nodes: dict[str, Node]) -> list[Json]:
+    """The nodes that have tasks on it, as the others reach them."""
+    if not drivers.is_overlay(network):
+        return []
+    found = [node for node_id in {task.node_id for task in tasks} if (node := nodes.get(node_id)) is not None]
+    rows = [{"Name": node.description.hostname or node.id, "IP": node.data_path_addr} for node in found]
+    return sorted(rows, key=lambda row: row["Name"])
+
+
+def _service(network: Network, service: Service, tasks: Iterable[Task], nodes: dict[str, Node]) -> Json:
+    vip = next((vip for vip in service.endpoint.virtual_ips if vip.network_id == network.id), pb.VirtualIP())
+    ports = service.endpoint.spec.ports
+    return {
+        "VIP": _bare(vip.address),
+        **given("VIPv6", _bare(vip.address6)),
+        "Ports": [f"Target: {port.target_port}, Publish: {port.published_port}" for port in ports],
+        "LocalLBIndex": 0,
+        "Tasks": [_task(network, task, nodes) for task in tasks if task.service_id == service.id],
+    }
+
+
+def _task(network: Network, task: Task, nodes: dict[str, Node]) -> Json:
+    leg = next(leg for leg in task.networks if leg.network_id == network.id)
+    node = nodes.get(task.node_id, Node())
+    return {
+        "Name": f"{task_name(task)}.{task.id}",
+        "EndpointID": task.id,
+        "EndpointIP": _bare(leg.address),
+        **given("EndpointIPv6", _bare(leg.address6)),
+        "Info": {"Host IP": node.data_path_addr},
+    }
+
+
+def _bare(address: str) -> str:
+    return address.partition("/")[0]
