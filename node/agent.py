@@ -20,6 +20,7 @@ import structlog
 from dns.interface import DnsError, NameServer
 from node import inputs
 from node.commands import Commands
+from node.doctor import Examiner
 from node.interface import Images, Runtime, RuntimeFault
 from node.logrelay import LogRelay
 from node.mirror import applied, touched_tasks
@@ -30,7 +31,7 @@ from node.taskfiles import TaskFiles
 from node.tasks import TaskSet
 from node.world import World
 from overlay.interface import EncryptionKey, EncryptionStatus, HostNetwork, NetworkError
-from proto.dispatch_pb2 import AgentHello, Assignments, ExecInput, LogRequest, Welcome
+from proto.dispatch_pb2 import AgentHello, Assignments, Examination, ExecInput, LogRequest, Welcome
 from proto.objects_pb2 import NetworkKey, Node, NodeDescription, Task
 
 log = structlog.get_logger()
@@ -93,6 +94,7 @@ class Agent:
         self._tasks = TaskSet(self._shell)
         self._logs = LogRelay(runtime, node_id, self._tasks.has, self._outbox.put_log)
         self._commands = Commands(runtime, self._tasks.runs, self._outbox.put_exec)
+        self._examiner = Examiner(network, self._world, self._shell, lambda: names.pid, self._outbox.put_examined)
         self._session = Session(
             open_channel=open_channel,
             managers=managers,
@@ -130,6 +132,7 @@ class Agent:
         finally:
             await self._logs.close()
             await self._commands.close()
+            await self._examiner.close()
             await self._tasks.stop()
             await self._shell.close()
             self._stopped.set()
@@ -278,9 +281,13 @@ class _Handler:
     def on_logs(self, request: LogRequest) -> None:
         self._agent._logs.handle(request)
 
+    def on_examination(self, message: Examination) -> None:
+        self._agent._examiner.handle(message)
+
     def on_lost(self) -> None:
         self._agent._logs.cancel_all()
         self._agent._commands.cancel_all()
+        self._agent._examiner.cancel_all()
         self._agent._sessions_lost += 1
         self._agent._told_encryption = replace(self._agent._told_encryption, serial=0)
 

@@ -7,7 +7,7 @@ import asyncio
 from collections import deque
 
 from node.statuses import StatusBook
-from proto.dispatch_pb2 import ExecOutput, LogChunk
+from proto.dispatch_pb2 import Examined, ExecOutput, LogChunk
 
 LOG_CHUNKS_MAX = 16
 """Of at most 64 KiB each: 1 MiB. Beyond it reading the logs waits, so `logs -f` of a chatty service costs this
@@ -24,6 +24,7 @@ class Outbox:
         self._hello_due = False
         self._logs: deque[LogChunk] = deque()
         self._execs: deque[ExecOutput] = deque()
+        self._examined: deque[Examined] = deque()
         self._room = asyncio.Event()
         self._room.set()
 
@@ -82,10 +83,19 @@ class Outbox:
     def next_exec(self) -> ExecOutput | None:
         return self._execs.popleft() if self._execs else None
 
+    def put_examined(self, examined: Examined) -> None:
+        """Bounded by what one examination may ask (node/doctor.py)."""
+        self._examined.append(examined)
+        self.wake.set()
+
+    def next_examined(self) -> Examined | None:
+        return self._examined.popleft() if self._examined else None
+
     def session_lost(self) -> None:
         """Statuses under way are sent again; streams of logs belonged to the session."""
         self.statuses.take_back()
         self._applied = self._keys_applied = 0
         self._logs.clear()
         self._execs.clear()
+        self._examined.clear()
         self._room.set()

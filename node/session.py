@@ -25,6 +25,7 @@ from proto.dispatch_pb2 import (
     AgentMessage,
     Applied,
     Assignments,
+    Examination,
     ExecInput,
     Heartbeat,
     LogRequest,
@@ -84,6 +85,8 @@ class Handler(Protocol):
     def on_exec(self, message: ExecInput) -> None: ...
 
     def on_logs(self, request: LogRequest) -> None: ...
+
+    def on_examination(self, message: Examination) -> None: ...
 
     def on_lost(self) -> None:
         """The session ended; streams that belong to it are void."""
@@ -254,6 +257,8 @@ class Session:
                 self._handler.on_exec(message.exec)
             case "logs":
                 self._handler.on_logs(message.logs)
+            case "examination":
+                self._handler.on_examination(message.examination)
 
     async def _write(self, stream: Stream) -> None:
         """The only writer of the stream. Ticks about every half period; with each tick a heartbeat goes out, before
@@ -284,6 +289,8 @@ class Session:
                 await self._hello_again(stream)
             elif (output := self._outbox.next_exec()) is not None:
                 await _send(stream, AgentMessage(exec=output))
+            elif (examined := self._outbox.next_examined()) is not None:
+                await _send(stream, AgentMessage(examined=examined))
             elif (chunk := self._outbox.next_log()) is not None:
                 await _send(stream, AgentMessage(logs=chunk))
             else:

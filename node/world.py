@@ -32,6 +32,7 @@ class World:
         """Task -> the address that this host gave it on its own bridge."""
         self.states: dict[str, State] = {}
         self._describe = describe
+        self._host_states = view.HostStates()
         self._pictures = Pictures()
         self._upstreams = upstreams
 
@@ -55,7 +56,7 @@ class World:
         """None until a manager has told what to be: what stands from before a restart stays untouched."""
         if not self.mirror.known or not self.node.index:
             return None
-        return view.host_state(self.mirror, self.local())
+        return self._host_states.draw(self.mirror, self.local())
 
     def picture(self) -> Picture | None:
         if not self.mirror.known:

@@ -67,10 +67,15 @@ class HostKernel:
             if is_leg(tag, name) and link.up
         }
 
+    def link_of(self, address: str) -> str:
+        """The link that has this address; "" = none has."""
+        indices = {index for index, found, _ in self.addresses if found == address}
+        return next((link.name for link in self.links.values() if link.index in indices), "")
+
     def mtu_of(self, address: str) -> int | None:
         """MTU of the link that has this address, in bytes."""
-        indices = {index for index, found, _ in self.addresses if found == address}
-        return next((link.mtu_bytes for link in self.links.values() if link.index in indices), None)
+        link = self.links.get(self.link_of(address))
+        return link.mtu_bytes if link is not None else None
 
     def foreign_prefixes(self, tag: str) -> list[tuple[str, str]]:
         """(prefix, what it is) of the addresses and routes on links that are not legs."""

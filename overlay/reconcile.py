@@ -23,7 +23,8 @@ from overlay.balance import TaskBalance
 from overlay.diff import task_operations
 from overlay.encryption import HostEncryption
 from overlay.hostbridge import free_address
-from overlay.interface import Attachment, HostState, Interface, NetworkError
+from overlay.inspection import inspect
+from overlay.interface import Attachment, HostState, Inspection, Interface, NetworkError
 from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Netlink, acknowledged
 from overlay.plan import (
     Task,
@@ -392,6 +393,10 @@ class Reconciler:
         if self._services.audit_host():
             log.warning("overlay_repaired", object="host's balancing")
             self._open_firewall()
+
+    def inspect(self) -> Inspection:
+        vtep = self._state.vtep if self._state is not None else ""
+        return inspect(self._kernel, self._tag, vtep, self._sandboxes.pictures(), self._tasks)
 
     def _works(self, network_id: str) -> bool:
         return network_id in self._networks() and network_id not in self._sandboxes.faults

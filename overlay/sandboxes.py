@@ -40,6 +40,10 @@ class Sandboxes:
     def standing(self) -> frozenset[str]:
         return frozenset(self._applied)
 
+    def pictures(self) -> dict[str, Sandbox]:
+        """What was applied last, by network."""
+        return dict(self._applied)
+
     def adopt(self) -> dict[str, dict[str, Interface]]:
         """Take over what an earlier agent left; returns the interfaces of each task that is wired up, by link."""
         host = read_host()

@@ -146,6 +146,11 @@ class ControlStub:
                 request_serializer=proto_dot_control__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=proto_dot_control__pb2.Explanation.FromString,
                 _registered_method=True)
+        self.ExamineNetworks = channel.unary_stream(
+                '/pyswarm.Control/ExamineNetworks',
+                request_serializer=proto_dot_control__pb2.DoctorRequest.SerializeToString,
+                response_deserializer=proto_dot_control__pb2.DoctorReply.FromString,
+                _registered_method=True)
         self.CreateNetwork = channel.unary_unary(
                 '/pyswarm.Control/CreateNetwork',
                 request_serializer=proto_dot_control__pb2.NetworkRequest.SerializeToString,
@@ -312,6 +317,12 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExamineNetworks(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateNetwork(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -455,6 +466,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=proto_dot_control__pb2.ExplainRequest.FromString,
                     response_serializer=proto_dot_control__pb2.Explanation.SerializeToString,
+            ),
+            'ExamineNetworks': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExamineNetworks,
+                    request_deserializer=proto_dot_control__pb2.DoctorRequest.FromString,
+                    response_serializer=proto_dot_control__pb2.DoctorReply.SerializeToString,
             ),
             'CreateNetwork': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateNetwork,
@@ -1076,6 +1092,33 @@ class Control:
             '/pyswarm.Control/Explain',
             proto_dot_control__pb2.ExplainRequest.SerializeToString,
             proto_dot_control__pb2.Explanation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExamineNetworks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pyswarm.Control/ExamineNetworks',
+            proto_dot_control__pb2.DoctorRequest.SerializeToString,
+            proto_dot_control__pb2.DoctorReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -62,6 +62,7 @@ class ControlStub:
     Events: _grpc.UnaryStreamMultiCallable[_control_pb2.EventsRequest, _control_pb2.Event]
     """of the manager that is asked"""
     Explain: _grpc.UnaryUnaryMultiCallable[_control_pb2.ExplainRequest, _control_pb2.Explanation]
+    ExamineNetworks: _grpc.UnaryStreamMultiCallable[_control_pb2.DoctorRequest, _control_pb2.DoctorReply]
     CreateNetwork: _grpc.UnaryUnaryMultiCallable[_control_pb2.NetworkRequest, _objects_pb2.Network]
     GetNetwork: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Network]
     ListNetworks: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.NetworkList]
@@ -98,6 +99,7 @@ class ControlAsyncStub(ControlStub):
     Events: _aio.UnaryStreamMultiCallable[_control_pb2.EventsRequest, _control_pb2.Event]  # type: ignore[assignment]
     """of the manager that is asked"""
     Explain: _aio.UnaryUnaryMultiCallable[_control_pb2.ExplainRequest, _control_pb2.Explanation]  # type: ignore[assignment]
+    ExamineNetworks: _aio.UnaryStreamMultiCallable[_control_pb2.DoctorRequest, _control_pb2.DoctorReply]  # type: ignore[assignment]
     CreateNetwork: _aio.UnaryUnaryMultiCallable[_control_pb2.NetworkRequest, _objects_pb2.Network]  # type: ignore[assignment]
     GetNetwork: _aio.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Network]  # type: ignore[assignment]
     ListNetworks: _aio.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.NetworkList]  # type: ignore[assignment]
@@ -263,6 +265,13 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.ExplainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.Explanation, _abc.Awaitable[_control_pb2.Explanation]]: ...
+
+    @_abc_1.abstractmethod
+    def ExamineNetworks(
+        self,
+        request: _control_pb2.DoctorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.DoctorReply], _abc.AsyncIterator[_control_pb2.DoctorReply]]: ...
 
     @_abc_1.abstractmethod
     def CreateNetwork(

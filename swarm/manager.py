@@ -152,6 +152,7 @@ class Manager:
             self._credentials.open_channel,
             self._dispatcher.logs,
             self._dispatcher.execs,
+            self._dispatcher.exams,
             time.time,
             random_id,
             demotion_refusal,

@@ -87,7 +87,7 @@ def secret_net() -> dict[str, Item]:
 
 def test_peers_carry_the_epochs_that_the_managers_told() -> None:
     peer = NetworkPeer(node_id="n2", vtep_addr="192.0.2.2", index=8, encryption_epoch=99)
-    state = view.host_state(mirror(secret_net(), {"peer/n2": Item(peer=peer)}), LOCAL)
+    state = view.HostStates().draw(mirror(secret_net(), {"peer/n2": Item(peer=peer)}), LOCAL)
     assert state.peers == (Peer("n2", "192.0.2.2", 8, encryption_epoch=99),)
 
 
@@ -97,4 +97,4 @@ def test_a_host_that_cannot_encrypt_refuses_published_traffic_to_an_encrypted_ne
 ) -> None:
     local = view.Local(LOCAL.node_id, LOCAL.vtep, LOCAL.index, encrypts=able)
     seen = mirror(secret_net(), svc(ports=(port(8000, 80),)), end("t1", "10.0.1.4", node="n2"))
-    assert view.host_state(seen, local).published == (PublishedPort("tcp", 8000, backends),)
+    assert view.HostStates().draw(seen, local).published == (PublishedPort("tcp", 8000, backends),)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from proto import store_pb2
 from proto.objects_pb2 import Node
 from swarm.consensus.interface import Consensus
+from swarm.dispatch.doctor import ExamRelay
 from swarm.dispatch.execs import ExecRelay
 from swarm.dispatch.logs import LogRelay
 from swarm.errors import Conflict
@@ -52,6 +53,7 @@ class Backend:
     consensus: Consensus
     logs: LogRelay
     execs: ExecRelay
+    exams: ExamRelay
     now: Callable[[], float]
     demotion_refusal: Demotion
     keys_settled: Callable[[float], Awaitable[list[str]]]

@@ -18,10 +18,25 @@ from proto import control_pb2 as pb
 from proto.control_pb2_grpc import ControlServicer
 from proto.dispatch_pb2 import ExecOutput
 from proto.objects_pb2 import Cluster, Network, Node, Service, Task
-from swarm.api import backup, encryption, events, execs, explaining, find, logs, networks, nodes, services, views, watch
+from swarm.api import (
+    backup,
+    doctor,
+    encryption,
+    events,
+    execs,
+    explaining,
+    find,
+    logs,
+    networks,
+    nodes,
+    services,
+    views,
+    watch,
+)
 from swarm.api.backend import Backend, Demotion, LostLeadership
 from swarm.api.forward import Call, Router
 from swarm.consensus.interface import Consensus
+from swarm.dispatch.doctor import ExamRelay
 from swarm.dispatch.execs import ExecRelay
 from swarm.dispatch.logs import LogRelay
 from swarm.security.unlock_key import text_of
@@ -89,6 +104,7 @@ class ControlService(ControlServicer):
         open_channel: Callable[[str], grpc.aio.Channel],
         relay: LogRelay,
         exec_relay: ExecRelay,
+        exam_relay: ExamRelay,
         now: Callable[[], float],
         new_id: Callable[[], str],
         demotion_refusal: Demotion,
@@ -98,7 +114,16 @@ class ControlService(ControlServicer):
         consensus.on_leadership(lost_leadership.changed)
         self._own_id = consensus.node_id
         self._backend = Backend(
-            store, writer, consensus, relay, exec_relay, now, demotion_refusal, keys_settled, lost_leadership
+            store,
+            writer,
+            consensus,
+            relay,
+            exec_relay,
+            exam_relay,
+            now,
+            demotion_refusal,
+            keys_settled,
+            lost_leadership,
         )
         self._store = store
         self._events = events.EventLog(store, now)
@@ -232,6 +257,10 @@ class ControlService(ControlServicer):
         return explaining.explain(self._backend, request.ref)
 
     # ---- networks
+
+    @_stream
+    def ExamineNetworks(self, request: pb.DoctorRequest, call: Call) -> AsyncIterator[pb.DoctorReply]:
+        return doctor.examine(self._backend, request.ref)
 
     @_unary
     async def CreateNetwork(self, request: pb.NetworkRequest, call: Call) -> Network:

@@ -28,6 +28,7 @@ from proto.objects_pb2 import (
 )
 from swarm.allocate.ports import share_address
 from swarm.api import check, templates
+from swarm.api.validate_process import process
 from swarm.errors import Invalid
 from swarm.schedule.constraints import parse_constraint, parse_spread
 from swarm.schedule.generic import is_kind
@@ -173,6 +174,7 @@ def container_spec(spec: ContainerSpec) -> None:
     _unique(
         "device", (device.container_path or device.host_path for device in spec.devices), "give each a path of its own"
     )
+    process(spec)
     _templates(spec)
     _name_resolution(spec)
     for host in spec.hosts:

@@ -27,6 +27,7 @@ from swarm.cli.command import (
     show_rows,
 )
 from swarm.cli.completing import network_names
+from swarm.cli.doctor import doctor
 from swarm.cli.failure import ApiFailure, Failure
 from swarm.cli.ipam import set_ipam
 from swarm.cli.network_shape import network_json, services_on
@@ -52,6 +53,9 @@ def network() -> None:
     Example:
       pyswarm network create --subnet 10.5.0.0/24 wpnet
     """
+
+
+network.add_command(doctor)
 
 
 @command(network, "create")

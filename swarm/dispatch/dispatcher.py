@@ -33,6 +33,7 @@ from proto.dispatch_pb2_grpc import DispatcherServicer, add_DispatcherServicer_t
 from proto.objects_pb2 import MANAGER, Cluster, Network, Node
 from swarm.consensus.interface import Consensus
 from swarm.dispatch.assignments import AssignmentIndex
+from swarm.dispatch.doctor import ExamRelay
 from swarm.dispatch.execs import ExecRelay
 from swarm.dispatch.keys import KeyDistribution
 from swarm.dispatch.liveness import BEATS_PER_PERIOD
@@ -95,6 +96,7 @@ class Dispatcher(DispatcherServicer):
         self._term: _Term | None = None
         self.logs = LogRelay(self._link)
         self.execs = ExecRelay(self._link)
+        self.exams = ExamRelay(self._link)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve `Dispatcher` on this server."""
@@ -302,6 +304,7 @@ class Dispatcher(DispatcherServicer):
             term.keys.session_ended(session.node_id)
             self.logs.session_ended(session.node_id)
             self.execs.session_ended(session.node_id)
+            self.exams.session_ended(session.node_id)
 
     async def _serve(
         self, term: _Term, session: NodeSession, incoming: AsyncIterator[AgentMessage], context: Context
@@ -365,6 +368,8 @@ class Dispatcher(DispatcherServicer):
                     term.keys.confirmed(node_id, message.keys_applied.serial)
                 case "exec":
                     self.execs.deliver(node_id, message.exec)
+                case "examined":
+                    self.exams.deliver(node_id, message.examined)
                 case "logs":
                     await self.logs.deliver(node_id, message.logs, alive)
                 case "hello":

@@ -20,7 +20,7 @@ import uvloop
 
 from node.outbox import Outbox
 from node.session import Session
-from proto.dispatch_pb2 import AgentHello, Assignments, ExecInput, LogRequest, Welcome
+from proto.dispatch_pb2 import AgentHello, Assignments, Examination, ExecInput, LogRequest, Welcome
 from proto.join_pb2 import IssueRequest
 from proto.join_pb2_grpc import JoinStub
 from proto.objects_pb2 import (
@@ -131,6 +131,9 @@ class Agent:
         pass
 
     def on_exec(self, message: ExecInput) -> None:
+        pass
+
+    def on_examination(self, message: Examination) -> None:
         pass
 
     def on_logs(self, request: LogRequest) -> None:

@@ -14,7 +14,7 @@ from node.outbox import Outbox
 from node.session import Session
 from node.steps import MESSAGES, Action, Facts, State, after_loss, ended, next_step
 from proto import objects_pb2 as pb
-from proto.dispatch_pb2 import AgentHello, Assignments, ExecInput, LogRequest, Welcome
+from proto.dispatch_pb2 import AgentHello, Assignments, Examination, ExecInput, LogRequest, Welcome
 from proto.objects_pb2 import NetworkKey, Node, NodeDescription, Task, TaskStatus
 from tests.sim.calls import Call, Channel
 
@@ -148,6 +148,8 @@ class _Life:
         pass
 
     def on_logs(self, request: LogRequest) -> None: ...
+
+    def on_examination(self, message: Examination) -> None: ...
 
     def on_lost(self) -> None: ...
 
