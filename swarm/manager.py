@@ -154,6 +154,7 @@ class Manager:
             time.time,
             random_id,
             demotion_refusal,
+            self._dispatcher.keys_settled,
         )
 
     async def _tell_agent(self, unlock_key: bytes) -> bool:
