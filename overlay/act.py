@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from overlay import namespaces, rtnl
+from overlay import namespaces, nfnl, nft, rtnl
 from overlay.addressing import (
     is_leg,
     network_namespace,
@@ -25,6 +25,7 @@ from overlay.diff import (
     MakeLeg,
     MakeLink,
     MakeVxlan,
+    Mark,
     SandboxOperation,
     SetEntries,
     SetLeg,
@@ -34,9 +35,10 @@ from overlay.diff import (
     TaskKernel,
     TaskOperation,
 )
+from overlay.esp import MARKING, MARKING_RULES, MARKING_TABLE
 from overlay.interface import MACVLAN_MODES, Interface, NetworkError
 from overlay.namespaces import NamespaceThread
-from overlay.netlink import NETLINK_ROUTE, Message, Netlink, NetlinkError, acknowledged
+from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, Netlink, NetlinkError, acknowledged
 from overlay.plan import Leg, Sandbox, Task, TaskLink, Vxlan, port_alias, read_port_alias
 from overlay.spares import Spare
 from overlay.sysctls import IPV6_SYSCTLS, set_all_optional, set_leg_sysctls, set_optional
@@ -65,10 +67,15 @@ class HostKernel:
             if is_leg(tag, name) and link.up
         }
 
+    def link_of(self, address: str) -> str:
+        """The link that has this address; "" = none has."""
+        indices = {index for index, found, _ in self.addresses if found == address}
+        return next((link.name for link in self.links.values() if link.index in indices), "")
+
     def mtu_of(self, address: str) -> int | None:
         """MTU of the link that has this address, in bytes."""
-        indices = {index for index, found, _ in self.addresses if found == address}
-        return next((link.mtu_bytes for link in self.links.values() if link.index in indices), None)
+        link = self.links.get(self.link_of(address))
+        return link.mtu_bytes if link is not None else None
 
     def foreign_prefixes(self, tag: str) -> list[tuple[str, str]]:
         """(prefix, what it is) of the addresses and routes on links that are not legs."""
@@ -172,6 +179,11 @@ class NamespaceKernel:
         ports = [link for link in links.values() if link.kind == "veth" and link.name not in ours]
         return SandboxKernel(picture, {link.name: link.alias for link in ports})
 
+    def marks(self, network_id: str) -> bool:
+        """Whether packets of an encrypted network are marked."""
+        with self.thread.inside(self.network_path(network_id)), Netlink(NETLINK_NETFILTER) as netlink:
+            return nfnl.rule_counts(netlink, MARKING_TABLE, nfnl.BRIDGE) == MARKING_RULES
+
     def network_identity(self, path: Path) -> str:
         """The network ID that was written on the bridge; "" if there is none."""
         with self.thread.inside(path), Netlink(NETLINK_ROUTE) as netlink:
@@ -204,6 +216,8 @@ class NamespaceKernel:
                     case MakeBridge():
                         alias = rtnl.set_link(BRIDGE_NAME, alias=network_id)
                         inner.batch(acknowledged([rtnl.delete_link(BRIDGE_NAME), rtnl.new_bridge(BRIDGE_NAME), alias]))
+                    case Mark():
+                        nft.run(MARKING)
                     case MakeVxlan():
                         self._make_vxlan(outer, inner, descriptor, operation)
                     case SetVxlan(vxlan):

@@ -9,15 +9,19 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
+from overlay import namespaces
 from overlay.act import NamespaceKernel
 from overlay.addressing import TAG_MAX_CHARS
-from overlay.interface import Attachment, Balancer, HostState, NetworkError
+from overlay.interface import Attachment, Balancer, EncryptionStatus, HostState, Inspection, NetworkError
 from overlay.namespaces import NamespaceThread
 from overlay.pathmtu import PathProbe, PathWatch
 from overlay.reconcile import Reconciler
 from overlay.removal import Removal
 from overlay.services import ServiceBalancer
+
+T = TypeVar("T")
 
 FINISHED_AT_ONCE = 8
 """Closing a task's sockets and unmounting its namespace is 12 ms of waiting in the kernel; eight at once take hardly
@@ -48,11 +52,11 @@ class KernelNetwork:
         if not re.fullmatch(rf"[a-z0-9]{{1,{TAG_MAX_CHARS}}}", tag):
             raise NetworkError(f"tag {tag!r} is not 1 to {TAG_MAX_CHARS} characters of a-z and 0-9")
         self._thread = NamespaceThread(host_netns)
-        kernel = NamespaceKernel(self._thread, run_dir / "netns")
+        self._kernel = NamespaceKernel(self._thread, run_dir / "netns")
         self._removal = Removal()
         self._finishing = ThreadPoolExecutor(max_workers=FINISHED_AT_ONCE, thread_name_prefix="detach")
         services = ServiceBalancer(balancer, tag, (dns_address, dns_port), answers_through_ingress)
-        self._reconciler = Reconciler(kernel, tag, services, clock)
+        self._reconciler = Reconciler(self._kernel, tag, services, clock)
         identity = int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=2).digest())
         self._paths = PathWatch(
             open_probe=lambda: self._thread.submit(lambda: PathProbe(identity)).result(),
@@ -65,7 +69,8 @@ class KernelNetwork:
         address is gone, nftables refuses); a network that cannot be made fails the `attach` of its tasks only.
         Called again with an equal state after AUDIT_PERIOD_S it audits the kernel and repairs."""
         try:
-            await self._thread.run(lambda: self._reconciler.apply(state))
+            # Before tasks that wait to be attached: what other hosts' balancers wait for must not wait for those.
+            await self._thread.run(lambda: self._reconciler.apply(state), urgent=True)
         except OSError as error:
             raise NetworkError(f"the kernel refuses this host's networking: {error}") from error
         self._paths.look((peer.vtep for peer in state.peers), self._reconciler.link_mtu_bytes)
@@ -88,6 +93,32 @@ class KernelNetwork:
 
     async def attached(self) -> frozenset[str]:
         return await self._thread.run(self._reconciler.attached)
+
+    def encryption(self) -> EncryptionStatus:
+        """The first call asks the kernel, for a millisecond. Raises OSError."""
+        encryption = self._reconciler.encryption
+        if encryption.status is None:
+            self._thread.submit(encryption.prepare).result()
+        assert encryption.status is not None
+        return encryption.status
+
+    async def inspect(self) -> Inspection:
+        try:
+            return await self._thread.run(self._reconciler.inspect)
+        except OSError as error:
+            raise NetworkError(f"this host's networking cannot be read: {error}") from error
+
+    async def inside(self, task_id: str, function: Callable[[], T]) -> T:
+        def run() -> T:
+            if not task_id:
+                return function()
+            path = self._kernel.task_path(task_id)
+            if not namespaces.exists(path):
+                raise NetworkError(f"task {task_id} has no network namespace on this host")
+            with self._thread.inside(path):
+                return function()
+
+        return await self._thread.run(run)
 
     async def teardown(self) -> None:
         try:

@@ -6,10 +6,12 @@ the kernel equal to it (adopting what already stands, touching nothing that is n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
+T = TypeVar("T")
 L4 = Literal["tcp", "udp", "sctp"]
 Balance = Literal["rr", "lc", "sh"]
 """Round robin, least connections (IPVS only; else round robin), by the source's address."""
@@ -76,6 +78,8 @@ class Peer:
     index: int
     masquerade: bool = False
     """Its tasks cannot answer through another host: clients' addresses must be hidden from them."""
+    encryption_epoch: int = 0
+    """0: it is on no encrypted network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +171,45 @@ class Attachment:
     sysctls: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class EncryptionStatus:
+    """What other hosts have to know of this one's encryption."""
+
+    supported: bool
+    """The kernel can."""
+    epoch: int
+    """Random, never 0; replaced when the kernel lost associations."""
+    serial: int = 0
+    """The newest key that the kernel accepts; 0 = none."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkDrift:
+    """What of one network the kernel lacks, and what entries it has besides, in words."""
+
+    network_id: str
+    mtu_bytes: int
+    missing: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a look at the kernel shows, beside the picture applied last."""
+
+    networks: tuple[NetworkDrift, ...] = ()
+    forwards: bool = True
+    """net.ipv4.ip_forward"""
+    strict_links: tuple[str, ...] = ()
+    """Links of ours whose rp_filter is strict."""
+    tables_missing: tuple[str, ...] = ()
+    """IDs of tasks without our nftables table; "host" for the host's own."""
+    leg: str = ""
+    """A leg of some network, "" = there is none: they are all treated alike."""
+    underlay_link: str = ""
+    underlay_mtu_bytes: int = 0
+
+
 class NetworkError(Exception):
     """The kernel or the plan refuses; the message names the object, the reason and the remedy."""
 
@@ -189,6 +232,19 @@ class HostNetwork(Protocol):
 
     async def attached(self) -> frozenset[str]:
         """Task IDs that have a namespace now (after a restart: those to adopt or detach)."""
+        ...
+
+    def encryption(self) -> EncryptionStatus:
+        """As of now; the first call may ask the kernel. Raises OSError."""
+        ...
+
+    async def inspect(self) -> Inspection:
+        """Changes nothing. Raises NetworkError."""
+        ...
+
+    async def inside(self, task_id: str, function: Callable[[], T]) -> T:
+        """Run it in the task's network namespace ("" = the host's). It must return at once: everything else waits.
+        Raises NetworkError when there is no such namespace, and what the function raises."""
         ...
 
     async def teardown(self) -> None:

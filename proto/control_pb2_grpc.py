@@ -146,6 +146,11 @@ class ControlStub:
                 request_serializer=proto_dot_control__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=proto_dot_control__pb2.Explanation.FromString,
                 _registered_method=True)
+        self.ExamineNetworks = channel.unary_stream(
+                '/pyswarm.Control/ExamineNetworks',
+                request_serializer=proto_dot_control__pb2.DoctorRequest.SerializeToString,
+                response_deserializer=proto_dot_control__pb2.DoctorReply.FromString,
+                _registered_method=True)
         self.CreateNetwork = channel.unary_unary(
                 '/pyswarm.Control/CreateNetwork',
                 request_serializer=proto_dot_control__pb2.NetworkRequest.SerializeToString,
@@ -165,6 +170,11 @@ class ControlStub:
                 '/pyswarm.Control/RemoveNetwork',
                 request_serializer=proto_dot_control__pb2.RemoveRequest.SerializeToString,
                 response_deserializer=proto_dot_control__pb2.RemoveReply.FromString,
+                _registered_method=True)
+        self.RotateNetworkKeys = channel.unary_unary(
+                '/pyswarm.Control/RotateNetworkKeys',
+                request_serializer=proto_dot_control__pb2.RotateNetworkKeysRequest.SerializeToString,
+                response_deserializer=proto_dot_control__pb2.RotateNetworkKeysReply.FromString,
                 _registered_method=True)
 
 
@@ -307,6 +317,12 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExamineNetworks(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateNetwork(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -327,6 +343,13 @@ class ControlServicer:
 
     def RemoveNetwork(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateNetworkKeys(self, request, context):
+        """of encrypted networks
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -444,6 +467,11 @@ def add_ControlServicer_to_server(servicer, server):
                     request_deserializer=proto_dot_control__pb2.ExplainRequest.FromString,
                     response_serializer=proto_dot_control__pb2.Explanation.SerializeToString,
             ),
+            'ExamineNetworks': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExamineNetworks,
+                    request_deserializer=proto_dot_control__pb2.DoctorRequest.FromString,
+                    response_serializer=proto_dot_control__pb2.DoctorReply.SerializeToString,
+            ),
             'CreateNetwork': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateNetwork,
                     request_deserializer=proto_dot_control__pb2.NetworkRequest.FromString,
@@ -463,6 +491,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.RemoveNetwork,
                     request_deserializer=proto_dot_control__pb2.RemoveRequest.FromString,
                     response_serializer=proto_dot_control__pb2.RemoveReply.SerializeToString,
+            ),
+            'RotateNetworkKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateNetworkKeys,
+                    request_deserializer=proto_dot_control__pb2.RotateNetworkKeysRequest.FromString,
+                    response_serializer=proto_dot_control__pb2.RotateNetworkKeysReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1070,6 +1103,33 @@ class Control:
             _registered_method=True)
 
     @staticmethod
+    def ExamineNetworks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/pyswarm.Control/ExamineNetworks',
+            proto_dot_control__pb2.DoctorRequest.SerializeToString,
+            proto_dot_control__pb2.DoctorReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def CreateNetwork(request,
             target,
             options=(),
@@ -1167,6 +1227,33 @@ class Control:
             '/pyswarm.Control/RemoveNetwork',
             proto_dot_control__pb2.RemoveRequest.SerializeToString,
             proto_dot_control__pb2.RemoveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateNetworkKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pyswarm.Control/RotateNetworkKeys',
+            proto_dot_control__pb2.RotateNetworkKeysRequest.SerializeToString,
+            proto_dot_control__pb2.RotateNetworkKeysReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -62,10 +62,13 @@ class ControlStub:
     Events: _grpc.UnaryStreamMultiCallable[_control_pb2.EventsRequest, _control_pb2.Event]
     """of the manager that is asked"""
     Explain: _grpc.UnaryUnaryMultiCallable[_control_pb2.ExplainRequest, _control_pb2.Explanation]
+    ExamineNetworks: _grpc.UnaryStreamMultiCallable[_control_pb2.DoctorRequest, _control_pb2.DoctorReply]
     CreateNetwork: _grpc.UnaryUnaryMultiCallable[_control_pb2.NetworkRequest, _objects_pb2.Network]
     GetNetwork: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Network]
     ListNetworks: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.NetworkList]
     RemoveNetwork: _grpc.UnaryUnaryMultiCallable[_control_pb2.RemoveRequest, _control_pb2.RemoveReply]
+    RotateNetworkKeys: _grpc.UnaryUnaryMultiCallable[_control_pb2.RotateNetworkKeysRequest, _control_pb2.RotateNetworkKeysReply]
+    """of encrypted networks"""
 
 @_typing.type_check_only
 class ControlAsyncStub(ControlStub):
@@ -96,10 +99,13 @@ class ControlAsyncStub(ControlStub):
     Events: _aio.UnaryStreamMultiCallable[_control_pb2.EventsRequest, _control_pb2.Event]  # type: ignore[assignment]
     """of the manager that is asked"""
     Explain: _aio.UnaryUnaryMultiCallable[_control_pb2.ExplainRequest, _control_pb2.Explanation]  # type: ignore[assignment]
+    ExamineNetworks: _aio.UnaryStreamMultiCallable[_control_pb2.DoctorRequest, _control_pb2.DoctorReply]  # type: ignore[assignment]
     CreateNetwork: _aio.UnaryUnaryMultiCallable[_control_pb2.NetworkRequest, _objects_pb2.Network]  # type: ignore[assignment]
     GetNetwork: _aio.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Network]  # type: ignore[assignment]
     ListNetworks: _aio.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.NetworkList]  # type: ignore[assignment]
     RemoveNetwork: _aio.UnaryUnaryMultiCallable[_control_pb2.RemoveRequest, _control_pb2.RemoveReply]  # type: ignore[assignment]
+    RotateNetworkKeys: _aio.UnaryUnaryMultiCallable[_control_pb2.RotateNetworkKeysRequest, _control_pb2.RotateNetworkKeysReply]  # type: ignore[assignment]
+    """of encrypted networks"""
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -261,6 +267,13 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_control_pb2.Explanation, _abc.Awaitable[_control_pb2.Explanation]]: ...
 
     @_abc_1.abstractmethod
+    def ExamineNetworks(
+        self,
+        request: _control_pb2.DoctorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.DoctorReply], _abc.AsyncIterator[_control_pb2.DoctorReply]]: ...
+
+    @_abc_1.abstractmethod
     def CreateNetwork(
         self,
         request: _control_pb2.NetworkRequest,
@@ -287,5 +300,13 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.RemoveRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.RemoveReply, _abc.Awaitable[_control_pb2.RemoveReply]]: ...
+
+    @_abc_1.abstractmethod
+    def RotateNetworkKeys(
+        self,
+        request: _control_pb2.RotateNetworkKeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.RotateNetworkKeysReply, _abc.Awaitable[_control_pb2.RotateNetworkKeysReply]]:
+        """of encrypted networks"""
 
 def add_ControlServicer_to_server(servicer: ControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

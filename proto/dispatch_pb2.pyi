@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from proto import objects_pb2 as _objects_pb2
 import builtins as _builtins
 import sys
@@ -135,6 +136,7 @@ class NetworkPeer(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     DOWN_FIELD_NUMBER: _builtins.int
     MASQUERADE_FIELD_NUMBER: _builtins.int
+    ENCRYPTION_EPOCH_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     vtep_addr: _builtins.str
     index: _builtins.int
@@ -142,6 +144,8 @@ class NetworkPeer(_message.Message):
     """managers do not hear from it; its containers may well run and talk"""
     masquerade: _builtins.bool
     """its tasks cannot answer through another host: hide clients from them"""
+    encryption_epoch: _builtins.int
+    """as in its description; 0 = it is on no encrypted network"""
     def __init__(
         self,
         *,
@@ -150,10 +154,11 @@ class NetworkPeer(_message.Message):
         index: _builtins.int = ...,
         down: _builtins.bool = ...,
         masquerade: _builtins.bool = ...,
+        encryption_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["down", b"down", "index", b"index", "masquerade", b"masquerade", "node_id", b"node_id", "vtep_addr", b"vtep_addr"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["down", b"down", "encryption_epoch", b"encryption_epoch", "index", b"index", "masquerade", b"masquerade", "node_id", b"node_id", "vtep_addr", b"vtep_addr"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -697,6 +702,454 @@ class NetworkKeys(_message.Message):
 Global___NetworkKeys: _TypeAlias = NetworkKeys  # noqa: Y015
 
 @_typing.final
+class NetworkKeysApplied(_message.Message):
+    """This node's kernel accepts what is encrypted with the keys up to this serial."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERIAL_FIELD_NUMBER: _builtins.int
+    serial: _builtins.int
+    def __init__(
+        self,
+        *,
+        serial: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["serial", b"serial"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkKeysApplied: _TypeAlias = NetworkKeysApplied  # noqa: Y015
+
+@_typing.final
+class Ping(_message.Message):
+    """---- `network doctor`: what a node is asked to try, and what it found (swarm/doctor decides what that means)
+
+    ICMP echo requests that must not be fragmented, each answered whole or not
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    FULL_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    full: _builtins.bool
+    """and of a full one: as the task's link carries; of the host: as its overlays need"""
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of whole IP packets, bytes"""
+
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        sizes: _abc.Iterable[_builtins.int] | None = ...,
+        full: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "full", b"full", "sizes", b"sizes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ping: _TypeAlias = Ping  # noqa: Y015
+
+@_typing.final
+class Connect(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    port: _builtins.int
+    protocol: _objects_pb2.Protocol.ValueType
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        port: _builtins.int = ...,
+        protocol: _objects_pb2.Protocol.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "port", b"port", "protocol", b"protocol"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Connect: _TypeAlias = Connect  # noqa: Y015
+
+@_typing.final
+class Lookup(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    IPV6_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    ipv6: _builtins.bool
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        ipv6: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ipv6", b"ipv6", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lookup: _TypeAlias = Lookup  # noqa: Y015
+
+@_typing.final
+class Probe(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    PING_FIELD_NUMBER: _builtins.int
+    CONNECT_FIELD_NUMBER: _builtins.int
+    LOOKUP_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    task_id: _builtins.str
+    """from this task's network namespace; "" = the host's"""
+    @_builtins.property
+    def ping(self) -> Global___Ping: ...
+    @_builtins.property
+    def connect(self) -> Global___Connect: ...
+    @_builtins.property
+    def lookup(self) -> Global___Lookup: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        task_id: _builtins.str = ...,
+        ping: Global___Ping | None = ...,
+        connect: Global___Connect | None = ...,
+        lookup: Global___Lookup | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["connect", b"connect", "lookup", b"lookup", "ping", b"ping", "what", b"what"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connect", b"connect", "lookup", b"lookup", "number", b"number", "ping", b"ping", "task_id", b"task_id", "what", b"what"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["ping", "connect", "lookup"]  # noqa: Y015
+    _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
+
+Global___Probe: _TypeAlias = Probe  # noqa: Y015
+
+@_typing.final
+class ProbeResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Outcome:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ProbeResult._Outcome.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        OK: ProbeResult._Outcome.ValueType  # 0
+        REFUSED: ProbeResult._Outcome.ValueType  # 1
+        """the other end answered that nobody takes it"""
+        SILENT: ProbeResult._Outcome.ValueType  # 2
+        """no answer in time"""
+        UNREACHABLE: ProbeResult._Outcome.ValueType  # 3
+        """the kernel, or a router, says that there is no way"""
+        FAILED: ProbeResult._Outcome.ValueType  # 4
+        """could not be tried"""
+
+    class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper): ...
+    OK: ProbeResult.Outcome.ValueType  # 0
+    REFUSED: ProbeResult.Outcome.ValueType  # 1
+    """the other end answered that nobody takes it"""
+    SILENT: ProbeResult.Outcome.ValueType  # 2
+    """no answer in time"""
+    UNREACHABLE: ProbeResult.Outcome.ValueType  # 3
+    """the kernel, or a router, says that there is no way"""
+    FAILED: ProbeResult.Outcome.ValueType  # 4
+    """could not be tried"""
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    FULL_SIZE_FIELD_NUMBER: _builtins.int
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    outcome: Global___ProbeResult.Outcome.ValueType
+    detail: _builtins.str
+    """in the kernel's words"""
+    full_size: _builtins.int
+    """Ping: what `full` was"""
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ping: those answered whole"""
+
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Lookup: addresses"""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        outcome: Global___ProbeResult.Outcome.ValueType = ...,
+        detail: _builtins.str = ...,
+        sizes: _abc.Iterable[_builtins.int] | None = ...,
+        full_size: _builtins.int = ...,
+        answers: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "detail", b"detail", "full_size", b"full_size", "number", b"number", "outcome", b"outcome", "sizes", b"sizes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeResult: _TypeAlias = ProbeResult  # noqa: Y015
+
+@_typing.final
+class NetworkFacts(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NETWORK_ID_FIELD_NUMBER: _builtins.int
+    MTU_BYTES_FIELD_NUMBER: _builtins.int
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    FOREIGN_FIELD_NUMBER: _builtins.int
+    network_id: _builtins.str
+    mtu_bytes: _builtins.int
+    @_builtins.property
+    def endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """addresses of tasks that this node was told of"""
+
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of the kernel's entries, links: what should be there and is not"""
+
+    @_builtins.property
+    def foreign(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what is there and should not"""
+
+    def __init__(
+        self,
+        *,
+        network_id: _builtins.str = ...,
+        mtu_bytes: _builtins.int = ...,
+        endpoints: _abc.Iterable[_builtins.str] | None = ...,
+        missing: _abc.Iterable[_builtins.str] | None = ...,
+        foreign: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "foreign", b"foreign", "missing", b"missing", "mtu_bytes", b"mtu_bytes", "network_id", b"network_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkFacts: _TypeAlias = NetworkFacts  # noqa: Y015
+
+@_typing.final
+class FirewallDrop(_message.Message):
+    """a rule or a policy on the host, not ours, that drops packets of ours"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_FIELD_NUMBER: _builtins.int
+    CHAIN_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    TRAFFIC_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    CERTAIN_FIELD_NUMBER: _builtins.int
+    table: _builtins.str
+    """"inet guard" """
+    chain: _builtins.str
+    rule: _builtins.str
+    """as nft writes it, with its handle; "policy drop" """
+    traffic: _builtins.str
+    """vxlan | forward | icmp | "<protocol> <published port>" """
+    address: _builtins.str
+    """the other host's; "" = any"""
+    certain: _builtins.bool
+    """false: the rule also looks at something that is not known here"""
+    def __init__(
+        self,
+        *,
+        table: _builtins.str = ...,
+        chain: _builtins.str = ...,
+        rule: _builtins.str = ...,
+        traffic: _builtins.str = ...,
+        address: _builtins.str = ...,
+        certain: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "certain", b"certain", "chain", b"chain", "rule", b"rule", "table", b"table", "traffic", b"traffic"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FirewallDrop: _TypeAlias = FirewallDrop  # noqa: Y015
+
+@_typing.final
+class Listener(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    protocol: _objects_pb2.Protocol.ValueType
+    port: _builtins.int
+    address: _builtins.str
+    pid: _builtins.int
+    command: _builtins.str
+    def __init__(
+        self,
+        *,
+        protocol: _objects_pb2.Protocol.ValueType = ...,
+        port: _builtins.int = ...,
+        address: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        command: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "command", b"command", "pid", b"pid", "port", b"port", "protocol", b"protocol"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Listener: _TypeAlias = Listener  # noqa: Y015
+
+@_typing.final
+class HostFacts(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NETWORKS_FIELD_NUMBER: _builtins.int
+    FORWARDS_FIELD_NUMBER: _builtins.int
+    STRICT_LINKS_FIELD_NUMBER: _builtins.int
+    TABLES_MISSING_FIELD_NUMBER: _builtins.int
+    NETWORKS_ERROR_FIELD_NUMBER: _builtins.int
+    NAMES_ERROR_FIELD_NUMBER: _builtins.int
+    NAMES_PID_FIELD_NUMBER: _builtins.int
+    UNDERLAY_LINK_FIELD_NUMBER: _builtins.int
+    UNDERLAY_MTU_BYTES_FIELD_NUMBER: _builtins.int
+    DROPS_FIELD_NUMBER: _builtins.int
+    LISTENERS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    forwards: _builtins.bool
+    """net.ipv4.ip_forward"""
+    networks_error: _builtins.str
+    """why the last picture could not be applied; "" = it was"""
+    names_error: _builtins.str
+    names_pid: _builtins.int
+    underlay_link: _builtins.str
+    """that of the data path address; "" = no link has it"""
+    underlay_mtu_bytes: _builtins.int
+    error: _builtins.str
+    """what could not be read"""
+    @_builtins.property
+    def networks(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkFacts]: ...
+    @_builtins.property
+    def strict_links(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """links of overlays on which rp_filter is strict"""
+
+    @_builtins.property
+    def tables_missing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """IDs of tasks without our nftables table; "host" for the host's own"""
+
+    @_builtins.property
+    def drops(self) -> _containers.RepeatedCompositeFieldContainer[Global___FirewallDrop]: ...
+    @_builtins.property
+    def listeners(self) -> _containers.RepeatedCompositeFieldContainer[Global___Listener]:
+        """other programs on ports that services publish"""
+
+    def __init__(
+        self,
+        *,
+        networks: _abc.Iterable[Global___NetworkFacts] | None = ...,
+        forwards: _builtins.bool = ...,
+        strict_links: _abc.Iterable[_builtins.str] | None = ...,
+        tables_missing: _abc.Iterable[_builtins.str] | None = ...,
+        networks_error: _builtins.str = ...,
+        names_error: _builtins.str = ...,
+        names_pid: _builtins.int = ...,
+        underlay_link: _builtins.str = ...,
+        underlay_mtu_bytes: _builtins.int = ...,
+        drops: _abc.Iterable[Global___FirewallDrop] | None = ...,
+        listeners: _abc.Iterable[Global___Listener] | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drops", b"drops", "error", b"error", "forwards", b"forwards", "listeners", b"listeners", "names_error", b"names_error", "names_pid", b"names_pid", "networks", b"networks", "networks_error", b"networks_error", "strict_links", b"strict_links", "tables_missing", b"tables_missing", "underlay_link", b"underlay_link", "underlay_mtu_bytes", b"underlay_mtu_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostFacts: _TypeAlias = HostFacts  # noqa: Y015
+
+@_typing.final
+class Examination(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXAM_ID_FIELD_NUMBER: _builtins.int
+    PROBES_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
+    exam_id: _builtins.str
+    cancel: _builtins.bool
+    @_builtins.property
+    def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Probe]: ...
+    def __init__(
+        self,
+        *,
+        exam_id: _builtins.str = ...,
+        probes: _abc.Iterable[Global___Probe] | None = ...,
+        cancel: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "exam_id", b"exam_id", "probes", b"probes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Examination: _TypeAlias = Examination  # noqa: Y015
+
+@_typing.final
+class Examined(_message.Message):
+    """one or more; the last has `done`"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXAM_ID_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    FACTS_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    exam_id: _builtins.str
+    done: _builtins.bool
+    error: _builtins.str
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProbeResult]: ...
+    @_builtins.property
+    def facts(self) -> Global___HostFacts: ...
+    def __init__(
+        self,
+        *,
+        exam_id: _builtins.str = ...,
+        results: _abc.Iterable[Global___ProbeResult] | None = ...,
+        facts: Global___HostFacts | None = ...,
+        done: _builtins.bool = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "error", b"error", "exam_id", b"exam_id", "facts", b"facts", "results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Examined: _TypeAlias = Examined  # noqa: Y015
+
+@_typing.final
 class AgentMessage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -706,6 +1159,8 @@ class AgentMessage(_message.Message):
     LOGS_FIELD_NUMBER: _builtins.int
     APPLIED_FIELD_NUMBER: _builtins.int
     EXEC_FIELD_NUMBER: _builtins.int
+    KEYS_APPLIED_FIELD_NUMBER: _builtins.int
+    EXAMINED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___AgentHello:
         """first, and again when the description changes"""
@@ -720,6 +1175,10 @@ class AgentMessage(_message.Message):
     def applied(self) -> Global___Applied: ...
     @_builtins.property
     def exec(self) -> Global___ExecOutput: ...
+    @_builtins.property
+    def keys_applied(self) -> Global___NetworkKeysApplied: ...
+    @_builtins.property
+    def examined(self) -> Global___Examined: ...
     def __init__(
         self,
         *,
@@ -729,12 +1188,14 @@ class AgentMessage(_message.Message):
         logs: Global___LogChunk | None = ...,
         applied: Global___Applied | None = ...,
         exec: Global___ExecOutput | None = ...,
+        keys_applied: Global___NetworkKeysApplied | None = ...,
+        examined: Global___Examined | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "exec", b"exec", "heartbeat", b"heartbeat", "hello", b"hello", "logs", b"logs", "message", b"message", "statuses", b"statuses"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "examined", b"examined", "exec", b"exec", "heartbeat", b"heartbeat", "hello", b"hello", "keys_applied", b"keys_applied", "logs", b"logs", "message", b"message", "statuses", b"statuses"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "exec", b"exec", "heartbeat", b"heartbeat", "hello", b"hello", "logs", b"logs", "message", b"message", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "examined", b"examined", "exec", b"exec", "heartbeat", b"heartbeat", "hello", b"hello", "keys_applied", b"keys_applied", "logs", b"logs", "message", b"message", "statuses", b"statuses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "statuses", "logs", "applied", "exec"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "statuses", "logs", "applied", "exec", "keys_applied", "examined"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -840,6 +1301,7 @@ class ManagerMessage(_message.Message):
     RELEASED_FIELD_NUMBER: _builtins.int
     EXEC_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
+    EXAMINATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -864,6 +1326,8 @@ class ManagerMessage(_message.Message):
     def exec(self) -> Global___ExecInput: ...
     @_builtins.property
     def keys(self) -> Global___NetworkKeys: ...
+    @_builtins.property
+    def examination(self) -> Global___Examination: ...
     def __init__(
         self,
         *,
@@ -877,12 +1341,13 @@ class ManagerMessage(_message.Message):
         released: Global___Released | None = ...,
         exec: Global___ExecInput | None = ...,
         keys: Global___NetworkKeys | None = ...,
+        examination: Global___Examination | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assignments", b"assignments", "exec", b"exec", "heartbeat", b"heartbeat", "keys", b"keys", "logs", b"logs", "managers", b"managers", "message", b"message", "node", b"node", "released", b"released", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assignments", b"assignments", "examination", b"examination", "exec", b"exec", "heartbeat", b"heartbeat", "keys", b"keys", "logs", b"logs", "managers", b"managers", "message", b"message", "node", b"node", "released", b"released", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assignments", b"assignments", "exec", b"exec", "heartbeat", b"heartbeat", "keys", b"keys", "logs", b"logs", "managers", b"managers", "message", b"message", "node", b"node", "released", b"released", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assignments", b"assignments", "examination", b"examination", "exec", b"exec", "heartbeat", b"heartbeat", "keys", b"keys", "logs", b"logs", "managers", b"managers", "message", b"message", "node", b"node", "released", b"released", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignments", "ack", "managers", "node", "logs", "released", "exec", "keys"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "heartbeat", "assignments", "ack", "managers", "node", "logs", "released", "exec", "keys", "examination"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 

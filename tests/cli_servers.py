@@ -18,7 +18,7 @@ from proto import objects_pb2 as pb
 from swarm.cli.main import cli
 
 Answer = Callable[[Any, grpc.ServicerContext], Any]
-STREAMS = frozenset({"Events", "WatchService", "Logs", "PullImage", "LoadImage"})
+STREAMS = frozenset({"Events", "WatchService", "Logs", "PullImage", "LoadImage", "ExamineNetworks"})
 
 
 class Refusal(Exception):

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from dns.interface import Picture
 from node.interface import (
@@ -27,8 +28,10 @@ from node.interface import (
     RuntimeFault,
     StoredImage,
 )
-from overlay.interface import Attachment, HostState, NetworkError
+from overlay.interface import Attachment, EncryptionStatus, HostState, Inspection, NetworkError
 from proto.dispatch_pb2 import ExecStart, LogLine, LogOptions
+
+T = TypeVar("T")
 
 NO_PID = (1 << 22) + 1
 """Beyond the kernel's PID_MAX_LIMIT: no process has it."""
@@ -251,6 +254,7 @@ class FakeNetwork:
         self.apply_faults: list[NetworkError] = []
         self.attach_calls = 0
         self.torn_down = False
+        self.epoch = 1
 
     @property
     def state(self) -> HostState:
@@ -287,6 +291,16 @@ class FakeNetwork:
 
     async def attached(self) -> frozenset[str]:
         return frozenset(self.spaces)
+
+    def encryption(self) -> EncryptionStatus:
+        keys = self.states[-1].keys if self.states else ()
+        return EncryptionStatus(True, self.epoch, keys[0].serial if keys else 0)
+
+    async def inspect(self) -> Inspection:
+        return Inspection()
+
+    async def inside(self, task_id: str, function: Callable[[], T]) -> T:
+        raise NetworkError(f"task {task_id} has no network namespace on this host")
 
     async def teardown(self) -> None:
         self.spaces.clear()

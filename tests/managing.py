@@ -14,6 +14,7 @@ from proto.control_pb2_grpc import ControlStub, add_ControlServicer_to_server
 from proto.objects_pb2 import Cluster, Network, Node, NodeStatus, ServiceSpec
 from swarm.api.control import ControlService
 from swarm.consensus.interface import Consensus, Member
+from swarm.dispatch.doctor import ExamRelay
 from swarm.dispatch.execs import ExecRelay
 from swarm.dispatch.logs import Link, LogRelay
 from swarm.store.changes import Record
@@ -34,7 +35,10 @@ class Manager:
         self.links: dict[str, Link] = {}
         self.relay = LogRelay(self.links.get)
         self.execs = ExecRelay(self.links.get)
+        self.exams = ExamRelay(self.links.get)
         self.refusal: str | None = None
+        self.behind: list[str] = []
+        """Nodes that do not confirm keys."""
         ids = itertools.count(1)
         self.service = ControlService(
             group.store,
@@ -43,14 +47,19 @@ class Manager:
             lambda addr: grpc.aio.insecure_channel(addr, options=[("grpc.use_local_subchannel_pool", 1)]),
             self.relay,
             self.execs,
+            self.exams,
             time.time,
             lambda: f"{consensus.node_id}-request-{next(ids)}",
             self._demotion_refusal,
+            self._keys_settled,
         )
         self.server = grpc.aio.server()
         add_ControlServicer_to_server(self.service, self.server)
         self.addr = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
         consensus.member = Member(consensus.node_id, self.addr)
+
+    async def _keys_settled(self, timeout_s: float) -> list[str]:
+        return self.behind
 
     def _demotion_refusal(self, store: Store, consensus: Consensus, node: Node) -> str | None:
         return self.refusal

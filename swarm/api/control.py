@@ -18,10 +18,25 @@ from proto import control_pb2 as pb
 from proto.control_pb2_grpc import ControlServicer
 from proto.dispatch_pb2 import ExecOutput
 from proto.objects_pb2 import Cluster, Network, Node, Service, Task
-from swarm.api import backup, encryption, events, execs, explaining, find, logs, networks, nodes, services, views, watch
+from swarm.api import (
+    backup,
+    doctor,
+    encryption,
+    events,
+    execs,
+    explaining,
+    find,
+    logs,
+    networks,
+    nodes,
+    services,
+    views,
+    watch,
+)
 from swarm.api.backend import Backend, Demotion, LostLeadership
 from swarm.api.forward import Call, Router
 from swarm.consensus.interface import Consensus
+from swarm.dispatch.doctor import ExamRelay
 from swarm.dispatch.execs import ExecRelay
 from swarm.dispatch.logs import LogRelay
 from swarm.security.unlock_key import text_of
@@ -89,14 +104,27 @@ class ControlService(ControlServicer):
         open_channel: Callable[[str], grpc.aio.Channel],
         relay: LogRelay,
         exec_relay: ExecRelay,
+        exam_relay: ExamRelay,
         now: Callable[[], float],
         new_id: Callable[[], str],
         demotion_refusal: Demotion,
+        keys_settled: Callable[[float], Awaitable[list[str]]],
     ) -> None:
         lost_leadership = LostLeadership()
         consensus.on_leadership(lost_leadership.changed)
         self._own_id = consensus.node_id
-        self._backend = Backend(store, writer, consensus, relay, exec_relay, now, demotion_refusal, lost_leadership)
+        self._backend = Backend(
+            store,
+            writer,
+            consensus,
+            relay,
+            exec_relay,
+            exam_relay,
+            now,
+            demotion_refusal,
+            keys_settled,
+            lost_leadership,
+        )
         self._store = store
         self._events = events.EventLog(store, now)
         self.router = Router(consensus, open_channel, new_id)
@@ -230,6 +258,10 @@ class ControlService(ControlServicer):
 
     # ---- networks
 
+    @_stream
+    def ExamineNetworks(self, request: pb.DoctorRequest, call: Call) -> AsyncIterator[pb.DoctorReply]:
+        return doctor.examine(self._backend, request.ref)
+
     @_unary
     async def CreateNetwork(self, request: pb.NetworkRequest, call: Call) -> Network:
         return await networks.create(self._backend, request.spec, call.request_id)
@@ -247,3 +279,7 @@ class ControlService(ControlServicer):
     @_unary
     async def RemoveNetwork(self, request: pb.RemoveRequest, call: Call) -> pb.RemoveReply:
         return await networks.remove(self._backend, request.ref, call.request_id)
+
+    @_unary
+    async def RotateNetworkKeys(self, request: pb.RotateNetworkKeysRequest, call: Call) -> pb.RotateNetworkKeysReply:
+        return await networks.rotate_keys(self._backend, call.request_id)

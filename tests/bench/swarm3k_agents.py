@@ -20,7 +20,7 @@ import uvloop
 
 from node.outbox import Outbox
 from node.session import Session
-from proto.dispatch_pb2 import AgentHello, Assignments, ExecInput, LogRequest, Welcome
+from proto.dispatch_pb2 import AgentHello, Assignments, Examination, ExecInput, LogRequest, Welcome
 from proto.join_pb2 import IssueRequest
 from proto.join_pb2_grpc import JoinStub
 from proto.objects_pb2 import (
@@ -30,6 +30,7 @@ from proto.objects_pb2 import (
     TASK_RUNNING,
     TASK_SHUTDOWN,
     TASK_STARTING,
+    NetworkKey,
     Node,
     TaskState,
     TaskStatus,
@@ -126,7 +127,13 @@ class Agent:
     def on_released(self, task_ids: list[str]) -> None:
         pass
 
+    def on_keys(self, keys: list[NetworkKey]) -> None:
+        pass
+
     def on_exec(self, message: ExecInput) -> None:
+        pass
+
+    def on_examination(self, message: Examination) -> None:
         pass
 
     def on_logs(self, request: LogRequest) -> None:

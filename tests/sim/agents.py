@@ -14,8 +14,8 @@ from node.outbox import Outbox
 from node.session import Session
 from node.steps import MESSAGES, Action, Facts, State, after_loss, ended, next_step
 from proto import objects_pb2 as pb
-from proto.dispatch_pb2 import AgentHello, Assignments, ExecInput, LogRequest, Welcome
-from proto.objects_pb2 import Node, NodeDescription, Task, TaskStatus
+from proto.dispatch_pb2 import AgentHello, Assignments, Examination, ExecInput, LogRequest, Welcome
+from proto.objects_pb2 import NetworkKey, Node, NodeDescription, Task, TaskStatus
 from tests.sim.calls import Call, Channel
 
 PREPARE_S = (0.05, 0.8)
@@ -141,10 +141,15 @@ class _Life:
     def on_released(self, task_ids: list[str]) -> None:
         pass
 
+    def on_keys(self, keys: list[NetworkKey]) -> None:
+        pass
+
     def on_exec(self, message: ExecInput) -> None:
         pass
 
     def on_logs(self, request: LogRequest) -> None: ...
+
+    def on_examination(self, message: Examination) -> None: ...
 
     def on_lost(self) -> None: ...
 
