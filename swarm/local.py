@@ -46,7 +46,7 @@ from swarm.recovery import cluster_of_backup
 from swarm.security.bootstrap import NewCluster, create_cluster, join_cluster, restored_manager
 from swarm.security.certificates import NodeCredentials
 from swarm.security.unlock_key import locked, random_key, text_of
-from swarm.supervise import Supervisor
+from swarm.supervise import Runs, Supervisor, keep_running
 from swarm.unlocking import HostLock
 from swarm.version import __version__
 
@@ -58,8 +58,8 @@ ROLE_TIMEOUT_S = 16.0
 JOIN_TIMEOUT_S = 20.0
 READY_TIMEOUT_S = 15.0
 POLL_S = 0.05
-AGENT_PAUSE_S = 2.0
-"""Before the next agent, after one that failed: short enough for a node that is not yet taken for dead for long."""
+AGENT_PAUSE_S = 1.0
+"""Before the next agent, after one that failed: less than the time in which a silent node is taken for dead."""
 DEFAULT_POOL = "10.0.0.0/8"
 DEFAULT_SUBNET_BITS = 24
 DEFAULT_VXLAN_PORT = 4789
@@ -67,10 +67,8 @@ DEFAULT_VXLAN_PORT = 4789
 log = structlog.get_logger()
 
 
-class RunningAgent(Protocol):
+class RunningAgent(Runs, Protocol):
     """The part of `node.agent.Agent` that membership needs."""
-
-    async def run(self) -> None: ...
 
     async def stop(self) -> None: ...
 
@@ -78,20 +76,6 @@ class RunningAgent(Protocol):
 
 
 MakeAgent = Callable[[Membership, NodeCredentials, "HostMembership"], RunningAgent]
-
-
-async def run_agents(first: RunningAgent, following: Callable[[], RunningAgent], pause_s: float) -> None:
-    """Until one ends that was told to. One that a fault ended is followed by another, which takes over what stands as
-    after a crash: a host whose agent is gone would be down for good, with a daemon that seems to run."""
-    agent = first
-    while True:
-        try:
-            await agent.run()
-            return
-        except Exception:
-            log.exception("the agent failed; another one follows", pause_s=pause_s)
-        await asyncio.sleep(pause_s)
-        agent = following()
 
 
 class HostMembership:
@@ -135,7 +119,7 @@ class HostMembership:
         await self._manager.stop(MANAGER_STOP_TIMEOUT_S)
 
     def _start_agent(self) -> None:
-        self._agent_run = asyncio.create_task(run_agents(self._next_agent(), self._next_agent, AGENT_PAUSE_S))
+        self._agent_run = asyncio.create_task(keep_running(self._next_agent, AGENT_PAUSE_S))
         self._renewal = asyncio.create_task(self._keep_certificate())
 
     def _next_agent(self) -> RunningAgent:
