@@ -20,6 +20,7 @@ from overlay.interface import (
     L4,
     WEIGHT_MAX,
     Balance,
+    EncryptionKey,
     HostState,
     OverlayNetwork,
     Peer,
@@ -48,6 +49,7 @@ from proto.objects_pb2 import (
 T = TypeVar("T")
 
 DEFAULT_VXLAN_PORT = 4789
+ENCRYPTED_OPTION = "encrypted"
 
 _L4: dict[int, L4] = {TCP: "tcp", UDP: "udp", SCTP: "sctp"}
 _BALANCE: dict[int, Balance] = {ROUND_ROBIN: "rr", LEAST_CONNECTIONS: "lc", SOURCE_HASH: "sh"}
@@ -66,6 +68,9 @@ class Local:
     """Task -> the address that this host gave it on its own bridge."""
     states: Mapping[str, State] = field(default_factory=dict)
     """Observed states of the tasks of this host."""
+    keys: tuple[EncryptionKey, ...] = ()
+    encrypts: bool = False
+    """Its kernel can."""
 
     def has_ended(self, task_id: str) -> bool:
         state = self.states.get(task_id)
@@ -76,13 +81,15 @@ class HostStates:
     """Draws the state of the host again and again; what did not change since the last time are the same objects."""
 
     def __init__(self) -> None:
-        self._memory = _Memory((), "")
+        self._memory = _Memory((), "", encrypts=False)
 
     def draw(self, mirror: Mirror, local: Local) -> HostState:
         """What the kernel should be like."""
         networks = tuple(mirror.networks())
-        if networks != self._memory.networks or local.node_id != self._memory.node_id:
-            self._memory = _Memory(networks, local.node_id)  # rare, and it concerns whatever is on the network
+        memory = self._memory
+        if (networks, local.node_id, local.encrypts) != (memory.networks, memory.node_id, memory.encrypts):
+            # Rare, and it concerns whatever is on the network.
+            self._memory = _Memory(networks, local.node_id, local.encrypts)
         return self._memory.draw(mirror, local)
 
 
@@ -112,9 +119,10 @@ class _Sorted(Generic[T]):
 class _Memory:
     """What follows from the items seen last, for these networks."""
 
-    def __init__(self, networks: tuple[Network, ...], node_id: str) -> None:
+    def __init__(self, networks: tuple[Network, ...], node_id: str, encrypts: bool) -> None:
         self.networks = networks
         self.node_id = node_id
+        self.encrypts = encrypts
         self._overlays = {
             net.id: net for net in networks if net.vni and net.ipam.subnet and drivers.driver(net) == drivers.OVERLAY
         }
@@ -141,6 +149,7 @@ class _Memory:
             endpoints=self._remote.values(),
             vips=tuple(vip for each in self._vips.values() for vip in each),
             published=_published(self._claims.values(), self._tasks.values(), local, self._overlays),
+            keys=local.keys,
             bridges=drivers.bridges(self.networks, self._tasks.values()),
             macvlans=drivers.macvlans(self.networks),
         )
@@ -205,7 +214,10 @@ class _Memory:
             return
         service, serving = item.service, self._serving[service_id]
         self._vips.put(service_id, tuple(_vips(service, serving, self._overlays)))
-        self._claims.put(service_id, tuple(_ingress(service, serving)))
+        network = self._overlays.get(service.ingress_network_id)
+        # A host that cannot encrypt has no way into the network: it refuses, and nothing leaves in clear.
+        cut_off = network is not None and is_encrypted(network) and not self.encrypts
+        self._claims.put(service_id, tuple(_ingress(service, {} if cut_off else serving)))
 
 
 def _ordered(serving: Mapping[str, Mapping[str, NetworkEndpoint]], network_id: str) -> list[NetworkEndpoint]:
@@ -247,7 +259,7 @@ def _peers(peers: Iterable[NetworkPeer], local: Local) -> tuple[Peer, ...]:
     others = [peer for peer in peers if peer.node_id != local.node_id]
     taken = {local.vtep} | {peer.vtep_addr for peer in others if not peer.down}
     return tuple(
-        Peer(peer.node_id, peer.vtep_addr, peer.index, peer.masquerade)
+        Peer(peer.node_id, peer.vtep_addr, peer.index, peer.masquerade, peer.encryption_epoch)
         for peer in others
         if not (peer.down and peer.vtep_addr in taken)
     )
@@ -255,6 +267,10 @@ def _peers(peers: Iterable[NetworkPeer], local: Local) -> tuple[Peer, ...]:
 
 def ingress_network_ids(mirror: Mirror) -> frozenset[str]:
     return frozenset(n.id for n in mirror.networks() if n.spec.ingress)
+
+
+def is_encrypted(network: Network) -> bool:
+    return ENCRYPTED_OPTION in network.spec.options
 
 
 def _overlay_network(network: Network) -> OverlayNetwork:
@@ -265,6 +281,7 @@ def _overlay_network(network: Network) -> OverlayNetwork:
         gateway=network.ipam.gateway,
         internal=network.spec.internal,
         mtu_bytes=drivers.mtu_option(network),
+        encrypted=is_encrypted(network),
         subnet6=network.ipam6.subnet,
         gateway6=network.ipam6.gateway,
     )

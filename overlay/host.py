@@ -14,7 +14,7 @@ from typing import TypeVar
 from overlay import namespaces
 from overlay.act import NamespaceKernel
 from overlay.addressing import TAG_MAX_CHARS
-from overlay.interface import Attachment, Balancer, HostState, Inspection, NetworkError
+from overlay.interface import Attachment, Balancer, EncryptionStatus, HostState, Inspection, NetworkError
 from overlay.namespaces import NamespaceThread
 from overlay.pathmtu import PathProbe, PathWatch
 from overlay.reconcile import Reconciler
@@ -93,6 +93,14 @@ class KernelNetwork:
 
     async def attached(self) -> frozenset[str]:
         return await self._thread.run(self._reconciler.attached)
+
+    def encryption(self) -> EncryptionStatus:
+        """The first call asks the kernel, for a millisecond. Raises OSError."""
+        encryption = self._reconciler.encryption
+        if encryption.status is None:
+            self._thread.submit(encryption.prepare).result()
+        assert encryption.status is not None
+        return encryption.status
 
     async def inspect(self) -> Inspection:
         try:
