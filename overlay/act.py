@@ -5,14 +5,12 @@ All of it runs on the namespace thread, synchronously.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from overlay import namespaces, nfnl, nft, rtnl
 from overlay.addressing import (
-    is_leg,
     network_namespace,
     task_namespace,
 )
@@ -36,81 +34,13 @@ from overlay.diff import (
     TaskOperation,
 )
 from overlay.esp import MARKING, MARKING_RULES, MARKING_TABLE
+from overlay.hostkernel import connected
 from overlay.interface import MACVLAN_MODES, Interface, NetworkError
 from overlay.namespaces import NamespaceThread
 from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, Netlink, NetlinkError, acknowledged
 from overlay.plan import Leg, Sandbox, Task, TaskLink, Vxlan, port_alias, read_port_alias
 from overlay.spares import Spare
 from overlay.sysctls import IPV6_SYSCTLS, set_all_optional, set_leg_sysctls, set_optional
-
-
-@dataclass(frozen=True, slots=True)
-class HostKernel:
-    """Links, addresses and routes of the host's namespace."""
-
-    links: dict[str, rtnl.Link]
-    addresses: frozenset[tuple[int, str, int]]
-    routes: tuple[rtnl.Route, ...]
-
-    def legs(self, tag: str) -> dict[str, Leg]:
-        whole = connected(self.addresses, self.routes)
-        return {
-            name: Leg(
-                name,
-                link.mac,
-                link.mtu_bytes,
-                frozenset((address, prefix) for index, address, prefix in whole if index == link.index),
-                link.ipv6,
-                link.routing,
-            )
-            for name, link in self.links.items()
-            if is_leg(tag, name) and link.up
-        }
-
-    def link_of(self, address: str) -> str:
-        """The link that has this address; "" = none has."""
-        indices = {index for index, found, _ in self.addresses if found == address}
-        return next((link.name for link in self.links.values() if link.index in indices), "")
-
-    def mtu_of(self, address: str) -> int | None:
-        """MTU of the link that has this address, in bytes."""
-        link = self.links.get(self.link_of(address))
-        return link.mtu_bytes if link is not None else None
-
-    def foreign_prefixes(self, tag: str) -> list[tuple[str, str]]:
-        """(prefix, what it is) of the addresses and routes on links that are not legs."""
-        names = {link.index: link.name for link in self.links.values()}
-        ours = {link.index for link in self.links.values() if is_leg(tag, link.name)}
-        out = [
-            (f"{address}/{prefix}", f"address {address}/{prefix} of {names.get(index, '?')}")
-            for index, address, prefix in self.addresses
-            if index not in ours
-        ]
-        out += [
-            (f"{route.destination}/{route.prefix}", f"the route to it by {names.get(route.link, '?')}")
-            for route in self.routes
-            if route.prefix and route.link not in ours
-        ]
-        return out
-
-
-def connected(
-    addresses: Iterable[tuple[int, str, int]], routes: Iterable[rtnl.Route]
-) -> frozenset[tuple[int, str, int]]:
-    """(link, address, prefix) of those whose subnet is reachable: the kernel adds the route with the address, and does
-    not miss it later."""
-    reachable = {(route.link, route.destination, route.prefix) for route in routes if not route.gateway}
-
-    def has_route(link: int, address: str, prefix: int) -> bool:
-        subnet = ipaddress.ip_network(f"{address}/{prefix}", strict=False)
-        return subnet.num_addresses == 1 or (link, str(subnet.network_address), prefix) in reachable
-
-    return frozenset(item for item in addresses if has_route(*item))
-
-
-def read_host() -> HostKernel:
-    with Netlink(NETLINK_ROUTE) as netlink:
-        return HostKernel(rtnl.links(netlink), rtnl.addresses(netlink), tuple(rtnl.routes(netlink)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +127,8 @@ class NamespaceKernel:
         with self.thread.inside(path), Netlink(NETLINK_ROUTE) as netlink:
             set_all_optional(IPV6_SYSCTLS)
             # br_netfilter would send bridged frames through IP hooks for nothing.
-            set_optional("net.bridge.bridge-nf-call-iptables", "0")
+            for family in ("iptables", "ip6tables", "arptables"):
+                set_optional(f"net.bridge.bridge-nf-call-{family}", "0")
             netlink.batch(acknowledged([rtnl.set_link("lo")]))
 
     def _forget_lost(self, network_id: str) -> None:
