@@ -50,22 +50,16 @@ class SandboxKernel:
     """Port -> alias, of the tasks' ports that exist."""
 
 
-@dataclass(frozen=True, slots=True)
-class InsideNetwork:
-    """A socket in a network's namespace, and the index of its bridge."""
-
-    netlink: Netlink
-    bridge: int
-
-
 class NamespaceKernel:
     """Sandboxes and task namespaces under `directory`."""
 
     def __init__(self, thread: NamespaceThread, directory: Path) -> None:
         self.thread = thread
         self.directory = directory
-        self._inside: dict[str, InsideNetwork] = {}
-        """By network; kept open, since each task that comes needs one."""
+        self._sockets: dict[str, Netlink] = {}
+        """In the namespaces of networks; kept open, since each task that comes and each audit needs one."""
+        self._bridges: dict[str, int] = {}
+        """Network -> index of its bridge, as long as that is known."""
 
     def network_path(self, network_id: str) -> Path:
         return self.directory / network_namespace(network_id)
@@ -82,10 +76,10 @@ class NamespaceKernel:
 
     def read_sandbox(self, network_id: str) -> SandboxKernel:
         """All of it but the leg, whose end is in the host's namespace."""
-        with self.thread.inside(self.network_path(network_id)), Netlink(NETLINK_ROUTE) as netlink:
-            links = rtnl.links(netlink)
-            known = rtnl.neighbours(netlink)
-            entries = rtnl.forwardings(netlink)
+        netlink = self._socket(network_id)
+        links = rtnl.links(netlink)
+        known = rtnl.neighbours(netlink)
+        entries = rtnl.forwardings(netlink)
         device, bridge = links.get(VXLAN_NAME), links.get(BRIDGE_NAME)
         index = device.index if device else 0
         bridged = {entry.mac for entry in entries if not entry.vtep} if bridge and bridge.up else set()
@@ -133,9 +127,9 @@ class NamespaceKernel:
 
     def _forget_lost(self, network_id: str) -> None:
         """A namespace that somebody unmounted: with its links go the tasks' ends, which are then made anew."""
-        known = self._inside.get(network_id)
+        known = self._sockets.get(network_id)
         if known is not None:
-            known.netlink.batch(acknowledged([rtnl.delete_group()]))
+            known.batch(acknowledged([rtnl.delete_group()]))
             self._leave(network_id)
 
     def do_sandbox(self, network_id: str, operations: Iterable[SandboxOperation]) -> None:
@@ -145,6 +139,7 @@ class NamespaceKernel:
             for operation in operations:
                 match operation:
                     case MakeBridge():
+                        self._bridges.pop(network_id, None)
                         alias = rtnl.set_link(BRIDGE_NAME, alias=network_id)
                         inner.batch(acknowledged([rtnl.delete_link(BRIDGE_NAME), rtnl.new_bridge(BRIDGE_NAME), alias]))
                     case Mark():
@@ -290,7 +285,7 @@ class NamespaceKernel:
         except NetlinkError:
             # A port of that name may stand from before a crash, or the bridge be another than it was.
             self._leave(link.network_id)
-            self._enter(link.network_id).netlink.batch(acknowledged([rtnl.delete_link(link.port)]))
+            self._socket(link.network_id).batch(acknowledged([rtnl.delete_link(link.port)]))
             self._make_veth(task, link, descriptor)
 
     def _make_macvlan(self, task: Task, link: TaskLink, descriptor: int, inner: Netlink) -> None:
@@ -322,27 +317,31 @@ class NamespaceKernel:
         return {name: interface for _, name, interface in known}
 
     def _make_veth(self, task: Task, link: TaskLink, descriptor: int) -> None:
-        network = self._enter(link.network_id)
         near = rtnl.VethEnd(link.port, in_group=True)
         far = rtnl.VethEnd(link.name, link.mac)
-        made = rtnl.new_veth(near, far, link.mtu_bytes, descriptor, network.bridge)
+        made = rtnl.new_veth(near, far, link.mtu_bytes, descriptor, self._bridge(link.network_id))
         alias = rtnl.set_link(link.port, alias=port_alias(task.task_id, link))
-        network.netlink.batch(acknowledged([made, alias]))
+        self._socket(link.network_id).batch(acknowledged([made, alias]))
 
-    def _enter(self, network_id: str) -> InsideNetwork:
-        if network_id not in self._inside:
+    def _socket(self, network_id: str) -> Netlink:
+        if network_id not in self._sockets:
             with self.thread.home(), self.thread.inside(self.network_path(network_id)):
-                netlink = Netlink(NETLINK_ROUTE)
-            self._inside[network_id] = InsideNetwork(netlink, rtnl.link_index(netlink, BRIDGE_NAME))
-        return self._inside[network_id]
+                self._sockets[network_id] = Netlink(NETLINK_ROUTE)
+        return self._sockets[network_id]
+
+    def _bridge(self, network_id: str) -> int:
+        if network_id not in self._bridges:
+            self._bridges[network_id] = rtnl.link_index(self._socket(network_id), BRIDGE_NAME)
+        return self._bridges[network_id]
 
     def _leave(self, network_id: str) -> None:
-        known = self._inside.pop(network_id, None)
+        self._bridges.pop(network_id, None)
+        known = self._sockets.pop(network_id, None)
         if known is not None:
-            known.netlink.close()
+            known.close()
 
     def close(self) -> None:
-        for network_id in list(self._inside):
+        for network_id in list(self._sockets):
             self._leave(network_id)
 
     def open_network(self, path: Path) -> Netlink | None:
