@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from overlay import namespaces, nfnl
-from overlay.act import NamespaceKernel, read_host
+from overlay.act import NamespaceKernel
 from overlay.addressing import host_table
+from overlay.hostkernel import read_host
 from overlay.interface import Inspection, NetworkDrift
 from overlay.netlink import NETLINK_NETFILTER, Netlink
 from overlay.plan import Leg, Sandbox, Vxlan
