@@ -31,7 +31,7 @@ bench: install
 	$(PYTHON) -m tests.bench.scale
 
 test-vm: install
-	$(PYTHON) -m tests.vm -- $(CURDIR)/$(PYTHON) -m pytest -q -p no:cacheprovider tests/test_vm.py
+	$(PYTHON) -m tests.vm -- $(CURDIR)/$(PYTHON) -m pytest -q -p no:cacheprovider --color=no --durations=5 $(sort $(wildcard tests/test_vm*.py))
 
 # What is missing is installed once; the stamp is newer than pyproject.toml then.
 install: $(VENV)/.installed

@@ -103,7 +103,7 @@ class Responder:
     def __init__(self, view: TaskView, budget: CacheBudget, seed: int = 0, cookie_key: bytes = b"") -> None:
         """`cookie_key`: a secret of this process, at most 64 bytes; with it cookies are answered (RFC 7873)."""
         self.view = view
-        self.replies: dict[bytes, Iterator[bytes]] = {}
+        self.replies: dict[bytes, bytes | Iterator[bytes]] = {}
         """Question over UDP less its ID -> replies less their ID, in turn."""
         self._records: dict[tuple[bytes, int], _Kept] = {}
         self._random = random.Random(seed)
@@ -153,7 +153,10 @@ class Responder:
         bodies = [pack(question, kept.next()) for _ in range(min(orders, ROTATIONS))]
         if key not in self.replies:
             self._take(len(key) + sum(map(len, bodies)))
-        self.replies[key] = itertools.cycle(bodies) if orders <= ROTATIONS else iter(bodies)
+        if orders == 1:
+            self.replies[key] = bodies[0]
+        else:
+            self.replies[key] = itertools.cycle(bodies) if orders <= ROTATIONS else iter(bodies)
 
     def _take(self, size_bytes: int) -> None:
         self._budget.take(size_bytes + ENTRY_BYTES)

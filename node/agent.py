@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from node.shell import NAMES_APPLY_DEADLINE_S, NETWORK_APPLY_DEADLINE_S, Shell
 from node.taskfiles import TaskFiles
 from node.tasks import TaskSet
 from node.world import World
-from overlay.interface import HostNetwork, NetworkError
+from overlay.interface import EncryptionKey, EncryptionStatus, HostNetwork, NetworkError
 from proto.dispatch_pb2 import AgentHello, Assignments, Examination, ExecInput, LogRequest, Welcome
-from proto.objects_pb2 import Node, NodeDescription, Task
+from proto.objects_pb2 import NetworkKey, Node, NodeDescription, Task
 
 log = structlog.get_logger()
 
@@ -102,6 +103,7 @@ class Agent:
             handler=_Handler(self),
             rng=rng or random.Random(),
         )
+        self._told_encryption = EncryptionStatus(False, 0)
         self._sessions_lost = 0
         self._to_confirm = 0
         self._confirm = asyncio.Event()
@@ -112,8 +114,8 @@ class Agent:
     # ------------------------------------------------------------ life
 
     async def run(self) -> None:
-        """Re-adopt, then serve until `stop` or `leave`. Raises what a broken part raises: the process should then
-        end and be started again, which disturbs no container."""
+        """Re-adopt, then serve until `stop` or `leave`. Raises what a broken part raises: another agent should
+        then follow, which disturbs no container."""
         self._stopped.clear()
         try:
             await self._tasks.adopt()
@@ -122,6 +124,7 @@ class Agent:
                 self._shell.networks.run(),
                 self._shell.names.run(),
                 self._confirm_assignments(),
+                self._tell_encryption(),
                 _every(AUDIT_PERIOD_S, self._audit),
                 _every(ROTATE_PERIOD_S, self._rotate_logs),
             )
@@ -223,6 +226,18 @@ class Agent:
             if session == self._sessions_lost:  # another session counts from the beginning
                 self._outbox.put_applied(sequence)
 
+    async def _tell_encryption(self) -> None:
+        """To the managers at once: the newest key that the kernel accepts, and, for the peers, another epoch."""
+        network = self._network
+        while True:
+            await self._shell.networks.wait_until(lambda: network.encryption() != self._told_encryption)
+            told, self._told_encryption = self._told_encryption, network.encryption()
+            now = self._told_encryption
+            if now.serial and now.serial != told.serial:
+                self._outbox.put_keys_applied(now.serial)
+            if (now.supported, now.epoch) != (told.supported, told.epoch):
+                self._outbox.ask_hello()
+
 
 class _Handler:
     """The session's words, turned into changes of the world. Apart from Agent so that its API stays small."""
@@ -248,6 +263,10 @@ class _Handler:
     def on_released(self, task_ids: list[str]) -> None:
         self._agent._shell.releases.mark(task_ids)
 
+    def on_keys(self, keys: list[NetworkKey]) -> None:
+        self._agent._world.keys = tuple(EncryptionKey(key.serial, key.key) for key in keys)
+        self._agent._poke()
+
     def on_managers(self, addrs: list[str]) -> None:
         self._agent._on_managers(list(addrs))
 
@@ -270,6 +289,7 @@ class _Handler:
         self._agent._commands.cancel_all()
         self._agent._examiner.cancel_all()
         self._agent._sessions_lost += 1
+        self._agent._told_encryption = replace(self._agent._told_encryption, serial=0)
 
 
 async def _every(period_s: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:

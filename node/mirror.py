@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from proto.dispatch_pb2 import Assignments, Item, NetworkEndpoint, NetworkPeer, NetworkService
+from proto.dispatch_pb2 import Assignments, Item, NetworkEndpoint
 from proto.objects_pb2 import Network, Task
 
-TASK_PREFIX = "task/"
+TASK_PREFIX, ENDPOINT, NETWORK, SERVICE = "task/", "endpoint/", "network/", "service/"
+"""How the keys of items begin; the rest is IDs."""
 
 
 class ChainBroken(Exception):
@@ -29,27 +30,25 @@ class Mirror:
         return item.task if item is not None else None
 
     def endpoint(self, network_id: str, task_id: str) -> NetworkEndpoint | None:
-        item = self.items.get(f"endpoint/{network_id}/{task_id}")
+        item = self.items.get(f"{ENDPOINT}{network_id}/{task_id}")
         return item.endpoint if item is not None else None
 
     def network(self, network_id: str) -> Network | None:
-        item = self.items.get(f"network/{network_id}")
+        item = self.items.get(NETWORK + network_id)
         return item.network if item is not None else None
 
     def tasks(self) -> Iterator[Task]:
-        return (item.task for _, item in sorted(self.items.items()) if item.HasField("task"))
-
-    def networks(self) -> Iterator[Network]:
-        return (item.network for _, item in sorted(self.items.items()) if item.HasField("network"))
+        return (item.task for item in self._all(TASK_PREFIX))
 
     def endpoints(self) -> Iterator[NetworkEndpoint]:
-        return (item.endpoint for _, item in sorted(self.items.items()) if item.HasField("endpoint"))
+        return (item.endpoint for item in self._all(ENDPOINT))
 
-    def services(self) -> Iterator[NetworkService]:
-        return (item.service for _, item in sorted(self.items.items()) if item.HasField("service"))
+    def networks(self) -> Iterator[Network]:
+        return (item.network for item in self._all(NETWORK))
 
-    def peers(self) -> Iterator[NetworkPeer]:
-        return (item.peer for _, item in sorted(self.items.items()) if item.HasField("peer"))
+    def _all(self, prefix: str) -> list[Item]:
+        """In the order of their keys."""
+        return [self.items[key] for key in sorted(key for key in self.items if key.startswith(prefix))]
 
 
 def applied(mirror: Mirror, message: Assignments) -> Mirror:

@@ -188,8 +188,10 @@ def signal_number(name: str) -> int:
     base, plus, offset = text.partition("+")
     if text.isdigit() and 0 < int(text) <= signal.SIGRTMAX:
         return int(text)
-    try:
-        number = signal.Signals["SIG" + base].value
-    except KeyError:
-        raise ValueError(f"unknown signal {name!r}") from None
-    return number + int(offset) if plus and offset.isdigit() else number
+    known = signal.Signals.__members__.get("SIG" + base)
+    if known is None or (plus and not (base == "RTMIN" and offset.isdigit())):
+        raise ValueError(f"unknown signal {name!r}")
+    number = known + (int(offset) if plus else 0)
+    if number > signal.SIGRTMAX:
+        raise ValueError(f"unknown signal {name!r}")
+    return number

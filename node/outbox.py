@@ -20,6 +20,8 @@ class Outbox:
         self.wake = asyncio.Event()
         """Set when there may be something to send."""
         self._applied = 0
+        self._keys_applied = 0
+        self._hello_due = False
         self._logs: deque[LogChunk] = deque()
         self._execs: deque[ExecOutput] = deque()
         self._examined: deque[Examined] = deque()
@@ -38,6 +40,25 @@ class Outbox:
         """0 = nothing new."""
         sequence, self._applied = self._applied, 0
         return sequence
+
+    def put_keys_applied(self, serial: int) -> None:
+        """The kernel accepts the keys of encrypted networks up to this one."""
+        self._keys_applied = serial
+        self.wake.set()
+
+    def next_keys_applied(self) -> int:
+        """0 = nothing new."""
+        serial, self._keys_applied = self._keys_applied, 0
+        return serial
+
+    def ask_hello(self) -> None:
+        """This node's description has changed in something that cannot wait."""
+        self._hello_due = True
+        self.wake.set()
+
+    def take_hello(self) -> bool:
+        due, self._hello_due = self._hello_due, False
+        return due
 
     async def put_log(self, chunk: LogChunk) -> None:
         """Queue a chunk; waits while LOG_CHUNKS_MAX are queued."""
@@ -73,7 +94,7 @@ class Outbox:
     def session_lost(self) -> None:
         """Statuses under way are sent again; streams of logs belonged to the session."""
         self.statuses.take_back()
-        self._applied = 0
+        self._applied = self._keys_applied = 0
         self._logs.clear()
         self._execs.clear()
         self._examined.clear()

@@ -30,10 +30,11 @@ from proto.dispatch_pb2 import (
     Heartbeat,
     LogRequest,
     ManagerMessage,
+    NetworkKeysApplied,
     Welcome,
 )
 from proto.dispatch_pb2_grpc import DispatcherStub
-from proto.objects_pb2 import Node
+from proto.objects_pb2 import NetworkKey, Node
 
 log = structlog.get_logger()
 
@@ -76,6 +77,10 @@ class Handler(Protocol):
     def on_node(self, node: Node) -> None: ...
 
     def on_released(self, task_ids: list[str]) -> None: ...
+
+    def on_keys(self, keys: list[NetworkKey]) -> None:
+        """The ring, newest first; empty: of no use here any more."""
+        ...
 
     def on_exec(self, message: ExecInput) -> None: ...
 
@@ -246,6 +251,8 @@ class Session:
                 self._handler.on_node(message.node)
             case "released":
                 self._handler.on_released(list(message.released.task_ids))
+            case "keys":
+                self._handler.on_keys(list(message.keys.keys))
             case "exec":
                 self._handler.on_exec(message.exec)
             case "logs":
@@ -276,6 +283,10 @@ class Session:
                 await _send(stream, AgentMessage(statuses=batch))
             elif sequence_applied := self._outbox.next_applied():
                 await _send(stream, AgentMessage(applied=Applied(sequence=sequence_applied)))
+            elif serial := self._outbox.next_keys_applied():
+                await _send(stream, AgentMessage(keys_applied=NetworkKeysApplied(serial=serial)))
+            elif self._outbox.take_hello():
+                await self._hello_again(stream)
             elif (output := self._outbox.next_exec()) is not None:
                 await _send(stream, AgentMessage(exec=output))
             elif (examined := self._outbox.next_examined()) is not None:

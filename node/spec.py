@@ -55,7 +55,7 @@ _DEVICES: list[dict[str, Any]] = [
     {"allow": True, "type": "b", "access": "m"},
 ]
 _PROPAGATIONS = ("", "rprivate", "private", "rshared", "shared", "rslave", "slave")
-_RLIMITS = [
+RLIMITS = [
     "as",
     "core",
     "cpu",
@@ -252,8 +252,8 @@ def rlimits(spec: ContainerSpec) -> list[dict[str, Any]]:
     """The OCI field process.rlimits. Raises RuntimeFault for an unknown name."""
     result: list[dict[str, Any]] = []
     for limit in spec.ulimits:
-        if limit.name.lower() not in _RLIMITS:
-            raise RuntimeFault(f"invalid ulimit type {limit.name}: use one of {', '.join(_RLIMITS)}")
+        if limit.name.lower() not in RLIMITS:
+            raise RuntimeFault(f"invalid ulimit type {limit.name}: use one of {', '.join(RLIMITS)}")
         unlimited = (1 << 64) - 1
         soft, hard = (unlimited if value < 0 else value for value in (limit.soft, limit.hard or limit.soft))
         result.append({"type": "RLIMIT_" + limit.name.upper(), "soft": soft, "hard": hard})

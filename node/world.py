@@ -10,7 +10,7 @@ from node import drivers, view
 from node.mirror import Mirror
 from node.pictures import Pictures
 from node.steps import State
-from overlay.interface import Attachment, HostState
+from overlay.interface import Attachment, EncryptionKey, HostState
 from proto.objects_pb2 import Node, NodeDescription, Task
 
 
@@ -25,11 +25,14 @@ class World:
         """Own node object as the managers last sent it; empty before the first session."""
         self.vxlan_port = view.DEFAULT_VXLAN_PORT
         self.description = describe()
+        self.keys: tuple[EncryptionKey, ...] = ()
+        """In memory only, as told by the session: it names them before the networks that need them."""
         self.sandboxes: dict[str, Sandbox] = {}
         self.given: dict[str, str] = {}
         """Task -> the address that this host gave it on its own bridge."""
         self.states: dict[str, State] = {}
         self._describe = describe
+        self._host_states = view.HostStates()
         self._pictures = Pictures()
         self._upstreams = upstreams
 
@@ -38,13 +41,22 @@ class World:
         return self.description
 
     def local(self) -> view.Local:
-        return view.Local(self.node_id, self.vtep, self.node.index, self.vxlan_port, self.given, self.states)
+        return view.Local(
+            self.node_id,
+            self.vtep,
+            self.node.index,
+            self.vxlan_port,
+            self.given,
+            self.states,
+            self.keys,
+            self.description.encrypts,
+        )
 
     def host_state(self) -> HostState | None:
         """None until a manager has told what to be: what stands from before a restart stays untouched."""
         if not self.mirror.known or not self.node.index:
             return None
-        return view.host_state(self.mirror, self.local())
+        return self._host_states.draw(self.mirror, self.local())
 
     def picture(self) -> Picture | None:
         if not self.mirror.known:

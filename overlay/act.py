@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from overlay import namespaces, rtnl
+from overlay import namespaces, nfnl, nft, rtnl
 from overlay.addressing import (
     is_leg,
     network_namespace,
@@ -25,6 +25,7 @@ from overlay.diff import (
     MakeLeg,
     MakeLink,
     MakeVxlan,
+    Mark,
     SandboxOperation,
     SetEntries,
     SetLeg,
@@ -34,9 +35,10 @@ from overlay.diff import (
     TaskKernel,
     TaskOperation,
 )
+from overlay.esp import MARKING, MARKING_RULES, MARKING_TABLE
 from overlay.interface import MACVLAN_MODES, Interface, NetworkError
 from overlay.namespaces import NamespaceThread
-from overlay.netlink import NETLINK_ROUTE, Message, Netlink, NetlinkError, acknowledged
+from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, Netlink, NetlinkError, acknowledged
 from overlay.plan import Leg, Sandbox, Task, TaskLink, Vxlan, port_alias, read_port_alias
 from overlay.spares import Spare
 from overlay.sysctls import IPV6_SYSCTLS, set_all_optional, set_leg_sysctls, set_optional
@@ -177,6 +179,11 @@ class NamespaceKernel:
         ports = [link for link in links.values() if link.kind == "veth" and link.name not in ours]
         return SandboxKernel(picture, {link.name: link.alias for link in ports})
 
+    def marks(self, network_id: str) -> bool:
+        """Whether packets of an encrypted network are marked."""
+        with self.thread.inside(self.network_path(network_id)), Netlink(NETLINK_NETFILTER) as netlink:
+            return nfnl.rule_counts(netlink, MARKING_TABLE, nfnl.BRIDGE) == MARKING_RULES
+
     def network_identity(self, path: Path) -> str:
         """The network ID that was written on the bridge; "" if there is none."""
         with self.thread.inside(path), Netlink(NETLINK_ROUTE) as netlink:
@@ -209,6 +216,8 @@ class NamespaceKernel:
                     case MakeBridge():
                         alias = rtnl.set_link(BRIDGE_NAME, alias=network_id)
                         inner.batch(acknowledged([rtnl.delete_link(BRIDGE_NAME), rtnl.new_bridge(BRIDGE_NAME), alias]))
+                    case Mark():
+                        nft.run(MARKING)
                     case MakeVxlan():
                         self._make_vxlan(outer, inner, descriptor, operation)
                     case SetVxlan(vxlan):

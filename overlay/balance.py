@@ -30,7 +30,7 @@ from overlay.tables import UNKNOWN, Chains, Tables
 Vips = Mapping[str, Vip]
 """By address, of one network."""
 NO_VIPS: Vips = {}
-Service = TypeVar("Service", Vip, PublishedPort)
+Balanced = TypeVar("Balanced", Vip, PublishedPort)
 
 
 def vips_by_network(state: HostState) -> dict[str, dict[str, Vip]]:
@@ -40,7 +40,7 @@ def vips_by_network(state: HostState) -> dict[str, dict[str, Vip]]:
     return dict(found)
 
 
-def distinct(service: Service) -> Service:
+def distinct(service: Balanced) -> Balanced:
     """Each backend named once, with the weight that it has first."""
     backends = tuple(dict.fromkeys(service.backends))
     if len(backends) == len(service.backends):
@@ -201,7 +201,7 @@ def adopt(balance: TaskBalance, layouts: tuple[Layout, ...], wanted: Wanted, net
     """Whatever stands, make it as wanted. Runs inside the namespace."""
     vips = wanted.on(networks)
     if balance.ipvs is not None:
-        balance.ipvs.audit(wanted_services(balance.scheme, vips), wanted.alive)
+        balance.ipvs.adopt(wanted_services(balance.scheme, vips), wanted.alive)
     balance.tables.adopt(balance.netlink, layouts, wanted_elements(balance.scheme, vips))
     balance.given = vips
 
@@ -209,7 +209,7 @@ def adopt(balance: TaskBalance, layouts: tuple[Layout, ...], wanted: Wanted, net
 def audit(balance: TaskBalance, layouts: tuple[Layout, ...], wanted: Wanted) -> bool:
     """True when something had to be repaired. Runs inside the namespace."""
     scheme, vips = balance.scheme, balance.given
-    repaired = balance.ipvs is not None and balance.ipvs.audit(wanted_services(scheme, vips), wanted.alive)
+    repaired = balance.ipvs is not None and balance.ipvs.audit(lambda: wanted_services(scheme, vips), wanted.alive)
     return balance.tables.audit(balance.netlink, layouts, lambda: wanted_elements(scheme, vips)) or repaired
 
 
@@ -231,14 +231,17 @@ def _is_stale(left: Mapping[str, tuple[str, ...]], flow: conntrack.Flow) -> bool
 # --- published ports ---------------------------------------------------------------------------------
 
 
+UdpPorts = Mapping[int, frozenset[tuple[str, int]]]
+"""Published UDP ports -> backends."""
+
+
 @dataclass(frozen=True, slots=True)
 class HostPicture:
     """What balances in the host's namespace."""
 
     elements: Elements
     services: Services
-    udp: Mapping[int, frozenset[tuple[str, int]]]
-    """Published UDP ports -> backends."""
+    udp: UdpPorts
 
 
 def host_picture(scheme: Scheme, state: HostState, families: Iterable[int]) -> HostPicture:
@@ -267,22 +270,21 @@ class HostBalance:
 
     def give(self, wanted: HostPicture, alive: frozenset[bytes], local_addresses: frozenset[str]) -> None:
         """Bring it up to date, in the host's namespace."""
-        if self.ipvs is not None:
-            services: dict[Key, ipvs.Service | None] = dict.fromkeys(self.given.services)
-            self.ipvs.change(services | dict(wanted.services), alive)
-        change = element_change(self.given.elements, wanted.elements)
+        old = self.given
         try:
-            self.tables.change(self.netlink, change)
+            if self.ipvs is not None:
+                services: dict[Key, ipvs.Service | None] = dict.fromkeys(old.services)
+                self.ipvs.change(services | dict(wanted.services), alive)
+            self.tables.change(self.netlink, element_change(old.elements, wanted.elements))
+            self.given = wanted
         except NetlinkError:
-            self.tables.adopt(self.netlink, self.tables.layouts, wanted.elements)
+            self.adopt(self.tables.layouts, wanted, alive)
         if self.ipvs is None:
-            self._forget_flows(wanted.udp, local_addresses)
-        self.given = wanted
+            self._forget_flows(old.udp, wanted.udp, local_addresses)
 
-    def _forget_flows(self, new: Mapping[int, frozenset[tuple[str, int]]], local_addresses: frozenset[str]) -> None:
+    def _forget_flows(self, old: UdpPorts, new: UdpPorts, local_addresses: frozenset[str]) -> None:
         """Cut UDP flows to backends that their port has no more. A port that is new may be known to conntrack,
         untranslated, from a client that already tries it."""
-        old = self.given.udp
         moved = {
             port: new.get(port, frozenset())
             for port in old.keys() | new.keys()
@@ -301,14 +303,16 @@ class HostBalance:
                 ),
             )
 
-    def adopt(self, layouts: tuple[Layout, ...], alive: frozenset[bytes]) -> None:
+    def adopt(self, layouts: tuple[Layout, ...], wanted: HostPicture, alive: frozenset[bytes]) -> None:
+        """Whatever stands, make it as wanted."""
         if self.ipvs is not None:
-            self.ipvs.audit(self.given.services, alive)
-        self.tables.adopt(self.netlink, layouts, self.given.elements)
+            self.ipvs.adopt(wanted.services, alive)
+        self.tables.adopt(self.netlink, layouts, wanted.elements)
+        self.given = wanted
 
     def audit(self, alive: frozenset[bytes]) -> bool:
         """True when something had to be repaired."""
-        repaired = self.ipvs is not None and self.ipvs.audit(self.given.services, alive)
+        repaired = self.ipvs is not None and self.ipvs.audit(lambda: self.given.services, alive)
         elements = self.given.elements
         repaired |= self.tables.audit(self.netlink, self.tables.layouts, lambda: elements)
         self.tables.sweep(self.netlink, chains_of(elements))

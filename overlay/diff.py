@@ -14,6 +14,11 @@ class MakeBridge:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """Mark what will leave by the VXLAN device: it has to be encrypted."""
+
+
+@dataclass(frozen=True, slots=True)
 class MakeVxlan:
     vxlan: Vxlan
     replaces: bool
@@ -61,7 +66,7 @@ class SetEntries:
     forget: frozenset[str]
 
 
-SandboxOperation = MakeBridge | MakeVxlan | SetVxlan | MakeLeg | SetLeg | DeleteLeg | SetPort | SetEntries
+SandboxOperation = MakeBridge | Mark | MakeVxlan | SetVxlan | MakeLeg | SetLeg | DeleteLeg | SetPort | SetEntries
 
 VXLAN_NAME, BRIDGE_NAME, LEG_PORT_NAME = "vx0", "br0", "leg"
 
@@ -82,6 +87,8 @@ def sandbox_operations(wanted: Sandbox, actual: Sandbox, ports: Iterable[str] = 
     vxlan, mtu = wanted.vxlan, wanted.mtu_bytes
     if not actual.bridge:
         out.append(MakeBridge())
+    if wanted.encrypted and not actual.encrypted:
+        out.append(Mark())
     entries_lost = False
     if vxlan is not None and actual.vxlan != vxlan:
         old = actual.vxlan

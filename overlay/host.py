@@ -14,7 +14,7 @@ from typing import TypeVar
 from overlay import namespaces
 from overlay.act import NamespaceKernel
 from overlay.addressing import TAG_MAX_CHARS
-from overlay.interface import Attachment, Balancer, HostState, Inspection, NetworkError
+from overlay.interface import Attachment, Balancer, EncryptionStatus, HostState, Inspection, NetworkError
 from overlay.namespaces import NamespaceThread
 from overlay.pathmtu import PathProbe, PathWatch
 from overlay.reconcile import Reconciler
@@ -69,7 +69,8 @@ class KernelNetwork:
         address is gone, nftables refuses); a network that cannot be made fails the `attach` of its tasks only.
         Called again with an equal state after AUDIT_PERIOD_S it audits the kernel and repairs."""
         try:
-            await self._thread.run(lambda: self._reconciler.apply(state))
+            # Before tasks that wait to be attached: what other hosts' balancers wait for must not wait for those.
+            await self._thread.run(lambda: self._reconciler.apply(state), urgent=True)
         except OSError as error:
             raise NetworkError(f"the kernel refuses this host's networking: {error}") from error
         self._paths.look((peer.vtep for peer in state.peers), self._reconciler.link_mtu_bytes)
@@ -92,6 +93,14 @@ class KernelNetwork:
 
     async def attached(self) -> frozenset[str]:
         return await self._thread.run(self._reconciler.attached)
+
+    def encryption(self) -> EncryptionStatus:
+        """The first call asks the kernel, for a millisecond. Raises OSError."""
+        encryption = self._reconciler.encryption
+        if encryption.status is None:
+            self._thread.submit(encryption.prepare).result()
+        assert encryption.status is not None
+        return encryption.status
 
     async def inspect(self) -> Inspection:
         try:

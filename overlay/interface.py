@@ -78,6 +78,8 @@ class Peer:
     index: int
     masquerade: bool = False
     """Its tasks cannot answer through another host: clients' addresses must be hidden from them."""
+    encryption_epoch: int = 0
+    """0: it is on no encrypted network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +172,18 @@ class Attachment:
 
 
 @dataclass(frozen=True, slots=True)
+class EncryptionStatus:
+    """What other hosts have to know of this one's encryption."""
+
+    supported: bool
+    """The kernel can."""
+    epoch: int
+    """Random, never 0; replaced when the kernel lost associations."""
+    serial: int = 0
+    """The newest key that the kernel accepts; 0 = none."""
+
+
+@dataclass(frozen=True, slots=True)
 class NetworkDrift:
     """What of one network the kernel lacks, and what entries it has besides, in words."""
 
@@ -218,6 +232,10 @@ class HostNetwork(Protocol):
 
     async def attached(self) -> frozenset[str]:
         """Task IDs that have a namespace now (after a restart: those to adopt or detach)."""
+        ...
+
+    def encryption(self) -> EncryptionStatus:
+        """As of now; the first call may ask the kernel. Raises OSError."""
         ...
 
     async def inspect(self) -> Inspection:

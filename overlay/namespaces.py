@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TypeVar
 
 from overlay.interface import NetworkError
@@ -34,24 +35,46 @@ def _checked(result: int, what: str) -> None:
         raise OSError(code, f"{what}: {os.strerror(code)}")
 
 
+def _settle(done: Future[T], function: Callable[[], T]) -> None:
+    """As an executor does it."""
+    if not done.set_running_or_notify_cancel():
+        return
+    try:
+        done.set_result(function())
+    except BaseException as error:
+        done.set_exception(error)
+
+
 class NamespaceThread:
-    """Runs functions one after the other in the home namespace (`home`, or the process's own)."""
+    """Runs functions one after the other in the home namespace (`home`, or the process's own); urgent ones before all
+    that wait."""
 
     def __init__(self, home: Path | None = None) -> None:
         self._home_path = home
         self._home = -1
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netns", initializer=self._begin)
+        self._urgent: SimpleQueue[Callable[[], None]] = SimpleQueue()
 
     def _begin(self) -> None:
         self._home = os.open(self._home_path or _OWN_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
         self._enter(self._home)
 
     def submit(self, function: Callable[[], T]) -> Future[T]:
-        return self._executor.submit(function)
+        return self._executor.submit(self._after_urgent, function)
 
-    async def run(self, function: Callable[[], T]) -> T:
+    def _after_urgent(self, function: Callable[[], T]) -> T:
+        while not self._urgent.empty():
+            self._urgent.get_nowait()()
+        return function()
+
+    async def run(self, function: Callable[[], T], urgent: bool = False) -> T:
         """Run it there; when the caller is cancelled it still runs to its end."""
-        return await asyncio.wrap_future(self.submit(function))
+        if not urgent:
+            return await asyncio.wrap_future(self.submit(function))
+        done: Future[T] = Future()
+        self._urgent.put(lambda: _settle(done, function))
+        self._executor.submit(self._after_urgent, lambda: None)
+        return await asyncio.wrap_future(done)
 
     def close(self) -> None:
         self._executor.submit(self._end)

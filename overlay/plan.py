@@ -23,6 +23,7 @@ from overlay.addressing import (
     port_name,
     task_mac,
 )
+from overlay.esp import encrypted_mtu
 from overlay.interface import (
     Attachment,
     HostState,
@@ -78,6 +79,8 @@ class Sandbox:
     """(address, MAC) that the VXLAN device answers ARP and neighbour solicitations for."""
     ports: frozenset[tuple[str, int]] = frozenset()
     """(name, MTU) of the links that are up and in the bridge."""
+    encrypted: bool = False
+    """What leaves by the VXLAN device is marked for encryption."""
 
     @property
     def mtu_bytes(self) -> int:
@@ -135,6 +138,8 @@ def read_port_alias(alias: str) -> tuple[str, str, Interface] | None:
 
 def mtu_left(network: OverlayNetwork, underlay_mtu_bytes: int) -> int:
     """What the underlay leaves of itself to a packet on this network, in bytes."""
+    if network.encrypted:
+        return encrypted_mtu(underlay_mtu_bytes)
     return underlay_mtu_bytes - (VXLAN_OVERHEAD_BYTES if network.vni else 0)
 
 
@@ -213,6 +218,7 @@ def plan_sandbox(
         leg=_leg(network, state.index, tag, mtu),
         forwarding=frozenset(forwarding),
         neighbours=frozenset(neighbours),
+        encrypted=network.encrypted,
     )
 
 

@@ -78,7 +78,8 @@ class Sandboxes:
         vxlan, network = found.picture.vxlan, self.networks.get(network_id)
         vni = vxlan.vni if vxlan else network.vni if network else UNKNOWN_VNI
         leg = host.legs(self.tag).get(leg_name(self.tag, vni)) if vni != UNKNOWN_VNI else None
-        self._applied[network_id] = replace(found.picture, leg=leg)
+        encrypted = isinstance(network, OverlayNetwork) and network.encrypted and self.kernel.marks(network_id)
+        self._applied[network_id] = replace(found.picture, leg=leg, encrypted=encrypted)
         return found.aliases
 
     def want(self, state: HostState) -> None:
@@ -114,16 +115,23 @@ class Sandboxes:
             log.warning("network_failed", network=network_id, error=str(error))
         self.faults[network_id] = str(error)
 
-    def apply(self, state: HostState, underlay_mtu_bytes: int) -> None:
+    def vnis(self) -> frozenset[int]:
+        """Of those that stand."""
+        return frozenset(sandbox.vxlan.vni for sandbox in self._applied.values() if sandbox.vxlan)
+
+    def apply(self, state: HostState, underlay_mtu_bytes: int, encryption_fault: str = "") -> None:
         """Make those wanted; a failure is kept as the network's fault and tried again at the next call."""
         self.want(state)
         endpoints = endpoints_by_network(state.endpoints)
         for network_id, network in self.networks.items():
             mine = endpoints.get(network_id, ())
-            inputs = (network, mine, state.peers, state.vtep, state.index, state.vxlan_port, underlay_mtu_bytes)
+            fault = encryption_fault if network.encrypted else ""
+            inputs = (network, mine, state.peers, state.vtep, state.index, state.vxlan_port, underlay_mtu_bytes, fault)
             if self._inputs.get(network_id) == inputs and network_id in self._applied:
                 continue
             try:
+                if fault:
+                    raise NetworkError(f"network {network_id} is encrypted, and {fault}")
                 self._make(network, state, mine, underlay_mtu_bytes)
             except FAILURES as error:
                 self._applied.pop(network_id, None)

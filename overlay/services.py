@@ -43,9 +43,8 @@ class ServiceBalancer:
         if host is None:
             virtual = self._virtual_services(ipvs.is_port_mark)
             host = self._host = HostBalance(host_tables(self._table), Netlink(NETLINK_NETFILTER), virtual, wanted)
-        if host.tables.layouts != layouts:
-            host.given = wanted
-            host.adopt(layouts, self._wanted.alive)
+        if host.tables.layouts != layouts or host.tables.generation == UNKNOWN:
+            host.adopt(layouts, wanted, self._wanted.alive)
         elif host.given != wanted:
             own = frozenset(address for _, address, _ in read_host().addresses) | {"127.0.0.1"}
             host.give(wanted, self._wanted.alive, own)
@@ -60,7 +59,7 @@ class ServiceBalancer:
             return VirtualServices(ours)
         if ipvs.any_here():
             left = VirtualServices(ours)
-            left.audit({}, frozenset())
+            left.adopt({}, frozenset())
             left.close()
         return None
 
@@ -133,7 +132,7 @@ class ServiceBalancer:
         """From the host's namespace; tasks' namespaces go as wholes."""
         virtual = self._virtual_services(ipvs.is_port_mark)
         if virtual is not None:
-            virtual.audit({}, frozenset())
+            virtual.adopt({}, frozenset())
             virtual.close()
         with Netlink(NETLINK_NETFILTER) as netlink:
             delete_tables(netlink, self._table)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from overlay import nfnl
 from overlay.elements import Element, ElementChange, Elements, Value, balancing, element_change
-from overlay.netlink import Message, Netlink
+from overlay.netlink import Message, Netlink, NetlinkError
 from overlay.ruleset import NETDEV, Layout
 from overlay.template import template
 
@@ -48,9 +48,14 @@ class Tables:
         self.chains |= change.chains()
 
     def _transact(self, netlink: Netlink, messages: list[Message]) -> None:
-        if messages:
+        if not messages:
+            return
+        try:
             netlink.transaction(nfnl.transaction(messages))
-            self.generation += 1
+        except NetlinkError:
+            self.generation = UNKNOWN  # the tables are not as we left them
+            raise
+        self.generation += 1
 
     def messages(self, change: ElementChange) -> list[Message]:
         """One transaction's worth, with the chains that are new here. May be sent to any tables in the same state."""

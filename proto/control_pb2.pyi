@@ -540,6 +540,40 @@ class ClusterUpdateRequest(_message.Message):
 Global___ClusterUpdateRequest: _TypeAlias = ClusterUpdateRequest  # noqa: Y015
 
 @_typing.final
+class RotateNetworkKeysRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateNetworkKeysRequest: _TypeAlias = RotateNetworkKeysRequest  # noqa: Y015
+
+@_typing.final
+class RotateNetworkKeysReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERIAL_FIELD_NUMBER: _builtins.int
+    serial: _builtins.int
+    def __init__(
+        self,
+        *,
+        serial: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["serial", b"serial"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateNetworkKeysReply: _TypeAlias = RotateNetworkKeysReply  # noqa: Y015
+
+@_typing.final
 class UnlockKeyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -171,6 +171,11 @@ class ControlStub:
                 request_serializer=proto_dot_control__pb2.RemoveRequest.SerializeToString,
                 response_deserializer=proto_dot_control__pb2.RemoveReply.FromString,
                 _registered_method=True)
+        self.RotateNetworkKeys = channel.unary_unary(
+                '/pyswarm.Control/RotateNetworkKeys',
+                request_serializer=proto_dot_control__pb2.RotateNetworkKeysRequest.SerializeToString,
+                response_deserializer=proto_dot_control__pb2.RotateNetworkKeysReply.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -342,6 +347,13 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RotateNetworkKeys(self, request, context):
+        """of encrypted networks
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -479,6 +491,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.RemoveNetwork,
                     request_deserializer=proto_dot_control__pb2.RemoveRequest.FromString,
                     response_serializer=proto_dot_control__pb2.RemoveReply.SerializeToString,
+            ),
+            'RotateNetworkKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateNetworkKeys,
+                    request_deserializer=proto_dot_control__pb2.RotateNetworkKeysRequest.FromString,
+                    response_serializer=proto_dot_control__pb2.RotateNetworkKeysReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1210,6 +1227,33 @@ class Control:
             '/pyswarm.Control/RemoveNetwork',
             proto_dot_control__pb2.RemoveRequest.SerializeToString,
             proto_dot_control__pb2.RemoveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateNetworkKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pyswarm.Control/RotateNetworkKeys',
+            proto_dot_control__pb2.RotateNetworkKeysRequest.SerializeToString,
+            proto_dot_control__pb2.RotateNetworkKeysReply.FromString,
             options,
             channel_credentials,
             insecure,

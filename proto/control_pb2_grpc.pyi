@@ -67,6 +67,8 @@ class ControlStub:
     GetNetwork: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Network]
     ListNetworks: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.NetworkList]
     RemoveNetwork: _grpc.UnaryUnaryMultiCallable[_control_pb2.RemoveRequest, _control_pb2.RemoveReply]
+    RotateNetworkKeys: _grpc.UnaryUnaryMultiCallable[_control_pb2.RotateNetworkKeysRequest, _control_pb2.RotateNetworkKeysReply]
+    """of encrypted networks"""
 
 @_typing.type_check_only
 class ControlAsyncStub(ControlStub):
@@ -102,6 +104,8 @@ class ControlAsyncStub(ControlStub):
     GetNetwork: _aio.UnaryUnaryMultiCallable[_control_pb2.GetRequest, _objects_pb2.Network]  # type: ignore[assignment]
     ListNetworks: _aio.UnaryUnaryMultiCallable[_control_pb2.ListRequest, _control_pb2.NetworkList]  # type: ignore[assignment]
     RemoveNetwork: _aio.UnaryUnaryMultiCallable[_control_pb2.RemoveRequest, _control_pb2.RemoveReply]  # type: ignore[assignment]
+    RotateNetworkKeys: _aio.UnaryUnaryMultiCallable[_control_pb2.RotateNetworkKeysRequest, _control_pb2.RotateNetworkKeysReply]  # type: ignore[assignment]
+    """of encrypted networks"""
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -296,5 +300,13 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.RemoveRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.RemoveReply, _abc.Awaitable[_control_pb2.RemoveReply]]: ...
+
+    @_abc_1.abstractmethod
+    def RotateNetworkKeys(
+        self,
+        request: _control_pb2.RotateNetworkKeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.RotateNetworkKeysReply, _abc.Awaitable[_control_pb2.RotateNetworkKeysReply]]:
+        """of encrypted networks"""
 
 def add_ControlServicer_to_server(servicer: ControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

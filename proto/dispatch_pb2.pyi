@@ -136,6 +136,7 @@ class NetworkPeer(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     DOWN_FIELD_NUMBER: _builtins.int
     MASQUERADE_FIELD_NUMBER: _builtins.int
+    ENCRYPTION_EPOCH_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     vtep_addr: _builtins.str
     index: _builtins.int
@@ -143,6 +144,8 @@ class NetworkPeer(_message.Message):
     """managers do not hear from it; its containers may well run and talk"""
     masquerade: _builtins.bool
     """its tasks cannot answer through another host: hide clients from them"""
+    encryption_epoch: _builtins.int
+    """as in its description; 0 = it is on no encrypted network"""
     def __init__(
         self,
         *,
@@ -151,10 +154,11 @@ class NetworkPeer(_message.Message):
         index: _builtins.int = ...,
         down: _builtins.bool = ...,
         masquerade: _builtins.bool = ...,
+        encryption_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["down", b"down", "index", b"index", "masquerade", b"masquerade", "node_id", b"node_id", "vtep_addr", b"vtep_addr"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["down", b"down", "encryption_epoch", b"encryption_epoch", "index", b"index", "masquerade", b"masquerade", "node_id", b"node_id", "vtep_addr", b"vtep_addr"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -698,6 +702,27 @@ class NetworkKeys(_message.Message):
 Global___NetworkKeys: _TypeAlias = NetworkKeys  # noqa: Y015
 
 @_typing.final
+class NetworkKeysApplied(_message.Message):
+    """This node's kernel accepts what is encrypted with the keys up to this serial."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERIAL_FIELD_NUMBER: _builtins.int
+    serial: _builtins.int
+    def __init__(
+        self,
+        *,
+        serial: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["serial", b"serial"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkKeysApplied: _TypeAlias = NetworkKeysApplied  # noqa: Y015
+
+@_typing.final
 class Ping(_message.Message):
     """---- `network doctor`: what a node is asked to try, and what it found (swarm/doctor decides what that means)
 
@@ -1134,6 +1159,7 @@ class AgentMessage(_message.Message):
     LOGS_FIELD_NUMBER: _builtins.int
     APPLIED_FIELD_NUMBER: _builtins.int
     EXEC_FIELD_NUMBER: _builtins.int
+    KEYS_APPLIED_FIELD_NUMBER: _builtins.int
     EXAMINED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___AgentHello:
@@ -1150,6 +1176,8 @@ class AgentMessage(_message.Message):
     @_builtins.property
     def exec(self) -> Global___ExecOutput: ...
     @_builtins.property
+    def keys_applied(self) -> Global___NetworkKeysApplied: ...
+    @_builtins.property
     def examined(self) -> Global___Examined: ...
     def __init__(
         self,
@@ -1160,13 +1188,14 @@ class AgentMessage(_message.Message):
         logs: Global___LogChunk | None = ...,
         applied: Global___Applied | None = ...,
         exec: Global___ExecOutput | None = ...,
+        keys_applied: Global___NetworkKeysApplied | None = ...,
         examined: Global___Examined | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "examined", b"examined", "exec", b"exec", "heartbeat", b"heartbeat", "hello", b"hello", "logs", b"logs", "message", b"message", "statuses", b"statuses"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "examined", b"examined", "exec", b"exec", "heartbeat", b"heartbeat", "hello", b"hello", "keys_applied", b"keys_applied", "logs", b"logs", "message", b"message", "statuses", b"statuses"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "examined", b"examined", "exec", b"exec", "heartbeat", b"heartbeat", "hello", b"hello", "logs", b"logs", "message", b"message", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "examined", b"examined", "exec", b"exec", "heartbeat", b"heartbeat", "hello", b"hello", "keys_applied", b"keys_applied", "logs", b"logs", "message", b"message", "statuses", b"statuses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "statuses", "logs", "applied", "exec", "examined"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "heartbeat", "statuses", "logs", "applied", "exec", "keys_applied", "examined"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 

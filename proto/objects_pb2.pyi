@@ -1753,6 +1753,7 @@ class NodeDescription(_message.Message):
     BALANCER_FIELD_NUMBER: _builtins.int
     ANSWERS_THROUGH_INGRESS_FIELD_NUMBER: _builtins.int
     ENCRYPTS_FIELD_NUMBER: _builtins.int
+    ENCRYPTION_EPOCH_FIELD_NUMBER: _builtins.int
     hostname: _builtins.str
     engine_version: _builtins.str
     balancer: _builtins.str
@@ -1763,6 +1764,8 @@ class NodeDescription(_message.Message):
     """that host need not hide the client's address
     its kernel has ESP with AES-GCM: it can carry encrypted networks
     """
+    encryption_epoch: _builtins.int
+    """random, part of all its keys; another one whenever its kernel lost count of"""
     @_builtins.property
     def platform(self) -> Global___Platform: ...
     @_builtins.property
@@ -1792,10 +1795,11 @@ class NodeDescription(_message.Message):
         balancer: _builtins.str = ...,
         answers_through_ingress: _builtins.bool = ...,
         encrypts: _builtins.bool = ...,
+        encryption_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["platform", b"platform", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers_through_ingress", b"answers_through_ingress", "balancer", b"balancer", "encrypts", b"encrypts", "engine_labels", b"engine_labels", "engine_version", b"engine_version", "generic", b"generic", "hostname", b"hostname", "platform", b"platform", "resources", b"resources", "underlay_subnets", b"underlay_subnets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers_through_ingress", b"answers_through_ingress", "balancer", b"balancer", "encryption_epoch", b"encryption_epoch", "encrypts", b"encrypts", "engine_labels", b"engine_labels", "engine_version", b"engine_version", "generic", b"generic", "hostname", b"hostname", "platform", b"platform", "resources", b"resources", "underlay_subnets", b"underlay_subnets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

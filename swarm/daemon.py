@@ -173,24 +173,25 @@ class Daemon:
         await self._host.stop()
 
     def _make_agent(self, membership: Membership, credentials: NodeCredentials, host: HostMembership) -> Agent:
+        network = KernelNetwork(
+            self._paths.run,
+            membership.node_id[:TAG_CHARS],
+            LISTEN_PORT,
+            balancer=self._balancer,
+            answers_through_ingress=probe.answers_through_ingress(),
+        )
         self._agent = Agent(
             node_id=membership.node_id,
             state_dir=self._paths.state,
             runtime=self._runtime,
             images=self._images,
-            network=KernelNetwork(
-                self._paths.run,
-                membership.node_id[:TAG_CHARS],
-                LISTEN_PORT,
-                balancer=self._balancer,
-                answers_through_ingress=probe.answers_through_ingress(),
-            ),
+            network=network,
             names=self._names,
             open_channel=credentials.open_channel,
             managers=list(membership.manager_addrs),
             on_managers=host.on_managers,
             on_node=host.on_node,
-            describe=self._describe,
+            describe=lambda: self._describe(network),
             advertise_host=membership.advertise_host,
             data_path_addr=membership.data_path_addr,
             upstreams=host_resolvers,
@@ -201,12 +202,14 @@ class Daemon:
     def _wanted_volumes(self) -> frozenset[str]:
         return self._agent.volume_names() if self._agent is not None else frozenset()
 
-    def _describe(self) -> NodeDescription:
+    def _describe(self, network: KernelNetwork) -> NodeDescription:
         hostname = self._config.hostname or socket.gethostname()
         description = describe(hostname, __version__, lambda link: link.startswith(LINK_PREFIX), self._config.labels)
         description.generic.extend(self._config.generic_resources)
         description.balancer = self._balancer
         description.answers_through_ingress = probe.answers_through_ingress()
+        encryption = network.encryption()
+        description.encrypts, description.encryption_epoch = encryption.supported, encryption.epoch
         return description
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
@@ -15,6 +16,7 @@ from typing import Protocol
 import structlog
 
 from swarm import allocate, orchestrate, schedule
+from swarm.allocate import keys
 from swarm.errors import Busy, NoLeader, OutcomeUnknown, SwarmError
 from swarm.store.changes import Decision, Group, Remove
 from swarm.store.dirty import Dirty
@@ -48,6 +50,7 @@ class Commits(Protocol):
 
 
 STAGES: tuple[tuple[str, Stage], ...] = (
+    ("keys", partial(keys.decide, random_bytes=secrets.token_bytes)),  # of encrypted networks
     ("allocate", allocate.decide),  # VNIs, subnets, VIPs, published ports
     ("orchestrate", partial(orchestrate.decide, fits=schedule.fits, surplus=schedule.surplus)),  # tasks, NEW
     ("allocate", allocate.decide),  # the new tasks' addresses: PENDING

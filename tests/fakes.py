@@ -28,7 +28,7 @@ from node.interface import (
     RuntimeFault,
     StoredImage,
 )
-from overlay.interface import Attachment, HostState, Inspection, NetworkError
+from overlay.interface import Attachment, EncryptionStatus, HostState, Inspection, NetworkError
 from proto.dispatch_pb2 import ExecStart, LogLine, LogOptions
 
 T = TypeVar("T")
@@ -254,6 +254,7 @@ class FakeNetwork:
         self.apply_faults: list[NetworkError] = []
         self.attach_calls = 0
         self.torn_down = False
+        self.epoch = 1
 
     @property
     def state(self) -> HostState:
@@ -290,6 +291,10 @@ class FakeNetwork:
 
     async def attached(self) -> frozenset[str]:
         return frozenset(self.spaces)
+
+    def encryption(self) -> EncryptionStatus:
+        keys = self.states[-1].keys if self.states else ()
+        return EncryptionStatus(True, self.epoch, keys[0].serial if keys else 0)
 
     async def inspect(self) -> Inspection:
         return Inspection()

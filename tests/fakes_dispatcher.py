@@ -63,6 +63,7 @@ class Manager(DispatcherServicer):
         self.batches = 0
         self.logs: list[LogChunk] = []
         self.applied: list[int] = []
+        self.keys_applied: list[int] = []
         self.sequence = 0
         self._outgoing: asyncio.Queue[ManagerMessage | None] = asyncio.Queue()
         self.in_session = False
@@ -156,6 +157,8 @@ class Manager(DispatcherServicer):
                         self.send(ManagerMessage(ack=StatusAck(sequence=message.statuses.sequence)))
                 case "applied":
                     self.applied.append(message.applied.sequence)
+                case "keys_applied":
+                    self.keys_applied.append(message.keys_applied.serial)
                 case "logs":
                     self.logs.append(message.logs)
 
@@ -208,13 +211,18 @@ class Host:
             managers=list(managers),
             on_managers=self.seen_managers.append,
             on_node=self.seen_nodes.append,
-            describe=lambda: NodeDescription(hostname="host1", platform=Platform(os="linux", architecture="x86_64")),
+            describe=self._describe,
             advertise_host="192.0.2.1",
             data_path_addr="192.0.2.1",
             upstreams=lambda: ("192.0.2.53",),
             now=self._now,
             rng=random.Random(1),
         )
+
+    def _describe(self) -> NodeDescription:
+        made = NodeDescription(hostname="host1", platform=Platform(os="linux", architecture="x86_64"))
+        made.encrypts, made.encryption_epoch = True, self.network.epoch
+        return made
 
     def _now(self) -> float:
         self.clock += 0.001

@@ -37,6 +37,8 @@ class Manager:
         self.execs = ExecRelay(self.links.get)
         self.exams = ExamRelay(self.links.get)
         self.refusal: str | None = None
+        self.behind: list[str] = []
+        """Nodes that do not confirm keys."""
         ids = itertools.count(1)
         self.service = ControlService(
             group.store,
@@ -49,11 +51,15 @@ class Manager:
             time.time,
             lambda: f"{consensus.node_id}-request-{next(ids)}",
             self._demotion_refusal,
+            self._keys_settled,
         )
         self.server = grpc.aio.server()
         add_ControlServicer_to_server(self.service, self.server)
         self.addr = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
         consensus.member = Member(consensus.node_id, self.addr)
+
+    async def _keys_settled(self, timeout_s: float) -> list[str]:
+        return self.behind
 
     def _demotion_refusal(self, store: Store, consensus: Consensus, node: Node) -> str | None:
         return self.refusal

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from node import drivers, inputs, view
 from node.interface import ImageConfig, ResolvedImage, RuntimeFault
@@ -14,6 +16,7 @@ from node.templates import expand, values_for
 from overlay.interface import (
     Attachment,
     BridgeNetwork,
+    HostState,
     Interface,
     MacvlanNetwork,
     OverlayNetwork,
@@ -41,10 +44,16 @@ from proto.objects_pb2 import (
     Platform,
     PortConfig,
     Task,
+    TaskState,
 )
 from swarm.api import templates
 
 LOCAL = view.Local(node_id="n1", vtep="192.0.2.1", index=7)
+
+
+def host_state(seen: Mirror, local: view.Local) -> HostState:
+    """Drawn without any memory."""
+    return view.HostStates().draw(seen, local)
 
 
 def net(network_id: str, **spec: bool) -> dict[str, Item]:
@@ -109,7 +118,7 @@ def test_a_node_that_is_down_is_a_peer_unless_its_address_has_another_node() -> 
             "peer/n5": peer("n5", "192.0.2.1", 5, True),  # this host's own earlier life
         }
     )
-    assert [found.node_id for found in view.host_state(seen, LOCAL).peers] == ["n2", "n4"]
+    assert [found.node_id for found in host_state(seen, LOCAL).peers] == ["n2", "n4"]
 
 
 def test_networks_peers_and_remote_endpoints() -> None:
@@ -123,7 +132,7 @@ def test_networks_peers_and_remote_endpoints() -> None:
         end("t2", "10.0.1.6", node="n2", serving=False),
         end("t3", "10.0.9.6", network_id="net9", node="n2"),
     )
-    state = view.host_state(seen, LOCAL)
+    state = host_state(seen, LOCAL)
     assert (state.vtep, state.index, state.vxlan_port) == ("192.0.2.1", 7, 4789)
     assert state.networks == (OverlayNetwork("net1", 4097, "10.0.1.0/24", "10.0.1.1", internal=True),)
     assert state.peers == (Peer("n2", "192.0.2.2", 8),)
@@ -134,7 +143,7 @@ def test_ipv6_of_networks_and_endpoints() -> None:
     items = net("net1") | end("t2", "10.0.1.6", node="n2")
     items["network/net1"].network.ipam6.subnet, items["network/net1"].network.ipam6.gateway = "fd00::/64", "fd00::1"
     items["endpoint/net1/t2"].endpoint.address6 = "fd00::6"
-    state = view.host_state(mirror(items), LOCAL)
+    state = host_state(mirror(items), LOCAL)
     assert (state.networks[0].subnet6, state.networks[0].gateway6) == ("fd00::/64", "fd00::1")
     assert state.endpoints == (RemoteEndpoint("net1", "10.0.1.6", "n2", "fd00::6"),)
 
@@ -142,7 +151,7 @@ def test_ipv6_of_networks_and_endpoints() -> None:
 def test_the_mtu_of_a_network_is_its_option() -> None:
     items = net("net1")
     items["network/net1"].network.spec.options[drivers.MTU_OPTIONS[0]] = "1400"
-    assert view.host_state(mirror(items), LOCAL).networks[0].mtu_bytes == 1400
+    assert host_state(mirror(items), LOCAL).networks[0].mtu_bytes == 1400
 
 
 def test_vip_backends_are_the_serving_endpoints_in_numeric_order() -> None:
@@ -154,11 +163,11 @@ def test_vip_backends_are_the_serving_endpoints_in_numeric_order() -> None:
         end("t3", "10.0.1.3", serving=False),
         end("t4", "10.0.1.4", service="svc2"),
     )
-    assert view.host_state(seen, LOCAL).vips == (Vip("net1", "10.0.1.2", ("10.0.1.9", "10.0.1.10")),)
+    assert host_state(seen, LOCAL).vips == (Vip("net1", "10.0.1.2", ("10.0.1.9", "10.0.1.10")),)
 
 
 def test_a_vip_without_backends_stays_so_that_it_is_refused_at_once() -> None:
-    assert view.host_state(mirror(net("net1"), svc()), LOCAL).vips == (Vip("net1", "10.0.1.2", ()),)
+    assert host_state(mirror(net("net1"), svc()), LOCAL).vips == (Vip("net1", "10.0.1.2", ()),)
 
 
 def test_both_families_have_their_vip_and_their_backends_with_weights() -> None:
@@ -168,7 +177,7 @@ def test_both_families_have_their_vip_and_their_backends_with_weights() -> None:
     for task_id, weight, address6 in (("t1", 0, ""), ("t2", 500, "fd00::6")):
         endpoint = items[f"endpoint/net1/{task_id}"].endpoint
         endpoint.weight, endpoint.address6 = weight, address6
-    assert view.host_state(mirror(items), LOCAL).vips == (
+    assert host_state(mirror(items), LOCAL).vips == (
         Vip("net1", "10.0.1.2", ("10.0.1.5", "10.0.1.6"), (1, 100), "sh"),
         Vip("net1", "fd00::2", ("fd00::6",), (), "sh"),
     )
@@ -179,7 +188,7 @@ def test_a_published_port_has_backends_of_both_families_at_the_address_it_names(
     items = net("net1") | svc(ports=ports) | end("t1", "10.0.1.5") | end("t2", "10.0.1.6")
     items["endpoint/net1/t2"].endpoint.address6 = "fd00::6"
     items["endpoint/net1/t2"].endpoint.weight = 3
-    first, second = view.host_state(mirror(items), LOCAL).published
+    first, second = host_state(mirror(items), LOCAL).published
     assert first.backends == (("10.0.1.5", 80), ("10.0.1.6", 80), ("fd00::6", 80))
     assert (first.weights, first.host_ip) == ((1, 3, 3), "192.0.2.7")
     assert second.host_ip == "192.0.2.8"
@@ -187,17 +196,17 @@ def test_a_published_port_has_backends_of_both_families_at_the_address_it_names(
 
 def test_a_peer_that_cannot_answer_through_other_hosts_is_marked() -> None:
     items = {"peer/n2": Item(peer=NetworkPeer(node_id="n2", vtep_addr="192.0.2.2", index=8, masquerade=True))}
-    assert view.host_state(mirror(items), LOCAL).peers == (Peer("n2", "192.0.2.2", 8, masquerade=True),)
+    assert host_state(mirror(items), LOCAL).peers == (Peer("n2", "192.0.2.2", 8, masquerade=True),)
 
 
 def test_dnsrr_services_have_no_vip() -> None:
-    assert view.host_state(mirror(net("net1"), svc(mode=DNSRR), end("t1", "10.0.1.3")), LOCAL).vips == ()
+    assert host_state(mirror(net("net1"), svc(mode=DNSRR), end("t1", "10.0.1.3")), LOCAL).vips == ()
 
 
 def test_a_local_task_that_ended_leaves_the_balancers_before_the_managers_know() -> None:
     seen = mirror(net("net1"), svc(ports=(port(8000, 80),)), end("t1", "10.0.1.3"), end("t2", "10.0.1.4"))
     local = view.Local("n1", "192.0.2.1", 7, states={"t1": TASK_FAILED, "t2": TASK_RUNNING})
-    state = view.host_state(seen, local)
+    state = host_state(seen, local)
     assert state.vips[0].backends == ("10.0.1.4",)
     assert state.published[0].backends == (("10.0.1.4", 80),)
 
@@ -205,7 +214,7 @@ def test_a_local_task_that_ended_leaves_the_balancers_before_the_managers_know()
 def test_published_ports_reach_the_tasks_of_the_whole_cluster() -> None:
     ports = (port(8000, 80), port(53, 5353, protocol=UDP))
     seen = mirror(net("net1"), svc(ports=ports), end("t1", "10.0.1.3", node="n2"))
-    assert view.host_state(seen, LOCAL).published == (
+    assert host_state(seen, LOCAL).published == (
         PublishedPort("tcp", 8000, (("10.0.1.3", 80),)),
         PublishedPort("udp", 53, (("10.0.1.3", 5353),)),
     )
@@ -229,7 +238,7 @@ def test_host_ports_lead_to_the_running_local_task_on_a_network_with_an_outside(
     made.endpoint.ports.append(port(8080, 80, mode=HOST))
     seen = mirror(net("net1", internal=True), net("net2"), {"task/t1": Item(task=made)})
     local = view.Local("n1", "192.0.2.1", 7, states={"t1": state})  # type: ignore[dict-item]
-    assert view.host_state(seen, local).published == published
+    assert host_state(seen, local).published == published
 
 
 # ---------------------------------------------------------------- what the runtime and the network are told
@@ -311,7 +320,7 @@ def test_a_macvlan_network_is_its_options() -> None:
     )
     assert drivers.macvlans([driven("m", "macvlan", parent="eth1")])[0].mode == "bridge"
     items = net("net1") | {"network/m": Item(network=lan), "network/b": Item(network=driven("b", "bridge"))}
-    state = view.host_state(mirror(items), LOCAL)
+    state = host_state(mirror(items), LOCAL)
     assert state.network_ids() == {"net1", "m"}, "no task of this host is on the bridge"
 
 
@@ -321,7 +330,7 @@ def test_host_ports_of_a_task_on_the_bridge_lead_to_the_address_that_the_host_ga
     made.endpoint.ports.append(port(8080, 80, mode=HOST))
     items = {"network/b": Item(network=driven("b", "bridge")), "task/t1": Item(task=made)}
     local = replace(LOCAL, states={"t1": TASK_RUNNING}, given={"t1": "172.17.0.2"})
-    assert view.host_state(mirror(items), local).published == (PublishedPort("tcp", 8080, (("172.17.0.2", 80),)),)
+    assert host_state(mirror(items), local).published == (PublishedPort("tcp", 8080, (("172.17.0.2", 80),)),)
 
 
 def test_a_task_has_its_addresses_of_both_families() -> None:
@@ -394,3 +403,52 @@ def test_only_tasks_behind_a_balancer_drain(
     for network_id in networks:
         made.networks.add(network_id=network_id, address="10.0.1.5/24")
     assert inputs.drains(made, frozenset({"ingress"})) is expected
+
+
+def peer_of(node_id: str, vtep: str, **more: bool) -> dict[str, Item]:
+    return {f"peer/{node_id}": Item(peer=NetworkPeer(node_id=node_id, vtep_addr=vtep, index=int(node_id[1:]), **more))}
+
+
+def task_with_port() -> dict[str, Item]:
+    made = Task(id="t1")
+    made.networks.add(network_id="net1", address="10.0.1.3/24")
+    made.endpoint.ports.append(port(8080, 80, mode=HOST))
+    return {"task/t1": Item(task=made)}
+
+
+choices = {
+    "network/net1": [net("net1"), net("net1", internal=True)],
+    "network/net2": [net("net2")],
+    "peer/n2": [peer_of("n2", "192.0.2.2"), peer_of("n2", "192.0.2.2", down=True)],
+    "peer/n3": [peer_of("n3", "192.0.2.2"), peer_of("n3", "192.0.2.3")],
+    "service/svc1": [svc(), svc(mode=DNSRR), svc(ports=(port(8000, 80),)), svc(vip="")],
+    "service/svc2": [svc("svc2", "10.0.1.9", ports=(port(8000, 81), port(8001, 82)))],
+    "endpoint/net1/t1": [end("t1", "10.0.1.3"), end("t1", "10.0.1.3", serving=False)],
+    "endpoint/net1/t2": [end("t2", "10.0.1.4", node="n2"), end("t2", "10.0.1.4", service="svc2")],
+    "endpoint/net2/t2": [end("t2", "10.0.2.4", "net2", node="n2"), end("t2", "10.0.2.5", "net2", node="n3")],
+    "task/t1": [task_with_port()],
+}
+steps = st.tuples(
+    st.fixed_dictionaries({}, optional={key: st.sampled_from(values) for key, values in choices.items()}),
+    st.dictionaries(st.sampled_from(["t1", "t2"]), st.sampled_from([TASK_RUNNING, TASK_FAILED])),
+)
+
+
+@given(st.lists(steps, min_size=2, max_size=8))
+def test_a_state_drawn_from_the_one_before_is_the_one_drawn_afresh(
+    history: list[tuple[dict[str, dict[str, Item]], dict[str, TaskState.ValueType]]],
+) -> None:
+    states = view.HostStates()
+    for items, observed in history:
+        seen, local = mirror(*items.values()), replace(LOCAL, states=observed)
+        assert states.draw(seen, local) == host_state(seen, local)
+
+
+def test_what_of_a_state_did_not_change_is_the_same_object() -> None:
+    items = mirror(net("net1"), svc(), svc("svc2", "10.0.1.9"), end("t1", "10.0.1.3", node="n2")).items
+    states = view.HostStates()
+    before = states.draw(Mirror(known=True, items=items), LOCAL)
+    after = states.draw(mirror(dict(items), end("t1", "10.0.1.3", node="n2", serving=False)), LOCAL)
+    assert before.endpoints is after.endpoints, "whether it serves is not its address"
+    assert before.vips[0] != after.vips[0]
+    assert before.vips[1] is after.vips[1]

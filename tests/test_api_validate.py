@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from node import spec as node_spec
+from node.monitor import signal_number
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import Mount, PortConfig, ServiceSpec
-from swarm.api import check
+from swarm.api import check, validate_process
 from swarm.api.validate import service_spec
 from swarm.errors import Invalid
 from tests.managing import a_spec
@@ -56,6 +58,17 @@ def test_a_full_spec_is_fine() -> None:
     service_spec(full_spec())
 
 
+def test_the_managers_know_what_the_nodes_know() -> None:
+    assert set(node_spec.ALL_CAPS) == validate_process.CAPABILITIES
+    assert tuple(node_spec.RLIMITS) == validate_process.ULIMITS
+    for name in ("SIGTERM", "term", "15", "0", "65", "SIGRTMIN", "RTMIN+3", "RTMIN+99", "TERM+1", "NOPE", "SIGSIGINT"):
+        try:
+            known = bool(signal_number(name))
+        except ValueError:
+            known = False
+        assert validate_process.is_signal(name) is known, name
+
+
 def port(**fields: int | str) -> Change:
     return lambda spec: spec.endpoint.ports.append(PortConfig(**fields))  # type: ignore[arg-type]
 
@@ -84,6 +97,15 @@ BAD: list[tuple[Change, str]] = [
     (lambda s: setattr(s.annotations, "name", "we b"), "invalid service name 'we b'"),
     (lambda s: setattr(s.annotations, "name", "w" * 64), "has 64 characters: use at most 63"),
     (lambda s: s.annotations.labels.update({"": "x"}), "empty name"),
+    (lambda s: setattr(s.task.container, "stop_signal", "NOPE"), "stop signal 'NOPE' is not known"),
+    (lambda s: s.task.container.capability_add.append("CAP_NOPE"), "capability 'CAP_NOPE' is not known"),
+    (lambda s: s.task.container.capability_drop.append("nope"), "capability 'nope' is not known"),
+    (lambda s: s.task.container.ulimits.add(name="nope", soft=1, hard=1), "ulimit 'nope' is not known: as, core"),
+    (lambda s: s.task.container.sysctls.update({"kernel.pid_max": "1"}), "sysctl 'kernel.pid_max' is not known"),
+    (lambda s: s.task.container.groups.append(""), "supplementary group"),
+    (lambda s: setattr(s.task.container, "dir", "rel"), "working directory 'rel'"),
+    (lambda s: setattr(s.task.container, "hostname", "bad host"), "hostname 'bad host'"),
+    (lambda s: setattr(s.task.container, "hostname", "x" * 65), "up to 64 letters"),
     (lambda s: setattr(s.task.container, "image", ""), "image is missing"),
     (lambda s: setattr(s.task.container, "image", "my image"), "not an image name"),
     (lambda s: setattr(s.replicated, "replicas", 2**64 - 1), "replicas: 18446744073709551615 is out of range"),
@@ -120,7 +142,8 @@ BAD: list[tuple[Change, str]] = [
     (port(target_port=90, protocol=7), "port protocol: unknown value 7"),
     (lambda s: setattr(s.endpoint, "mode", pb.DNSRR), "ingress mode can't be used with dnsrr mode"),
     (port(target_port=83, published_port=8000, host_ip="192.0.2.1"), "duplicate published port '8000/tcp'"),
-    (port(target_port=83, host_ip="eth0"), "host ip 'eth0' of port 83 is no IP address"),
+    (port(target_port=83, host_ip="eth0"), "host ip 'eth0' of port 83 is no address"),
+    (port(target_port=83, host_ip="fe80::1%eth0"), "is no address that a host can have"),
     (lambda s: setattr(s.endpoint, "weight_label", "capacity"), "balance weight 'capacity': write node.labels.LABEL"),
     (lambda s: s.task.networks.extend([pb.NetworkAttachmentConfig(network_id="a")] * 2), "duplicate network 'a'"),
     (lambda s: s.replicated_job.SetInParent(), "update and rollback config have no meaning for a job"),
@@ -137,11 +160,10 @@ BAD: list[tuple[Change, str]] = [
     (mount(type=Mount.VOLUME, target="/x", per_slot=True), "only a volume with a name"),
     (mount(type=Mount.BIND, source="/x", target="/x", per_slot=True), "only a volume with a name"),
     (lambda s: s.task.container.env.append("A={{.Task.Slto}}"), r"template \{\{.Task.Slto\}\} is not known"),
-    (lambda s: setattr(s.task.container, "hostname", "{{.Node.Labels}}"), "template"),
+    (lambda s: setattr(s.task.container, "hostname", "{{.Node.Label}}"), "template"),
     (lambda s: setattr(s.task.resources.limits, "memory_swap_bytes", 2**20), "memory swap value .* at least"),
     (lambda s: setattr(s.task.resources.reservations, "memory_swap_bytes", -1), "needs a memory limit"),
     (lambda s: setattr(s.task.resources.limits, "memory_swappiness", 101), "memory swappiness value 101"),
-    (lambda s: s.task.resources.reservations.generic.add(kind="gpu"), "generic resources: this version"),
     (lambda s: s.task.container.dns_nameservers.append("dns.example"), "dns 'dns.example' is not an IP address"),
     (lambda s: s.task.container.dns_nameservers.append("127.0.0.11"), "dns 127.0.0.11: this is the server that"),
     (lambda s: s.task.container.dns_search.append("a b"), "dns search 'a b' is not a domain"),

@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from overlay import xfrm
 from proto.control_pb2 import ClusterRequest, RotateTokenRequest
 from proto.control_pb2_grpc import ControlStub
 from proto.dispatch_pb2 import AgentMessage
@@ -477,3 +478,20 @@ def test_a_node_removed_by_force_is_shut_out(cluster: Lab) -> None:
             next(DispatcherStub(held).Session(iter([AgentMessage()]), timeout=CALL_S))
         assert failure.value.code() is grpc.StatusCode.PERMISSION_DENIED
         assert "was removed from this cluster" in str(failure.value.details())
+
+
+@pytest.mark.skipif(xfrm.encrypts(), reason="this kernel can encrypt: tests/test_vm_esp.py has what it does then")
+def test_a_network_that_no_host_can_encrypt_is_never_built_in_clear(cluster: Lab, web_image: str) -> None:
+    assert "no network is encrypted" in refused(cluster.try_pyswarm("m1", "network", "rotate-keys"))
+    assert "encrypted=perhaps" in refused(
+        cluster.try_pyswarm("m1", "network", "create", "--opt", "encrypted=perhaps", "secret")
+    )
+    network_id = cluster.pyswarm("m1", "network", "create", "--opt", "encrypted", "secret").strip()
+    with service(cluster, "safe", ("--detach", "--network", "secret"), web_image):
+        reason = "no suitable node (no encryption of networks on 3 nodes)"
+        wait_for(lambda: history(cluster, "safe")[0]["Error"].strip('"') == reason, 20, "the task says why it waits")
+        assert "its kernel lacks ESP" in cluster.pyswarm("m1", "explain", "safe")
+        assert "Key 4 was distributed" in cluster.pyswarm("m1", "network", "rotate-keys")
+    namespaces = [path.name for host in cluster.plan.hosts for path in (host.run_dir / "netns").glob("net-*")]
+    assert f"net-{network_id[:12]}" not in namespaces
+    wait_for(lambda: cluster.try_pyswarm("m1", "network", "rm", "secret").returncode == 0, 30, "network removed")

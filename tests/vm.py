@@ -1,8 +1,8 @@
 """Run a command in a virtual machine with Debian's own kernel, on a copy-on-write view of this machine's files.
 
-For what the kernel here lacks: pure cgroup v2 (which users have), and later IPVS and ESP. The kernel package
-is downloaded once and only unpacked, never installed. QEMU emulates the processor (about 20 times slower):
-keep what runs inside small.
+For what the kernel here lacks: pure cgroup v2 (which users have), ESP and IPVS. The kernel package is downloaded
+once and only unpacked, never installed. QEMU emulates the processor (about 20 times slower): keep what runs inside
+small.
 
     python -m tests.vm -- COMMAND [ARG ...]
 """
@@ -10,6 +10,7 @@ keep what runs inside small.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gzip
 import os
 import secrets
@@ -35,6 +36,11 @@ GUEST_MODULES = (
     "nft_numgen",
     "nft_reject_ipv4",
     "nft_fib_ipv4",
+    "nft_xfrm",
+    "nft_meta_bridge",
+    "xfrm_user",
+    "esp4",
+    "gcm",
     "nft_fib_ipv6",
     "nft_fib_inet",
     "nft_reject_ipv6",
@@ -88,9 +94,15 @@ echo "{token} $?"
 
 
 def prepare() -> None:
-    """Download and unpack the kernel, once."""
-    if (CACHE / "vmlinuz").exists():
-        return
+    """Download and unpack the kernel, once; a second caller waits for the first."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (CACHE / "vmlinuz").exists():
+            _download()
+
+
+def _download() -> None:
     missing = [
         name for name in PACKAGES if subprocess.run(["dpkg", "-s", name], capture_output=True, check=False).returncode
     ]
@@ -104,7 +116,6 @@ def prepare() -> None:
         )
     depends = subprocess.run(["apt-cache", "depends", "linux-image-amd64"], capture_output=True, text=True, check=True)
     package = next(line.split()[-1] for line in depends.stdout.splitlines() if "Depends:" in line)
-    CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         subprocess.run(["apt-get", "download", "-q", package], check=True, cwd=scratch, stdout=subprocess.DEVNULL)
         archive = next(Path(scratch).glob("*.deb"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from proto import store_pb2
@@ -45,7 +45,8 @@ class LostLeadership:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """`now` is Unix s; `demotion_refusal` says why a manager may not cease to be one, or None."""
+    """`now` is Unix s; `demotion_refusal` says why a manager may not cease to be one, or None;
+    `keys_settled` which nodes have not confirmed the keys of encrypted networks after so many seconds."""
 
     store: Store
     writer: Writer
@@ -55,6 +56,7 @@ class Backend:
     exams: ExamRelay
     now: Callable[[], float]
     demotion_refusal: Demotion
+    keys_settled: Callable[[float], Awaitable[list[str]]]
     lost_leadership: LostLeadership = field(default_factory=LostLeadership)
 
     async def commit(self, decide: Callable[[], Group], request_id: str) -> None:

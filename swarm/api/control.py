@@ -108,12 +108,22 @@ class ControlService(ControlServicer):
         now: Callable[[], float],
         new_id: Callable[[], str],
         demotion_refusal: Demotion,
+        keys_settled: Callable[[float], Awaitable[list[str]]],
     ) -> None:
         lost_leadership = LostLeadership()
         consensus.on_leadership(lost_leadership.changed)
         self._own_id = consensus.node_id
         self._backend = Backend(
-            store, writer, consensus, relay, exec_relay, exam_relay, now, demotion_refusal, lost_leadership
+            store,
+            writer,
+            consensus,
+            relay,
+            exec_relay,
+            exam_relay,
+            now,
+            demotion_refusal,
+            keys_settled,
+            lost_leadership,
         )
         self._store = store
         self._events = events.EventLog(store, now)
@@ -269,3 +279,7 @@ class ControlService(ControlServicer):
     @_unary
     async def RemoveNetwork(self, request: pb.RemoveRequest, call: Call) -> pb.RemoveReply:
         return await networks.remove(self._backend, request.ref, call.request_id)
+
+    @_unary
+    async def RotateNetworkKeys(self, request: pb.RotateNetworkKeysRequest, call: Call) -> pb.RotateNetworkKeysReply:
+        return await networks.rotate_keys(self._backend, call.request_id)

@@ -6,14 +6,18 @@ that is created at the same instant cannot lose its network under its feet.
 
 from __future__ import annotations
 
-from proto.control_pb2 import RemoveReply
+import secrets
+
+from proto.control_pb2 import RemoveReply, RotateNetworkKeysReply
 from proto.objects_pb2 import INGRESS, Network, NetworkSpec, Service
 from swarm.allocate import needs_ingress, subnet_conflict
+from swarm.allocate.keys import RandomBytes, rotated
 from swarm.allocate.predefined import ingress_network
 from swarm.api import validate_network
 from swarm.api.backend import Backend, object_id
 from swarm.api.find import find_network
-from swarm.errors import AlreadyExists, InUse, Invalid, NotFound
+from swarm.api.nodes import the_cluster
+from swarm.errors import AlreadyExists, Busy, InUse, Invalid, NotFound
 from swarm.store import drivers
 from swarm.store.changes import Create, Group, Update
 from swarm.store.states import has_stopped
@@ -21,6 +25,8 @@ from swarm.store.store import Store
 
 REMOVAL_WAIT_S = 8.0
 """As for services: `network rm` followed by `network create` works."""
+KEYS_WAIT_S = 4.0
+"""For nodes to confirm a key: they do within a second, or are found down in three. Waited for twice."""
 GONE_WAIT_S = 2.0
 """An unused network is gone within milliseconds; waiting for that makes the next `network ls` true."""
 
@@ -124,3 +130,28 @@ async def remove(backend: Backend, ref: str, request_id: str) -> RemoveReply:
     if not store.tasks.count("network", network_id):
         await backend.until(lambda: network_id not in store.networks, GONE_WAIT_S)
     return RemoveReply(id=network_id)
+
+
+async def rotate_keys(
+    backend: Backend, request_id: str, random_bytes: RandomBytes = secrets.token_bytes
+) -> RotateNetworkKeysReply:
+    """A new key for encrypted networks, once every node that uses them has confirmed the one before, and until each
+    has confirmed this one. Raises Invalid (there is no such network), Busy."""
+    store = backend.store
+
+    def decide() -> Group:
+        cluster = the_cluster(store)
+        if not cluster.network_keys:
+            raise Invalid("no network is encrypted: create one with `pyswarm network create --opt encrypted NAME`")
+        return (Update(rotated(cluster, backend.now(), random_bytes)),)
+
+    if not backend.is_done(request_id):
+        behind = await backend.keys_settled(KEYS_WAIT_S)
+        if behind:
+            raise Busy(
+                f"nodes {', '.join(behind)} have not confirmed the key before this one, and would lose packets;"
+                " try again when they answer (`pyswarm node ls`), or remove them"
+            )
+        await backend.commit(decide, request_id)
+    await backend.keys_settled(KEYS_WAIT_S)
+    return RotateNetworkKeysReply(serial=the_cluster(store).network_keys[0].serial)

@@ -28,6 +28,7 @@ from proto.objects_pb2 import (
 )
 from swarm.allocate.ports import share_address
 from swarm.api import check, templates
+from swarm.api.validate_process import process
 from swarm.errors import Invalid
 from swarm.schedule.constraints import parse_constraint, parse_spread
 from swarm.schedule.generic import is_kind
@@ -173,6 +174,7 @@ def container_spec(spec: ContainerSpec) -> None:
     _unique(
         "device", (device.container_path or device.host_path for device in spec.devices), "give each a path of its own"
     )
+    process(spec)
     _templates(spec)
     _name_resolution(spec)
     for host in spec.hosts:
@@ -338,9 +340,11 @@ def _port(port: PortConfig) -> None:
         )
     if port.host_ip:
         try:
-            ipaddress.ip_address(port.host_ip)
+            usable = not ipaddress.ip_address(port.host_ip).is_multicast and "%" not in port.host_ip
         except ValueError:
-            raise Invalid(f"host ip {port.host_ip!r} of port {port.target_port} is no IP address") from None
+            usable = False
+        if not usable:
+            raise Invalid(f"host ip {port.host_ip!r} of port {port.target_port} is no address that a host can have")
 
 
 def port_key(port: PortConfig) -> tuple[int, str]:

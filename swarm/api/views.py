@@ -29,11 +29,12 @@ from swarm.store.store import Store
 
 
 def shown_cluster(cluster: Cluster) -> Cluster:
-    """Without the CA's key and the unlock key."""
+    """Without the CA's key, the unlock key and those of encrypted networks."""
     copy = Cluster()
     copy.CopyFrom(cluster)
     copy.ClearField("root_ca_key_pem")
     copy.ClearField("unlock_key")
+    copy.ClearField("network_keys")
     return copy
 
 

@@ -6,7 +6,14 @@ from collections.abc import Iterable
 
 import click
 
-from proto.control_pb2 import Filter, GetRequest, ListRequest, NetworkRequest, RemoveRequest
+from proto.control_pb2 import (
+    Filter,
+    GetRequest,
+    ListRequest,
+    NetworkRequest,
+    RemoveRequest,
+    RotateNetworkKeysRequest,
+)
 from proto.objects_pb2 import Network, NetworkSpec, Service
 from swarm.cli.client import Client, connect
 from swarm.cli.command import (
@@ -222,6 +229,22 @@ def remove(refs: tuple[str, ...], force: bool) -> None:
         return ref
 
     for_each(refs, act)
+
+
+@command(network, "rotate-keys")
+def rotate_keys() -> None:
+    """Give all encrypted networks a new key now, without losing a packet; the swarm does so every 12 hours.
+
+    Packets are sent with the second newest of three keys, so the present one is out of use after this command, and
+    no node accepts it any more after the third.
+
+    \b
+    Example:
+      pyswarm network rotate-keys
+    """
+    client = connect()
+    reply = client.call(client.control.RotateNetworkKeys, RotateNetworkKeysRequest())
+    click.echo(f"Key {reply.serial} was distributed; packets are sent with key {reply.serial - 1}.")
 
 
 @command(network, "prune")

@@ -344,8 +344,10 @@ def _network_id(client: Client, ref: str) -> str:
 def _read_env_file(path: str) -> str:
     try:
         return Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Invalid(f'invalid value "{path}" for --env-file: {error}') from None
+    except OSError as error:
+        raise Invalid(f'invalid value "{path}" for --env-file: {error.strerror}') from None
+    except UnicodeDecodeError:
+        raise Invalid(f'invalid value "{path}" for --env-file: it is no text in UTF-8') from None
 
 
 def _warn(warnings: Any) -> None:

@@ -32,7 +32,7 @@ from swarm.dispatch.items import (
 )
 from swarm.dispatch.releases import Releases
 from swarm.store.changes import Record
-from swarm.store.states import is_runnable
+from swarm.store.states import is_encrypted, is_runnable
 from swarm.store.store import Event, Store
 
 
@@ -123,6 +123,7 @@ class AssignmentIndex:
         self._ingress_of: dict[str, str] = {}
         self._ingress_uses: Counter[str] = Counter()
         self._predefined = predefined_network(self._store)
+        self._encrypted = {network.id for network in self._store.networks if is_encrypted(network)}
         self._dirty: set[str] = set()
         """Nodes whose views were touched by the events being applied."""
 
@@ -156,6 +157,10 @@ class AssignmentIndex:
         self.releases.gone(view.node_id)
         for scope in list(view.scopes):
             self._leave(view, scope)
+
+    def uses_encryption(self, node_id: str) -> bool:
+        """The node is on an encrypted network: by a task, or because it lets published traffic in."""
+        return not self._encrypted.isdisjoint(self._uses.get(node_id, Counter()).keys() | self._ingress_uses.keys())
 
     def _fill(self, view: View) -> None:
         for scope in list(view.scopes):
@@ -264,7 +269,8 @@ class AssignmentIndex:
         one with published ports, and nobody does on the predefined one otherwise."""
         node = self._store.nodes.get(node_id)
         networks = (self._uses.get(node_id, Counter()).keys() - {self._predefined}) | self._ingress_uses.keys()
-        self._set(f"peer/{node_id}", peer_item(node, networks) if node is not None else None)
+        encrypts = not self._encrypted.isdisjoint(networks)
+        self._set(f"peer/{node_id}", peer_item(node, networks, encrypts) if node is not None else None)
 
     def _put_service(self, service_id: str, service: Service | None) -> None:
         self._set(f"service/{service_id}", service_item(self._store, service) if service is not None else None)
@@ -288,6 +294,10 @@ class AssignmentIndex:
         before, after = event.before, event.after
         network = after if isinstance(after, Network) else None
         self._set(f"network/{event.record.id}", network_item(network) if network is not None else None)
+        if network is None:
+            self._encrypted.discard(event.record.id)
+        elif is_encrypted(network):
+            self._encrypted.add(network.id)
         if before is None or after is None:
             # Rare, and it may move the published traffic of any service.
             for service in self._store.services:

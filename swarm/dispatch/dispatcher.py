@@ -9,6 +9,7 @@ sent by `assignments.py`, what it may report by `statuses.py`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -29,11 +30,12 @@ from proto.dispatch_pb2 import (
     Welcome,
 )
 from proto.dispatch_pb2_grpc import DispatcherServicer, add_DispatcherServicer_to_server
-from proto.objects_pb2 import MANAGER, Node
+from proto.objects_pb2 import MANAGER, Cluster, Network, Node
 from swarm.consensus.interface import Consensus
 from swarm.dispatch.assignments import AssignmentIndex
 from swarm.dispatch.doctor import ExamRelay
 from swarm.dispatch.execs import ExecRelay
+from swarm.dispatch.keys import KeyDistribution
 from swarm.dispatch.liveness import BEATS_PER_PERIOD
 from swarm.dispatch.logs import Link, LogRelay
 from swarm.dispatch.nodes import host_of_peer, registered
@@ -65,6 +67,7 @@ class _Term:
 
     def __init__(self, store: Store, writer: Writer, now: Callable[[], float], monotonic: Callable[[], float]) -> None:
         self.index = AssignmentIndex(store)
+        self.keys = KeyDistribution(store, self.index)
         self.statuses = StatusWriter(store, writer, now)
         self.sessions: dict[str, NodeSession] = {}
         self.registers = RegisterLimit()
@@ -137,7 +140,11 @@ class Dispatcher(DispatcherServicer):
     # ---- what the store says
 
     def _on_events(self, term: _Term, events: Sequence[Event]) -> None:
-        for node_id in term.index.apply(events):
+        touched = term.index.apply(events)
+        rekeyed = any(isinstance(event.record, Cluster | Node | Network) for event in events) or not events
+        for node_id in list(term.sessions) if rekeyed else touched:
+            self._send_keys(term, node_id)
+        for node_id in touched:
             if node_id in term.sessions:
                 term.sessions[node_id].touch()
         self._send_released(term)
@@ -166,6 +173,24 @@ class Dispatcher(DispatcherServicer):
         for node_id, task_ids in term.index.releases.take().items():
             if node_id in term.sessions:
                 term.sessions[node_id].send(ManagerMessage(released=Released(task_ids=task_ids)))
+
+    @staticmethod
+    def _send_keys(term: _Term, node_id: str) -> None:
+        """Before the assignments that need them: these wait in the view until the queue is empty."""
+        session = term.sessions.get(node_id)
+        keys = term.keys.news(node_id) if session is not None else None
+        if session is not None and keys is not None:
+            session.send(ManagerMessage(keys=keys))
+
+    async def keys_settled(self, timeout_s: float) -> list[str]:
+        """Nodes that after so long have not confirmed the newest key of encrypted networks; [] = all have."""
+        term = self._term
+        if term is None:
+            return []
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await term.keys.settled()
+        return term.keys.behind()
 
     async def _compare_managers(self, term: _Term) -> None:
         """Members come and go without an event of the store, so they are compared now and then."""
@@ -276,6 +301,7 @@ class Dispatcher(DispatcherServicer):
         self._send_released(term)
         if term.sessions.get(session.node_id) is session:
             del term.sessions[session.node_id]
+            term.keys.session_ended(session.node_id)
             self.logs.session_ended(session.node_id)
             self.execs.session_ended(session.node_id)
             self.exams.session_ended(session.node_id)
@@ -293,6 +319,7 @@ class Dispatcher(DispatcherServicer):
         node = self._store.nodes.get(session.node_id)
         if node is not None:
             session.send(ManagerMessage(node=node))
+        self._send_keys(term, session.node_id)
         parts = {
             asyncio.create_task(self._read(term, session, incoming, host_of_peer(context.peer()))),
             asyncio.create_task(session.pump(context.write)),
@@ -337,6 +364,8 @@ class Dispatcher(DispatcherServicer):
                 case "applied":
                     term.index.releases.confirmed(node_id, session.view.confirmed(message.applied.sequence))
                     self._send_released(term)
+                case "keys_applied":
+                    term.keys.confirmed(node_id, message.keys_applied.serial)
                 case "exec":
                     self.execs.deliver(node_id, message.exec)
                 case "examined":

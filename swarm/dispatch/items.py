@@ -125,8 +125,8 @@ def weight_of(service: Service | None, node: Node | None) -> int:
     return max(1, min(WEIGHT_MAX, int(text))) if text.isdecimal() else 1
 
 
-def peer_item(node: Node, network_ids: Iterable[str]) -> Scoped | None:
-    """The node, for those with whom it shares one of these networks."""
+def peer_item(node: Node, network_ids: Iterable[str], encrypts: bool = False) -> Scoped | None:
+    """The node, for those with whom it shares one of these networks. `encrypts`: one of them is encrypted."""
     if not node.data_path_addr or not node.index:
         return None
     peer = NetworkPeer(
@@ -136,6 +136,8 @@ def peer_item(node: Node, network_ids: Iterable[str]) -> Scoped | None:
         down=is_down(node),
         masquerade=not node.description.answers_through_ingress,
     )
+    if encrypts and node.description.encrypts:
+        peer.encryption_epoch = node.description.encryption_epoch
     return Scoped(Item(peer=peer), frozenset(map(network_scope, network_ids)))
 
 

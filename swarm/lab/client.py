@@ -14,8 +14,9 @@ from proto.objects_pb2 import Node
 from swarm.lab.plan import Host, Plan
 from swarm.lab.shell import LabError
 
-CALL_TIMEOUT_S = 30.0
-START_TIMEOUT_S = 30.0
+CALL_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 120.0
+"""Each takes a second or two; in an emulated machine under load, half a minute."""
 POLL_S = 0.05
 PORT = 2377
 

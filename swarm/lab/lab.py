@@ -31,7 +31,7 @@ from swarm.lab.plan import (
 )
 from swarm.lab.shell import LabError, ip_batch, run, run_json, succeeds
 
-READY_TIMEOUT_S = 60.0
+READY_TIMEOUT_S = 180.0
 POLL_S = 0.05
 
 Say = Callable[[str], None]

@@ -21,7 +21,7 @@ NODES_MAX = 10
 def why_pending(store: Store, task: Task, now: float) -> tuple[str, ...]:
     """One line per node that refuses the task, those that refuse for the fewest reasons first; empty if some node
     would take it. `now` is Unix s."""
-    need = Need.of(task)
+    need = Need.of(task, store)
     loads = Board(store, now).loads(need, task.node_id)
     lacks = {load.node.id: missing(need, load) for load in loads}
     if not all(lacks.values()):
@@ -81,6 +81,10 @@ def _platform(need: Need, load: Load) -> str:
     return f"is {has.os}/{has.architecture}, the image is for {wanted}"
 
 
+def _encryption(need: Need, load: Load) -> str:
+    return "cannot encrypt networks (its kernel lacks ESP with AES-GCM)"
+
+
 def _ports(need: Need, load: Load) -> str:
     names = {int(value): name.lower() for name, value in pb.Protocol.items()}
     taken = sorted(in_the_way(need.host_ports, load.host_ports))
@@ -98,7 +102,7 @@ def _replicas(need: Need, load: Load) -> str:
 _WORDS: dict[Filter, Callable[[Need, Load], str]] = dict(
     zip(
         (accepts for accepts, _ in FILTERS),
-        (_state, _resources, _constraints, _platform, _ports, _addresses, _replicas),
+        (_state, _resources, _constraints, _platform, _encryption, _ports, _addresses, _replicas),
         strict=True,
     )
 )

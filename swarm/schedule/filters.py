@@ -74,9 +74,11 @@ class Need:
     max_per_node: int
     is_plain: bool
     """Nothing of this counts: a node that takes one takes any number."""
+    encrypted: bool
+    """One of its networks is."""
 
     @classmethod
-    def of(cls, task: Task) -> Need:
+    def of(cls, task: Task, store: Store) -> Need:
         spec = task.spec
         reserved = spec.resources.reservations
         counted = (
@@ -86,16 +88,19 @@ class Need:
             host_ports_of(task),
             spec.placement.max_replicas_per_node,
         )
-        return cls(task.service_id, spec, *counted, is_plain=not any(counted))
+        networks = (store.networks.get(attachment.network_id) for attachment in task.networks)
+        encrypted = any(network is not None and states.is_encrypted(network) for network in networks)
+        return cls(task.service_id, spec, *counted, is_plain=not any(counted), encrypted=encrypted)
 
     @property
-    def shape(self) -> tuple[bytes, bytes, frozenset[HostPort]]:
+    def shape(self) -> tuple[bytes, bytes, frozenset[HostPort], bool]:
         """Equal for needs that the same nodes can meet, whatever the service."""
         spec = self.spec
         return (
             spec.placement.SerializeToString(),
             spec.resources.reservations.SerializeToString(),
             self.host_ports,
+            self.encrypted,
         )
 
 
@@ -122,6 +127,10 @@ def _has_platform(need: Need, load: Load) -> bool:
     return runs_platform(load.node, need.spec)
 
 
+def _encrypts(need: Need, load: Load) -> bool:
+    return not need.encrypted or load.node.description.encrypts
+
+
 def _has_ports_free(need: Need, load: Load) -> bool:
     return not need.host_ports or not in_the_way(need.host_ports, load.host_ports)
 
@@ -143,11 +152,12 @@ FILTERS: tuple[tuple[Filter, str], ...] = (
     (_has_resources, "insufficient resources on {}"),
     (_satisfies_constraints, "scheduling constraints not satisfied on {}"),
     (_has_platform, "unsupported platform on {}"),
+    (_encrypts, "no encryption of networks on {}"),
     (_has_ports_free, "host-mode port already in use on {}"),
     (_has_addresses, "address of a host-mode port missing on {}"),
     (_is_below_max, "max replicas per node limit exceeded on {}"),
 )
-"""In the order in which they are asked. The texts are Docker's."""
+"""In the order in which they are asked. The texts are Docker's, which asks for no encryption."""
 
 
 def refusing(need: Need, load: Load) -> str | None:

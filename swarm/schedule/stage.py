@@ -79,7 +79,7 @@ class Board:
             if node is None:
                 yield from self._refuse(task, f"no suitable node (node {node_id} was removed)")
                 continue
-            need = Need.of(task)
+            need = Need.of(task, self._store)
             self._carriers_of(need.service_id)
             load = self._load(node)
             refused = refusing(need, load)
@@ -96,7 +96,7 @@ class Board:
             self.was_cut = True
             return
         batch = sorted(islice(tasks, allowed), key=lambda task: (task.slot, task.id))
-        need = Need.of(batch[0])
+        need = Need.of(batch[0], self._store)
         ground = self._ground(need)
         carriers = self._carriers_of(need.service_id)
         faults = self._faults(need)

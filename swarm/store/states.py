@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from proto import objects_pb2 as pb
-from proto.objects_pb2 import Node, NodeStatus, ServiceSpec, Task
+from proto.objects_pb2 import Network, Node, NodeStatus, ServiceSpec, Task
 
 STOPPED_BY_ITSELF = frozenset((pb.TASK_COMPLETE, pb.TASK_FAILED, pb.TASK_REJECTED))
 """Ends that the restart policy judges; SHUTDOWN and ORPHANED are the cluster's own doing."""
+
+
+def is_encrypted(network: Network) -> bool:
+    """Between hosts its packets travel in ESP (--opt encrypted)."""
+    return "encrypted" in network.spec.options
 
 
 def slot_of(task: Task) -> str:

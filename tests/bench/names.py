@@ -2,7 +2,8 @@
 
 All servers listen in one namespace, each pinned to the second core; dnsperf asks from the first. Rounds take turns,
 figures are medians. Hits: 2,000 names that were asked before. First-time names: 40,000 names, each asked once since the
-last change of the picture, so that no cache of ours has them; dnsmasq answers them from its hosts file.
+last change of the picture, so that no cache of ours has them; dnsmasq answers them from its hosts file. One change: how
+long the agent and its name server take for it on a host that knows 10,000 tasks.
 """
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ import signal
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dns.client import NameServerProcess
 from dns.interface import LISTEN_ADDRESS, LISTEN_PORT, NetworkNames, Picture, Sandbox, ServiceNames
+from node.mirror import Mirror, applied
+from node.pictures import Pictures
+from node.view import Local
+from proto.dispatch_pb2 import Assignments, Item, NetworkEndpoint, NetworkService
+from proto.objects_pb2 import VIP, Network
 from tests.bench import measure
 from tests.waiting import until
 
@@ -28,6 +35,9 @@ ROUNDS = 9
 ROUND_S = 1
 HIT_SERVICES, MISS_SERVICES = 1_000, 20_000
 TASKS = 5
+NICE = -20
+"""Of all servers and of dnsperf: what else the machine does shall not decide."""
+CHANGE_SERVICES, CHANGE_TASKS, CHANGE_SANDBOXES, CHANGES = 1_000, 10, 100, 40
 PACKAGES = {"dnsperf": "dnsperf", "unbound": "unbound", "dnsmasq": "dnsmasq-base", "dig": "dnsutils"}
 UNBOUND_PORT, DNSMASQ_PORT = 5301, 5302
 OURS, UNBOUND, DNSMASQ = "pyswarm", "unbound", "dnsmasq"
@@ -66,7 +76,7 @@ class Bench:
         ]
 
     def inside(self, core: int, *argv: str) -> list[str]:
-        return ["taskset", "-c", str(core), "ip", "netns", "exec", self.netns, *argv]
+        return ["nice", "-n", str(NICE), "taskset", "-c", str(core), "ip", "netns", "exec", self.netns, *argv]
 
     def ask(self, server: str, pid: int, *options: str) -> tuple[float, float]:
         """Queries per second of one dnsperf run, and CPU us per query of the server, which is `pid`."""
@@ -88,8 +98,8 @@ def service(number: int) -> ServiceNames:
 
 
 @contextlib.contextmanager
-def bench(services: int) -> Iterator[Bench]:
-    netns = f"dnsbench{os.getpid()}"
+def bench(services: int, number: int = 0) -> Iterator[Bench]:
+    netns = f"dnsbench{os.getpid()}-{number}"
     subprocess.run(["ip", "netns", "add", netns], check=True)
     try:
         subprocess.run(["ip", "-n", netns, "link", "set", "lo", "up"], check=True)
@@ -148,6 +158,7 @@ async def compare(services: int, others: Sequence[str], fresh: bool, rounds: int
             await ours.apply(made.picture())
             pids[OURS] = ours.pid
             os.sched_setaffinity(ours.pid, {1})
+            os.setpriority(os.PRIO_PROCESS, ours.pid, NICE)
             for name in others:
                 await until(lambda name=name: answers(made, name), 60, f"{name} answers")  # type: ignore[misc]
             for name in () if fresh else found:
@@ -172,6 +183,52 @@ def answers(made: Bench, server: str) -> bool:
     return done.stdout.strip() == service(0).vip
 
 
+def a_mirror() -> Mirror:
+    """As the managers tell it: one network with CHANGE_SERVICES services of CHANGE_TASKS tasks."""
+    network = Network(id="net")
+    network.spec.annotations.name = "net"
+    items = {"network/net": Item(network=network)}
+    for number in range(CHANGE_SERVICES):
+        told = NetworkService(service_id=f"s{number}", name=f"svc{number}", mode=VIP)
+        told.virtual_ips.add(network_id="net", address=f"10.99.{number // 250}.{number % 250 + 1}/8")
+        items[f"service/s{number}"] = Item(service=told)
+        for slot in range(1, CHANGE_TASKS + 1):
+            task_id = f"{number:020}{slot:05}"
+            end = NetworkEndpoint(task_id=task_id, network_id="net", service_id=told.service_id, serving=True)
+            end.task_name, end.address = (
+                f"svc{number}.{slot}.{task_id}",
+                f"10.{64 + slot}.{number // 250}.{number % 250 + 1}",
+            )
+            items[f"endpoint/net/{task_id}"] = Item(endpoint=end)
+    return Mirror(True, 1, items)
+
+
+async def change_ms() -> float:
+    """Median from the managers' word that one task serves no more, or does again, to the name server's that it answers
+    so, with CHANGE_SERVICES services of CHANGE_TASKS tasks in sight of CHANGE_SANDBOXES tasks of the host."""
+    local, pictures, taken = Local("node", "192.0.2.1", 1), Pictures(), []
+    with contextlib.ExitStack() as stack:
+        made = [stack.enter_context(bench(0, number)) for number in range(CHANGE_SANDBOXES)]
+        boxes = [Sandbox(each.netns, f"/run/netns/{each.netns}", ("net",)) for each in made]
+        ours = NameServerProcess(made[0].directory, made[0].directory / "dns.log")
+        mirror = a_mirror()
+        try:
+            await ours.apply(pictures.draw(mirror, local, boxes, ()))
+            for number in range(CHANGES):
+                key = f"endpoint/net/{number // 2:020}00001"
+                message = Assignments(base=mirror.sequence, result=mirror.sequence + 1)
+                change = message.changes.add(key=key)
+                change.item.CopyFrom(mirror.items[key])
+                change.item.endpoint.serving = not change.item.endpoint.serving
+                start_s = time.perf_counter()
+                mirror = applied(mirror, message)
+                await ours.apply(pictures.draw(mirror, local, boxes, ()))
+                taken.append((time.perf_counter() - start_s) * 1000)
+        finally:
+            await ours.stop()
+    return statistics.median(taken)
+
+
 def hits(rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
     return asyncio.run(compare(HIT_SERVICES, (UNBOUND, DNSMASQ), False, rounds))
 
@@ -183,7 +240,7 @@ def misses(rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
 def main() -> None:
     arguments = measure.options(__doc__).parse_args()
     print(", ".join(f"{program} {version}" for program, version in install().items()))
-    known, new = hits(), misses()
+    known, new, one_change_ms = hits(), misses(), asyncio.run(change_ms())
     ratios = {
         "dns_hit_vs_unbound": known[OURS][0] / known[UNBOUND][0],
         "dns_hit_vs_dnsmasq": known[OURS][0] / known[DNSMASQ][0],
@@ -197,9 +254,10 @@ def main() -> None:
             ("hits, to unbound", f"{ratios['dns_hit_vs_unbound']:.2f}", ">= 1.0"),
             ("hits, to dnsmasq", f"{ratios['dns_hit_vs_dnsmasq']:.2f}", ""),
             ("first-time names, to dnsmasq", f"{ratios['dns_miss_vs_dnsmasq']:.2f}", ">= 0.5"),
+            ("one change among 1,000 services x 10 tasks", f"{one_change_ms:.1f} ms", ""),
         ]
     )
-    measure.finish(arguments.json, ratios)
+    measure.finish(arguments.json, ratios | {"dns_change_ms": one_change_ms})
 
 
 if __name__ == "__main__":

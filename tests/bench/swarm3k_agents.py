@@ -30,6 +30,7 @@ from proto.objects_pb2 import (
     TASK_RUNNING,
     TASK_SHUTDOWN,
     TASK_STARTING,
+    NetworkKey,
     Node,
     TaskState,
     TaskStatus,
@@ -124,6 +125,9 @@ class Agent:
         pass
 
     def on_released(self, task_ids: list[str]) -> None:
+        pass
+
+    def on_keys(self, keys: list[NetworkKey]) -> None:
         pass
 
     def on_exec(self, message: ExecInput) -> None:

@@ -15,7 +15,7 @@ from node.session import Session
 from node.steps import MESSAGES, Action, Facts, State, after_loss, ended, next_step
 from proto import objects_pb2 as pb
 from proto.dispatch_pb2 import AgentHello, Assignments, Examination, ExecInput, LogRequest, Welcome
-from proto.objects_pb2 import Node, NodeDescription, Task, TaskStatus
+from proto.objects_pb2 import NetworkKey, Node, NodeDescription, Task, TaskStatus
 from tests.sim.calls import Call, Channel
 
 PREPARE_S = (0.05, 0.8)
@@ -139,6 +139,9 @@ class _Life:
     def on_node(self, node: Node) -> None: ...
 
     def on_released(self, task_ids: list[str]) -> None:
+        pass
+
+    def on_keys(self, keys: list[NetworkKey]) -> None:
         pass
 
     def on_exec(self, message: ExecInput) -> None:
