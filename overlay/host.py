@@ -73,7 +73,7 @@ class KernelNetwork:
             await self._thread.run(lambda: self._reconciler.apply(state), urgent=True)
         except OSError as error:
             raise NetworkError(f"the kernel refuses this host's networking: {error}") from error
-        self._paths.look((peer.vtep for peer in state.peers), self._reconciler.link_mtu_bytes)
+        self._paths.look((peer.vtep for peer in state.peers), self._reconciler.underlay.link_mtu_bytes)
 
     async def attach(self, attachment: Attachment) -> Path:
         return await self._thread.run(lambda: self._reconciler.attach(attachment))

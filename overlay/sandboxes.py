@@ -10,10 +10,11 @@ from pathlib import Path
 import structlog
 
 from overlay import namespaces
-from overlay.act import HostKernel, NamespaceKernel, read_host
+from overlay.act import NamespaceKernel
 from overlay.addressing import leg_name, overlaps
 from overlay.diff import empty_sandbox, sandbox_operations, settled
 from overlay.hostbridge import bridge_network, choose_subnet
+from overlay.hostkernel import HostKernel, read_host
 from overlay.interface import HostState, Interface, NetworkError, OverlayNetwork, RemoteEndpoint
 from overlay.plan import Sandbox, endpoints_by_network, plan_sandbox, read_port_alias
 

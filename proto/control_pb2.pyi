@@ -77,6 +77,7 @@ class Filter(_message.Message):
     NODE_IDS_FIELD_NUMBER: _builtins.int
     DESIRED_STATES_FIELD_NUMBER: _builtins.int
     ROLES_FIELD_NUMBER: _builtins.int
+    NETWORK_IDS_FIELD_NUMBER: _builtins.int
     ENGINE_LABELS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -103,6 +104,10 @@ class Filter(_message.Message):
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_objects_pb2.NodeRole.ValueType]: ...
     @_builtins.property
+    def network_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """tasks only"""
+
+    @_builtins.property
     def engine_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """nodes only; "" = any value"""
 
@@ -116,11 +121,12 @@ class Filter(_message.Message):
         node_ids: _abc.Iterable[_builtins.str] | None = ...,
         desired_states: _abc.Iterable[_objects_pb2.TaskState.ValueType] | None = ...,
         roles: _abc.Iterable[_objects_pb2.NodeRole.ValueType] | None = ...,
+        network_ids: _abc.Iterable[_builtins.str] | None = ...,
         engine_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_states", b"desired_states", "engine_labels", b"engine_labels", "ids", b"ids", "labels", b"labels", "names", b"names", "node_ids", b"node_ids", "roles", b"roles", "service_ids", b"service_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_states", b"desired_states", "engine_labels", b"engine_labels", "ids", b"ids", "labels", b"labels", "names", b"names", "network_ids", b"network_ids", "node_ids", b"node_ids", "roles", b"roles", "service_ids", b"service_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
