@@ -46,12 +46,6 @@ class Load:
         self.host_ports = set(account.host_ports)
         self.service_tasks: dict[str, int] = {}
 
-    @property
-    def is_exceeded(self) -> bool:
-        """More is reserved than the node has: it had more when it took its tasks."""
-        left = (self.nano_cpus_free, self.memory_bytes_free, *self.generic_left.values())
-        return min(left) < 0
-
     def take(self, need: Need) -> None:
         self.tasks += 1
         self.nano_cpus_free -= need.nano_cpus
@@ -199,17 +193,26 @@ def fits(node: Node, spec: TaskSpec) -> bool:
 def surplus(store: Store, node: Node) -> frozenset[str]:
     """Tasks (IDs) that shall run on the node but cannot stay, because it has less by now than they reserve together:
     the youngest, and those that were given what is gone."""
-    account = store.view(Ledger).account(node.id)
-    if not account.holding or not Load(node, account).is_exceeded:
+    if not _is_exceeded(node, store.view(Ledger).account(node.id)):
         return frozenset()
     kept, found = Account(), set()
     held = (task for task in store.tasks.where("node", node.id) if states.reserves(task) and states.is_runnable(task))
     for task in sorted(held, key=lambda task: (task.meta.created_at, task.id)):
         kept.reserve(task, 1)
-        if Load(node, kept).is_exceeded:
+        if _is_exceeded(node, kept):
             kept.reserve(task, -1)
             found.add(task.id)
     return frozenset(found)
+
+
+def _is_exceeded(node: Node, account: Account) -> bool:
+    """More is reserved than the node has: it had more when it took its tasks."""
+    has = node.description.resources
+    if account.nano_cpus > has.nano_cpus or account.memory_bytes > has.memory_bytes:
+        return True
+    if not account.generic:
+        return False
+    return min(generic.left_of(node.description.generic, account.generic).values()) < 0
 
 
 def satisfies(node: Node, spec: TaskSpec) -> bool:
