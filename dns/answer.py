@@ -13,7 +13,6 @@ import random
 import struct
 from collections.abc import Callable, Iterator
 
-from dns.datagrams import Reply, reply_of
 from dns.message import (
     A_BYTES,
     AAAA,
@@ -104,7 +103,7 @@ class Responder:
     def __init__(self, view: TaskView, budget: CacheBudget, seed: int = 0, cookie_key: bytes = b"") -> None:
         """`cookie_key`: a secret of this process, at most 64 bytes; with it cookies are answered (RFC 7873)."""
         self.view = view
-        self.replies: dict[bytes, Iterator[Reply]] = {}
+        self.replies: dict[bytes, bytes | Iterator[bytes]] = {}
         """Question over UDP less its ID -> replies less their ID, in turn."""
         self._records: dict[tuple[bytes, int], _Kept] = {}
         self._random = random.Random(seed)
@@ -151,10 +150,13 @@ class Responder:
     def _keep_replies(self, key: bytes, question: Question, kept: _Kept) -> None:
         """All orders of the addresses, or the next few: once those are handed out the question comes here again."""
         orders = kept.records.answer_count if kept.rotates else 1
-        bodies = [reply_of(pack(question, kept.next())) for _ in range(min(orders, ROTATIONS))]
+        bodies = [pack(question, kept.next()) for _ in range(min(orders, ROTATIONS))]
         if key not in self.replies:
-            self._take(len(key) + sum(body.length for body in bodies))
-        self.replies[key] = itertools.cycle(bodies) if orders <= ROTATIONS else iter(bodies)
+            self._take(len(key) + sum(map(len, bodies)))
+        if orders == 1:
+            self.replies[key] = bodies[0]
+        else:
+            self.replies[key] = itertools.cycle(bodies) if orders <= ROTATIONS else iter(bodies)
 
     def _take(self, size_bytes: int) -> None:
         self._budget.take(size_bytes + ENTRY_BYTES)

@@ -91,9 +91,9 @@ class NameServerProcess:
         if self._reviving is not None:
             self._reviving.cancel()
         async with self._lock:
-            if not self._pid and self._socket_path.exists():
-                with contextlib.suppress(OSError, EOFError, TimeoutError):
-                    await self._exchange(whole(Picture(), EMPTY_DIGEST), start=False)
+            with contextlib.suppress(OSError, EOFError, TimeoutError):  # whichever serves by now says who it is
+                self._forget()
+                await self._exchange(whole(Picture(), EMPTY_DIGEST), start=False)
             self._forget()
             if self._pid:
                 with contextlib.suppress(ProcessLookupError):
@@ -149,10 +149,14 @@ class NameServerProcess:
             if not start:
                 raise
         process = self._spawn()
-        while process.poll() is None:
-            with contextlib.suppress(OSError):
-                return await self._open()
-            await asyncio.sleep(RETRY_S)
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(OSError):
+                    return await self._open()
+                await asyncio.sleep(RETRY_S)
+        except asyncio.CancelledError:
+            process.terminate()  # nobody knows of it yet
+            raise
         raise ConnectionError(f"the server exited with status {process.returncode}")
 
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

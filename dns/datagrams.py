@@ -7,7 +7,6 @@ from __future__ import annotations
 import ctypes
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
 
 BATCH = 64
 BATCHES_PER_WAKE = 4
@@ -21,7 +20,9 @@ Client = tuple[str, int]
 Slow = Callable[[bytes, int], bytes | None]
 """(question, number for `Datagrams.client`) -> reply, or None: none, or later."""
 
-_EXHAUSTED: Iterator[Reply] = iter(())
+Replies = Mapping[bytes, bytes | Iterator[bytes]]
+"""By the question less its ID: the reply less its ID, or several of them for as many questions."""
+_UNKNOWN: Iterator[bytes] = iter(())
 
 
 class _Iovec(ctypes.Structure):
@@ -53,24 +54,11 @@ _LENGTH_AT = _Message.length.offset // 4
 _WORDS = _MESSAGE_BYTES // 4
 # PyDLL keeps the interpreter's lock: these calls never wait.
 _libc = ctypes.PyDLL(None)
+_PROBE = b"where the bytes of an object lie, from its beginning"
+_BYTES_AT = (ctypes.cast(ctypes.c_char_p(_PROBE), ctypes.c_void_p).value or 0) - id(_PROBE)
 _receive, _send = _libc.recvmmsg, _libc.sendmmsg
 _receive.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p)
 _send.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
-
-
-class Reply(NamedTuple):
-    """Of a known question, less its ID."""
-
-    address: int
-    """Where its bytes lie."""
-    length: int
-    body: bytes
-
-
-def reply_of(body: bytes) -> Reply:
-    address = ctypes.cast(ctypes.c_char_p(body), ctypes.c_void_p).value
-    assert address is not None
-    return Reply(address, len(body), body)
 
 
 class Datagrams:
@@ -98,8 +86,8 @@ class Datagrams:
         self._lengths = memoryview(self._in).cast("B").cast("I")[_LENGTH_AT::_WORDS]
         self._pieces = memoryview(self._out_vectors).cast("B").cast("Q")
 
-    def serve(self, fd: int, replies: Mapping[bytes, Iterator[Reply]], slow: Slow) -> None:
-        """Take what has arrived, a few batches at most, and answer it. `replies`: by the question less its ID."""
+    def serve(self, fd: int, replies: Replies, slow: Slow) -> None:
+        """Take what has arrived, a few batches at most, and answer it."""
         for _ in range(BATCHES_PER_WAKE):
             received = _receive(fd, ctypes.addressof(self._in), BATCH, socket.MSG_DONTWAIT, None)
             if received > 0:
@@ -107,22 +95,23 @@ class Datagrams:
             if received < BATCH:
                 return
 
-    def _answer(self, fd: int, received: int, replies: Mapping[bytes, Iterator[Reply]], slow: Slow) -> None:
+    def _answer(self, fd: int, received: int, replies: Replies, slow: Slow) -> None:
         questions, pieces, known = self._bytes, self._pieces, replies.get
-        alive: list[Reply] = []  # what `slow` makes the cache forget must not be freed before it is sent
+        alive: list[bytes] = []  # what `slow` makes the cache forget must not be freed before it is sent
         unanswered: list[int] = []
         for number, length in enumerate(self._lengths[:received].tolist()):
             start = number * QUESTION_BYTES_MAX
-            reply = next(known(bytes(questions[start + _ID_BYTES : start + length]), _EXHAUSTED), None)
+            found = known(bytes(questions[start + _ID_BYTES : start + length]), _UNKNOWN)
+            reply = found if isinstance(found, bytes) else next(found, None)
             if reply is None:
                 packet = slow(bytes(questions[start : start + length]), number)
                 if packet is None:
                     unanswered.append(number)
                     continue
-                reply = reply_of(packet[_ID_BYTES:])
+                reply = packet[_ID_BYTES:]
             alive.append(reply)
-            pieces[4 * number + 2] = reply[0]
-            pieces[4 * number + 3] = reply[1]
+            pieces[4 * number + 2] = id(reply) + _BYTES_AT
+            pieces[4 * number + 3] = len(reply)
         first = 0
         for end in (*unanswered, received):
             self._send(fd, first, end)

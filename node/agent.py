@@ -114,8 +114,8 @@ class Agent:
     # ------------------------------------------------------------ life
 
     async def run(self) -> None:
-        """Re-adopt, then serve until `stop` or `leave`. Raises what a broken part raises: the process should then
-        end and be started again, which disturbs no container."""
+        """Re-adopt, then serve until `stop` or `leave`. Raises what a broken part raises: another agent should
+        then follow, which disturbs no container."""
         self._stopped.clear()
         try:
             await self._tasks.adopt()

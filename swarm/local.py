@@ -58,6 +58,8 @@ ROLE_TIMEOUT_S = 16.0
 JOIN_TIMEOUT_S = 20.0
 READY_TIMEOUT_S = 15.0
 POLL_S = 0.05
+AGENT_PAUSE_S = 2.0
+"""Before the next agent, after one that failed: short enough for a node that is not yet taken for dead for long."""
 DEFAULT_POOL = "10.0.0.0/8"
 DEFAULT_SUBNET_BITS = 24
 DEFAULT_VXLAN_PORT = 4789
@@ -76,6 +78,20 @@ class RunningAgent(Protocol):
 
 
 MakeAgent = Callable[[Membership, NodeCredentials, "HostMembership"], RunningAgent]
+
+
+async def run_agents(first: RunningAgent, following: Callable[[], RunningAgent], pause_s: float) -> None:
+    """Until one ends that was told to. One that a fault ended is followed by another, which takes over what stands as
+    after a crash: a host whose agent is gone would be down for good, with a daemon that seems to run."""
+    agent = first
+    while True:
+        try:
+            await agent.run()
+            return
+        except Exception:
+            log.exception("the agent failed; another one follows", pause_s=pause_s)
+        await asyncio.sleep(pause_s)
+        agent = following()
 
 
 class HostMembership:
@@ -119,11 +135,14 @@ class HostMembership:
         await self._manager.stop(MANAGER_STOP_TIMEOUT_S)
 
     def _start_agent(self) -> None:
+        self._agent_run = asyncio.create_task(run_agents(self._next_agent(), self._next_agent, AGENT_PAUSE_S))
+        self._renewal = asyncio.create_task(self._keep_certificate())
+
+    def _next_agent(self) -> RunningAgent:
         assert self._membership is not None
         assert self._credentials is not None
         self._agent = self._make_agent(self._membership, self._credentials, self)
-        self._agent_run = asyncio.create_task(self._agent.run())
-        self._renewal = asyncio.create_task(self._keep_certificate())
+        return self._agent
 
     async def _stop_agent(self) -> None:
         if self._agent is not None:

@@ -55,8 +55,6 @@ from swarm.store.store import Store
 from swarm.store.writer import Writer
 from swarm.supervise import hold_lock
 
-INGRESS_SUBNET = "10.255.0.0/16"
-"""The reference's ingress subnet before 18.09: 65,000 tasks, outside the first /24s that users get."""
 JOIN_TIMEOUT_S = 30.0
 JOIN_RETRY_S = 0.5
 STOP_TIMEOUT_S = 5.0
@@ -207,7 +205,6 @@ class Manager:
             ingress.spec.annotations.name = "ingress"
             ingress.spec.driver = "overlay"
             ingress.spec.ingress = True
-            ingress.spec.ipam.subnet = INGRESS_SUBNET
             group: Group = (Create(bootstrap.cluster), Create(bootstrap.node), Create(ingress))
             await self._writer.commit(group, request_id=f"bootstrap-{bootstrap.cluster.id}")
 

@@ -52,15 +52,18 @@ async def build(balancer: Balancer) -> OverlayLab:
     lab = OverlayLab(balancer)
     await lab.apply()
     for host, (name, address) in zip(lab.hosts, BACKENDS.items(), strict=True):
-        path = await lab.task(host, name, (NET, address))
-        for listened in (address, address6(NET, address)):
-            lab.sockets.serve(path, listened, PORT, name)
-            lab.sockets.serve(path, listened, 53, name, "udp")
+        serve(lab, name, await lab.task(host, name, (NET, address)))
     await lab.task(lab.hosts[0], "c1", (NET, CLIENT))
     for address in ("192.168.99.55/24", f"{UNDERLAY6}55/64"):
         lab.sockets.run(lab.hosts[0].netns, "ip", "addr", "add", address, "dev", "eth0", "nodad")
     await lab.apply(VIPS, PORTS)
     return lab
+
+
+def serve(lab: OverlayLab, name: str, netns: Path) -> None:
+    for address in (BACKENDS[name], address6(NET, BACKENDS[name])):
+        lab.sockets.serve(netns, address, PORT, name)
+        lab.sockets.serve(netns, address, 53, name, "udp")
 
 
 @pytest.fixture(scope="module")
@@ -359,30 +362,6 @@ def works(lab: OverlayLab) -> bool:
         return False
 
 
-@pytest.mark.parametrize("place", ["task", "host"])
-async def test_flushed_virtual_services_are_back_with_the_next_audit(lab: OverlayLab, place: str) -> None:
-    if lab.balancer != "ipvs":
-        pytest.skip("IPVS only")
-    lab.sockets.inside(lab.path("c1") if place == "task" else lab.hosts[0].netns, ipvs.flush)
-    assert not works(lab)
-    await audit(lab)
-    assert works(lab)
-
-
-async def test_a_daemon_with_the_other_balancer_takes_over(lab: OverlayLab) -> None:
-    if lab.balancer != "ipvs":
-        pytest.skip("IPVS only")
-    host = lab.hosts[0]
-    balancers: tuple[Balancer, ...] = ("nftables", "ipvs")
-    for balancer in balancers:
-        host.balancer = balancer
-        host.again()
-        await lab.apply(VIPS, PORTS)
-        assert works(lab)
-        for netns in (host.netns, lab.path("c1")):
-            assert lab.sockets.inside(netns, ipvs.any_here) == (balancer == "ipvs")
-
-
 async def test_flushed_rules_are_back_with_the_next_audit_and_foreign_tables_are_left_alone(lab: OverlayLab) -> None:
     places = [lab.hosts[0].netns, lab.path("c1"), lab.path("a2")]
     for netns in places:
@@ -449,9 +428,11 @@ def test_sctp_is_balanced(lab: OverlayLab) -> None:
         item.close()
 
 
-async def test_teardown_leaves_nothing_of_balancing(lab: OverlayLab) -> None:
-    """The last test: afterwards this host has nothing."""
+async def test_teardown_leaves_nothing_of_balancing_and_all_can_begin_again(lab: OverlayLab) -> None:
     host = lab.hosts[2]
     await host.network.teardown()
     assert "pyswarm" not in lab.sockets.run(host.netns, "nft", "list", "tables").stdout
     assert not lab.sockets.inside(host.netns, ipvs.any_here)
+    await lab.apply(VIPS, PORTS)
+    serve(lab, "a3", await lab.task(host, "a3", (NET, BACKENDS["a3"])))
+    assert labels(lab, lab.client, host.address, 18080, 6) == dict.fromkeys(BACKENDS, 2)

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 
 from proto import objects_pb2 as pb
+from swarm.allocate import decide
 from swarm.allocate.addresses import Span
 from swarm.allocate.subnets import VNI_OPTION, subnet_conflict, ula_prefix
+from swarm.store.dirty import Dirty
 from swarm.store.store import Store
 from tests.simulated import Simulation, network, node, service
 
@@ -108,6 +110,21 @@ def test_without_an_ingress_network_the_services_that_need_it_say_so_and_go_on_w
     sim.run()
     assert [task.networks[0].address for task in sim.running("alone")] == ["10.20.0.2/20"]
     assert named(sim, "edge").vni == 4098  # 4096 was just given back
+
+
+@pytest.mark.parametrize(
+    ("pools", "subnet"),
+    [
+        (["10.0.0.0/8"], "10.255.0.0/16"),
+        (["172.20.0.0/16"], "172.20.0.0/24"),  # whoever gives other pools has other uses for 10.0.0.0/8
+        (["172.20.0.0/16", "10.0.0.0/8"], "10.255.0.0/16"),
+    ],
+)
+def test_the_ingress_network_keeps_to_the_swarms_pools(pools: list[str], subnet: str) -> None:
+    store = Store.of(pb.Cluster(id="c", default_addr_pool=pools, subnet_size=24), network("in", ingress=True))
+    (made,) = (group[0].record for group in decide(store, 0.0, str, Dirty(networks={"in"})).groups)
+    assert isinstance(made, pb.Network)
+    assert made.ipam.subnet == subnet
 
 
 # ---- dual stack

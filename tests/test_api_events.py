@@ -58,6 +58,20 @@ def test_services() -> None:
     assert told(old, copy_of(old, spec_version=9)) == [], "bookkeeping is no event"
 
 
+def test_allocation_is_told_when_it_fails_or_takes_something_away() -> None:
+    asked, given, failed = a_service(), a_service(), a_service()
+    given.endpoint.virtual_ips.add(network_id="n", address="10.0.1.2/24")
+    failed.allocation_error = "no virtual IP"
+    assert told(asked, given) == [], "that it succeeds is no event"
+    taken = {"virtualips.new": "", "virtualips.old": "10.0.1.2/24"}
+    assert told(given, asked) == [("service", "update", {"name": "web", **taken})]
+    wrong = {"allocationerror.new": "no virtual IP", "allocationerror.old": ""}
+    assert told(asked, failed) == [("service", "update", {"name": "web", **wrong})]
+    sound, twice = (objects.Network(id="n", allocation_error=text) for text in ("", "VNI 4097 is also network a's"))
+    wrong["allocationerror.new"] = "VNI 4097 is also network a's"
+    assert told(sound, twice) == [("network", "update", {"name": "", **wrong})]
+
+
 def test_nodes_say_only_what_people_know_of() -> None:
     up = a_node("n1", "box")
     down = copy_of(up)

@@ -212,8 +212,10 @@ def test_each_address_comes_first_in_turn(size: int) -> None:
     key = bytes(DNSRecord.question("web").pack())
     firsts = []
     for _ in range(3 * size):
-        reply = next(asked.replies.get(key[2:], iter(())), None)
-        packet = asked.answer(key) if reply is None else key[:2] + reply.body
+        known = asked.replies.get(key[2:], iter(()))
+        assert not isinstance(known, bytes)
+        body = next(known, None)
+        packet = asked.answer(key) if body is None else key[:2] + body
         assert packet is not None
         firsts.append(addresses(DNSRecord.parse(packet))[0])
     assert {firsts.count(address) for address in set(firsts)} <= {2, 3, 4}

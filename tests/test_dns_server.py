@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -159,8 +160,29 @@ async def test_outlives_its_agent_and_is_back_by_itself_within_a_second_when_it_
         await second.apply(picture(("10.0.1.9",)))
         assert await asked("tasks.web") == ["10.0.1.9"]
     finally:
-        await first.stop()
+        first._wanted = None  # as a process that has ended: it revives nothing any more
         await second.stop()
+        await first.stop()
+    await until(lambda: not servers_of(tmp_path), what="no server of these agents runs")
+
+
+async def test_a_stop_while_a_dead_server_is_being_replaced_leaves_none(netns: str, tmp_path: Path) -> None:
+    agent = NameServerProcess(tmp_path, tmp_path / "dns.log")
+    await agent.apply(picture())
+    os.kill(agent.pid, signal.SIGKILL)
+    await until(lambda: agent._reviving is not None, what="its death is noticed")
+    await agent.stop()
+    await until(lambda: not servers_of(tmp_path), what="no server of this agent runs")
+
+
+def servers_of(run_dir: Path) -> list[str]:
+    """Process IDs."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(run_dir / "dns.sock").encode() in path.read_bytes():
+                found.append(path.parent.name)
+    return found
 
 
 async def test_what_another_agent_told_is_noticed_and_put_right(netns: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,9 +34,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         yield made
 
 
-def ask(cluster: Lab, host: str) -> tuple[str, str]:
+def ask(cluster: Lab, host: str, port: int = 8000) -> tuple[str, str]:
     """(task, address of this client as the task saw it)"""
-    with socket.create_connection((cluster.host(host).address, 8000), timeout=5) as client:
+    with socket.create_connection((cluster.host(host).address, port), timeout=5) as client:
         client.sendall(b"GET /cgi-bin/who HTTP/1.0\r\n\r\n")
         answer = b"".join(iter(lambda: client.recv(4096), b""))
     task, seen = answer.decode().split("\r\n\r\n", 1)[1].split()
@@ -72,6 +73,38 @@ def test_tasks_see_the_address_of_clients_that_send_datagrams(cluster: Lab) -> N
             assert answers == {(name, cluster.plan.gateway) for name in cluster.hosts}
     finally:
         sockets.close()
+
+
+def wait_for_shares(cluster: Lab, shares: list[int]) -> None:
+    """Until, through every host, that many of as many requests meet each task, the busiest first."""
+
+    def shared_out() -> bool:
+        return all(
+            sorted(Counter(ask(cluster, host)[0] for _ in range(sum(shares))).values(), reverse=True) == shares
+            for host in cluster.hosts
+        )
+
+    wait_for(shared_out, 30, f"shares are {shares} through every host")
+
+
+def test_weights_follow_a_label_of_the_nodes_and_sources_stay_with_one_task(cluster: Lab) -> None:
+    cluster.pyswarm("m1", "node", "update", "--label-add", "capacity=3", "w1")
+    cluster.pyswarm("m1", "service", "update", "--balance-weight", "node.labels.capacity", "who")
+    wait_for_shares(cluster, [6, 2, 2])
+    cluster.pyswarm("m1", "service", "update", "--balance", "source", "who")
+    wait_for_shares(cluster, [6])
+    assert len({ask(cluster, host)[0] for host in cluster.hosts}) == 1, "the same through every host"
+    cluster.pyswarm("m1", "service", "update", "--balance", "round-robin", "--balance-weight", "", "who")
+    wait_for_shares(cluster, [2, 2, 2])
+
+
+def test_a_port_at_one_address_answers_there_only(cluster: Lab) -> None:
+    address = cluster.host("w1").address
+    cluster.pyswarm("m1", "service", "update", "--publish-add", f"{address}:8100:80", "who")
+    wait_for(lambda: ask(cluster, "w1", 8100), 30, "it answers")
+    with pytest.raises(ConnectionRefusedError):
+        ask(cluster, "m1", 8100)
+    cluster.pyswarm("m1", "service", "update", "--publish-rm", f"{address}:8100:80", "who")
 
 
 def test_node_inspect_tells_how_the_node_balances(cluster: Lab) -> None:

@@ -108,7 +108,7 @@ class _Holders:
         holder = self._names.get((leg.network_id, number))
         if holder is not None:
             return f"address {leg.address} is also {holder}'s"
-        if not span.holds(number) or (leg.address, leg.address6) != span.texts(number):
+        if not span.holds(number) or (span.prefix6 and leg.address6 != span.texts(number)[1]):
             return f"address {leg.address} {leg.address6}".strip() + f" is none that {span.subnet} has to give"
         self._names[leg.network_id, number] = name
         return ""

@@ -190,7 +190,7 @@ def _free_subnet(store: Store, network: Network, taken: list[Taken]) -> Net | Re
     pools = pools or [DEFAULT_POOL]
     size = (cluster.subnet_size if cluster is not None else 0) or SUBNET_SIZE
     if network.spec.ingress:
-        if overlap(INGRESS, taken) is None:
+        if overlap(INGRESS, taken) is None and any(INGRESS.subnet_of(Net4(pool)) for pool in pools):
             return INGRESS
     elif not any(other.net == FIRST for other in taken):
         taken = [*taken, Taken(FIRST, "reserved")]

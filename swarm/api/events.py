@@ -174,8 +174,13 @@ def _service_pairs(before: Record, after: Record) -> Pairs:
             "image": (after.spec.task.container.image, before.spec.task.container.image),
             "updatestate": (_update_state(after), _update_state(before)),
             "allocationerror": (after.allocation_error, before.allocation_error),
+            **({"virtualips": (_virtual_ips(after), _virtual_ips(before))} if before.endpoint.virtual_ips else {}),
         }
     )
+
+
+def _virtual_ips(service: Service) -> str:
+    return ",".join(vip.address for vip in service.endpoint.virtual_ips)
 
 
 def _network_pairs(before: Record, after: Record) -> Pairs:

@@ -340,9 +340,11 @@ def _port(port: PortConfig) -> None:
         )
     if port.host_ip:
         try:
-            ipaddress.ip_address(port.host_ip)
+            usable = not ipaddress.ip_address(port.host_ip).is_multicast and "%" not in port.host_ip
         except ValueError:
-            raise Invalid(f"host ip {port.host_ip!r} of port {port.target_port} is no IP address") from None
+            usable = False
+        if not usable:
+            raise Invalid(f"host ip {port.host_ip!r} of port {port.target_port} is no address that a host can have")
 
 
 def port_key(port: PortConfig) -> tuple[int, str]:

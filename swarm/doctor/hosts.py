@@ -185,23 +185,24 @@ def single_endpoints(evidence: Evidence, remaining: Checks) -> Iterator[Claim]:
 
 
 def offload(evidence: Evidence, remaining: Checks) -> Iterator[Claim]:
-    """Small pings pass, yet TCP or full-size packets do not: checksums or segments are left to a card that fails."""
+    """Small pings pass, yet TCP or full-size packets do not: checksums or segments are left to a card that fails. Which
+    of them fail depends on who computed the checksum, so some may pass."""
     wanted = (Kind.TCP, Kind.FULL)
     for pair, checks in by_pair(check for check in remaining if check.kind in wanted).items():
-        kinds = {check.kind for check in checks}
-        lost = "TCP" if Kind.TCP in kinds else "full-size packets"
-        if Kind.TCP in kinds and any(check.kind is Kind.TCP and pair_of(check) == pair for check in evidence.passed):
-            continue
+        lost = "TCP" if any(check.kind is Kind.TCP for check in checks) else "full-size packets"
         explained = frozenset(
             check for check in remaining if pair_of(check) == pair and check.kind in (*wanted, Kind.BACKEND)
         )
         links = {facts.underlay_link for node_id in pair if (facts := evidence.facts.get(node_id)) is not None}
-        link = next(iter(sorted(links)), "eth0")
-        what = f"{lost} on the overlays: lost or damaged between them, while small pings pass"
-        why = "a network card, its driver or a virtual switch miscomputes checksums or segments of encapsulated packets"
+        tasks = some(sorted({evidence.name(check.backend_id) for check in checks}))
+        what = f"{lost} on the overlays: lost or damaged between them (to {tasks}), while small pings pass"
+        why = (
+            "a network card, its driver or a virtual switch miscomputes checksums or segments of encapsulated packets;"
+            " or, if it is but one task, a firewall inside it"
+        )
         remedy = (
-            f"on both hosts: ethtool -K {link} tx-checksum-ip-generic off tx-udp_tnl-segmentation off; and ask for a"
-            " newer driver"
+            f"on both hosts: ethtool -K {min(links, default='eth0')} tx-checksum-ip-generic off tx-udp_tnl-segmentation"
+            " off; and ask for a newer driver"
         )
         yield Claim(broken(pair_name(evidence, pair), what, why, remedy), explained)
 

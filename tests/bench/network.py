@@ -85,16 +85,17 @@ def spread(values: Sequence[float]) -> str:
 def attach_rows(results: Results) -> list[Row]:
     found = asyncio.run(overlay.measure())
     results["attach_ms"] = found["attach_ms"] + found["name_ms"]
-    results["backend_change_ms"] = found["backend_change_100_tasks_1000_vips_ms"] / overlay.TASKS
+    all_ms, least_ms = found["backend_change_100_tasks_1000_vips_ms"], found["backend_change_least_ms"]
+    results["backend_change_ms"] = all_ms / overlay.TASKS
     low, high = DOCKER_ATTACH_MS
     return [
         ("attach one task", f"{results['attach_ms']:.2f} ms", "<= 3 ms"),
-        ("  of that the kernel", f"{found['attach_ms']:.2f} ms", ""),
+        ("  of that the kernel", f"{found['attach_ms']:.2f} (least {found['attach_least_ms']:.2f}) ms", ""),
         ("  of that the name server", f"{found['name_ms']:.2f} ms", ""),
         ("  beside 1,000 services x 10", f"{found['attach_1000_vips_ms']:.2f} ms", ""),
         ("  Docker, documented, not run here", f"{low} to {high} ms", ""),
         ("one backend changes, per namespace", f"{results['backend_change_ms']:.3f} ms", "<= 1 ms"),
-        ("  all 100 namespaces", f"{found['backend_change_100_tasks_1000_vips_ms']:.1f} ms", "<= 50 ms"),
+        ("  all 100 namespaces", f"{all_ms:.1f} (least {least_ms:.1f}) ms", "<= 50 ms"),
         ("  the same with 1 service", f"{found['backend_change_100_tasks_1_vip_ms']:.1f} ms", "flat"),
     ]
 
@@ -142,17 +143,15 @@ def ratios(rounds: Sequence[Sequence[Load]], over: int = 1, under: int = 0) -> l
 
 
 def cpu_row(rounds: Sequence[Sequence[Load]], over: int = 1, under: int = 0) -> Row:
-    """The same by what a request costs: what the ratio of rates comes to where nothing else runs."""
-    spent = [statistics.median(arms[arm].cpu_us for arms in rounds) for arm in (under, over)]
+    """The same by what a request costs at least: about what the ratio of rates comes to where nothing else runs."""
+    spent = [min(arms[arm].cpu_us for arms in rounds) for arm in (under, over)]
     return "  by CPU per request", f"{spent[0] / spent[1]:.2f}", ""
 
 
 def arm_row(name: str, arms: Sequence[Load]) -> Row:
-    per_s, p99_ms, cpu_us = (
-        statistics.median(values) for values in zip(*((arm.per_s, arm.p99_ms, arm.cpu_us) for arm in arms), strict=True)
-    )
+    per_s, p99_ms = statistics.median(arm.per_s for arm in arms), statistics.median(arm.p99_ms for arm in arms)
     failed = sum(arm.failed for arm in arms)
-    figures = f"{per_s:,.0f}/s, p99 {p99_ms:.1f} ms, CPU {cpu_us:.0f} us"
+    figures = f"{per_s:,.0f}/s, p99 {p99_ms:.1f} ms, CPU {min(arm.cpu_us for arm in arms):.0f} us"
     return f"  {name}", figures, f"{failed} failed" if failed else ""
 
 

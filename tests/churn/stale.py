@@ -39,7 +39,7 @@ class Staleness:
     worst: str = ""
     """The longest of the former, in words."""
     silent_s: float = 0.0
-    """Longest time without an answer of a host's name server."""
+    """Longest time without an answer of a host's name server, while nothing else was done to the host."""
 
     def __str__(self) -> str:
         def told(longest: Mapping[str, float]) -> str:
@@ -63,8 +63,7 @@ def staleness(
     hosts: Mapping[str, Seen],
 ) -> Staleness:
     """Of every change, on every host. A task whose address nobody knows was gone before anyone could look."""
-    spans = [span for seen in hosts.values() for span in seen.silent.ended]
-    found = Staleness(silent_s=max((end - start for start, end in spans), default=0.0))
+    found = Staleness(silent_s=max((longest_silence_s(seen) for seen in hosts.values()), default=0.0))
     next_at: dict[str, float] = {}
     for change in reversed(changes):
         until = next_at.get(change.task_id)
@@ -79,6 +78,17 @@ def staleness(
                 if delay:
                     _count(found, change, delay, f"{host} {key[1]}", key[0], seen.excuses(key[0]))
     return found
+
+
+def longest_silence_s(seen: Seen) -> float:
+    """Of a name server whose agent was there to start it again."""
+    disturbed = seen.disturbed.ended
+    alone = [
+        end - start
+        for start, end in seen.silent.ended
+        if not any(begun < end and start < over for begun, over in disturbed)
+    ]
+    return max(alone, default=0.0)
 
 
 def _count(  # noqa: PLR0917  # one observation
