@@ -5,14 +5,12 @@ All of it runs on the namespace thread, synchronously.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from overlay import namespaces, nfnl, nft, rtnl
 from overlay.addressing import (
-    is_leg,
     network_namespace,
     task_namespace,
 )
@@ -36,6 +34,7 @@ from overlay.diff import (
     TaskOperation,
 )
 from overlay.esp import MARKING, MARKING_RULES, MARKING_TABLE
+from overlay.hostkernel import connected
 from overlay.interface import MACVLAN_MODES, Interface, NetworkError
 from overlay.namespaces import NamespaceThread
 from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Message, Netlink, NetlinkError, acknowledged
@@ -45,87 +44,10 @@ from overlay.sysctls import IPV6_SYSCTLS, set_all_optional, set_leg_sysctls, set
 
 
 @dataclass(frozen=True, slots=True)
-class HostKernel:
-    """Links, addresses and routes of the host's namespace."""
-
-    links: dict[str, rtnl.Link]
-    addresses: frozenset[tuple[int, str, int]]
-    routes: tuple[rtnl.Route, ...]
-
-    def legs(self, tag: str) -> dict[str, Leg]:
-        whole = connected(self.addresses, self.routes)
-        return {
-            name: Leg(
-                name,
-                link.mac,
-                link.mtu_bytes,
-                frozenset((address, prefix) for index, address, prefix in whole if index == link.index),
-                link.ipv6,
-                link.routing,
-            )
-            for name, link in self.links.items()
-            if is_leg(tag, name) and link.up
-        }
-
-    def link_of(self, address: str) -> str:
-        """The link that has this address; "" = none has."""
-        indices = {index for index, found, _ in self.addresses if found == address}
-        return next((link.name for link in self.links.values() if link.index in indices), "")
-
-    def mtu_of(self, address: str) -> int | None:
-        """MTU of the link that has this address, in bytes."""
-        link = self.links.get(self.link_of(address))
-        return link.mtu_bytes if link is not None else None
-
-    def foreign_prefixes(self, tag: str) -> list[tuple[str, str]]:
-        """(prefix, what it is) of the addresses and routes on links that are not legs."""
-        names = {link.index: link.name for link in self.links.values()}
-        ours = {link.index for link in self.links.values() if is_leg(tag, link.name)}
-        out = [
-            (f"{address}/{prefix}", f"address {address}/{prefix} of {names.get(index, '?')}")
-            for index, address, prefix in self.addresses
-            if index not in ours
-        ]
-        out += [
-            (f"{route.destination}/{route.prefix}", f"the route to it by {names.get(route.link, '?')}")
-            for route in self.routes
-            if route.prefix and route.link not in ours
-        ]
-        return out
-
-
-def connected(
-    addresses: Iterable[tuple[int, str, int]], routes: Iterable[rtnl.Route]
-) -> frozenset[tuple[int, str, int]]:
-    """(link, address, prefix) of those whose subnet is reachable: the kernel adds the route with the address, and does
-    not miss it later."""
-    reachable = {(route.link, route.destination, route.prefix) for route in routes if not route.gateway}
-
-    def has_route(link: int, address: str, prefix: int) -> bool:
-        subnet = ipaddress.ip_network(f"{address}/{prefix}", strict=False)
-        return subnet.num_addresses == 1 or (link, str(subnet.network_address), prefix) in reachable
-
-    return frozenset(item for item in addresses if has_route(*item))
-
-
-def read_host() -> HostKernel:
-    with Netlink(NETLINK_ROUTE) as netlink:
-        return HostKernel(rtnl.links(netlink), rtnl.addresses(netlink), tuple(rtnl.routes(netlink)))
-
-
-@dataclass(frozen=True, slots=True)
 class SandboxKernel:
     picture: Sandbox
     aliases: dict[str, str]
     """Port -> alias, of the tasks' ports that exist."""
-
-
-@dataclass(frozen=True, slots=True)
-class InsideNetwork:
-    """A socket in a network's namespace, and the index of its bridge."""
-
-    netlink: Netlink
-    bridge: int
 
 
 class NamespaceKernel:
@@ -134,8 +56,10 @@ class NamespaceKernel:
     def __init__(self, thread: NamespaceThread, directory: Path) -> None:
         self.thread = thread
         self.directory = directory
-        self._inside: dict[str, InsideNetwork] = {}
-        """By network; kept open, since each task that comes needs one."""
+        self._sockets: dict[str, Netlink] = {}
+        """In the namespaces of networks; kept open, since each task that comes and each audit needs one."""
+        self._bridges: dict[str, int] = {}
+        """Network -> index of its bridge, as long as that is known."""
 
     def network_path(self, network_id: str) -> Path:
         return self.directory / network_namespace(network_id)
@@ -152,10 +76,10 @@ class NamespaceKernel:
 
     def read_sandbox(self, network_id: str) -> SandboxKernel:
         """All of it but the leg, whose end is in the host's namespace."""
-        with self.thread.inside(self.network_path(network_id)), Netlink(NETLINK_ROUTE) as netlink:
-            links = rtnl.links(netlink)
-            known = rtnl.neighbours(netlink)
-            entries = rtnl.forwardings(netlink)
+        netlink = self._socket(network_id)
+        links = rtnl.links(netlink)
+        known = rtnl.neighbours(netlink)
+        entries = rtnl.forwardings(netlink)
         device, bridge = links.get(VXLAN_NAME), links.get(BRIDGE_NAME)
         index = device.index if device else 0
         bridged = {entry.mac for entry in entries if not entry.vtep} if bridge and bridge.up else set()
@@ -197,14 +121,15 @@ class NamespaceKernel:
         with self.thread.inside(path), Netlink(NETLINK_ROUTE) as netlink:
             set_all_optional(IPV6_SYSCTLS)
             # br_netfilter would send bridged frames through IP hooks for nothing.
-            set_optional("net.bridge.bridge-nf-call-iptables", "0")
+            for family in ("iptables", "ip6tables", "arptables"):
+                set_optional(f"net.bridge.bridge-nf-call-{family}", "0")
             netlink.batch(acknowledged([rtnl.set_link("lo")]))
 
     def _forget_lost(self, network_id: str) -> None:
         """A namespace that somebody unmounted: with its links go the tasks' ends, which are then made anew."""
-        known = self._inside.get(network_id)
+        known = self._sockets.get(network_id)
         if known is not None:
-            known.netlink.batch(acknowledged([rtnl.delete_group()]))
+            known.batch(acknowledged([rtnl.delete_group()]))
             self._leave(network_id)
 
     def do_sandbox(self, network_id: str, operations: Iterable[SandboxOperation]) -> None:
@@ -214,6 +139,7 @@ class NamespaceKernel:
             for operation in operations:
                 match operation:
                     case MakeBridge():
+                        self._bridges.pop(network_id, None)
                         alias = rtnl.set_link(BRIDGE_NAME, alias=network_id)
                         inner.batch(acknowledged([rtnl.delete_link(BRIDGE_NAME), rtnl.new_bridge(BRIDGE_NAME), alias]))
                     case Mark():
@@ -359,7 +285,7 @@ class NamespaceKernel:
         except NetlinkError:
             # A port of that name may stand from before a crash, or the bridge be another than it was.
             self._leave(link.network_id)
-            self._enter(link.network_id).netlink.batch(acknowledged([rtnl.delete_link(link.port)]))
+            self._socket(link.network_id).batch(acknowledged([rtnl.delete_link(link.port)]))
             self._make_veth(task, link, descriptor)
 
     def _make_macvlan(self, task: Task, link: TaskLink, descriptor: int, inner: Netlink) -> None:
@@ -391,27 +317,31 @@ class NamespaceKernel:
         return {name: interface for _, name, interface in known}
 
     def _make_veth(self, task: Task, link: TaskLink, descriptor: int) -> None:
-        network = self._enter(link.network_id)
         near = rtnl.VethEnd(link.port, in_group=True)
         far = rtnl.VethEnd(link.name, link.mac)
-        made = rtnl.new_veth(near, far, link.mtu_bytes, descriptor, network.bridge)
+        made = rtnl.new_veth(near, far, link.mtu_bytes, descriptor, self._bridge(link.network_id))
         alias = rtnl.set_link(link.port, alias=port_alias(task.task_id, link))
-        network.netlink.batch(acknowledged([made, alias]))
+        self._socket(link.network_id).batch(acknowledged([made, alias]))
 
-    def _enter(self, network_id: str) -> InsideNetwork:
-        if network_id not in self._inside:
+    def _socket(self, network_id: str) -> Netlink:
+        if network_id not in self._sockets:
             with self.thread.home(), self.thread.inside(self.network_path(network_id)):
-                netlink = Netlink(NETLINK_ROUTE)
-            self._inside[network_id] = InsideNetwork(netlink, rtnl.link_index(netlink, BRIDGE_NAME))
-        return self._inside[network_id]
+                self._sockets[network_id] = Netlink(NETLINK_ROUTE)
+        return self._sockets[network_id]
+
+    def _bridge(self, network_id: str) -> int:
+        if network_id not in self._bridges:
+            self._bridges[network_id] = rtnl.link_index(self._socket(network_id), BRIDGE_NAME)
+        return self._bridges[network_id]
 
     def _leave(self, network_id: str) -> None:
-        known = self._inside.pop(network_id, None)
+        self._bridges.pop(network_id, None)
+        known = self._sockets.pop(network_id, None)
         if known is not None:
-            known.netlink.close()
+            known.close()
 
     def close(self) -> None:
-        for network_id in list(self._inside):
+        for network_id in list(self._sockets):
             self._leave(network_id)
 
     def open_network(self, path: Path) -> Netlink | None:

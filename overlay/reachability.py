@@ -15,7 +15,7 @@ import struct
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from overlay.act import read_host
+from overlay.hostkernel import read_host
 from proto.dispatch_pb2 import Connect, Ping, ProbeResult
 from proto.objects_pb2 import SCTP, UDP
 

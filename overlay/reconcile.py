@@ -7,22 +7,23 @@ repairs what somebody else changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
 from overlay import firewall, namespaces, nfnl
-from overlay.act import NamespaceKernel, read_host
+from overlay.act import NamespaceKernel
 from overlay.addressing import (
-    host_table,
     is_leg,
     port_name,
 )
+from overlay.attached import Attached, Detached
 from overlay.balance import TaskBalance
 from overlay.diff import task_operations
 from overlay.encryption import HostEncryption
 from overlay.hostbridge import free_address
+from overlay.hostkernel import read_host
 from overlay.inspection import inspect
 from overlay.interface import Attachment, HostState, Inspection, Interface, NetworkError
 from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Netlink, acknowledged
@@ -31,7 +32,6 @@ from overlay.plan import (
     TaskNetwork,
     check_interfaces,
     check_state,
-    mtu_left,
     plan_task,
 )
 from overlay.removal import Port
@@ -42,37 +42,13 @@ from overlay.services import ServiceBalancer
 from overlay.spares import Spares
 from overlay.sysctls import set_host_sysctls
 from overlay.tables import UNKNOWN
+from overlay.underlay import Underlay
 
 log = structlog.get_logger("overlay")
 
 AUDIT_PERIOD_S = 3.0
 """No audit sooner after the last: it reads everything, about 1 ms per task and network. Less than the period at which
 the agent calls, so that none of its calls comes a moment too early."""
-
-
-@dataclass(slots=True)
-class Attached:
-    interfaces: tuple[Interface, ...]
-    task: Task | None
-    """None until its networks are known (again)."""
-    balance: TaskBalance
-
-    def network_ids(self) -> tuple[str, ...]:
-        return tuple(interface.network_id for interface in self.interfaces)
-
-
-@dataclass(frozen=True, slots=True)
-class Detached:
-    """What is left of a task: its ports first, then `finish`, on any thread."""
-
-    ports: tuple[Port, ...]
-    path: Path
-    balance: TaskBalance | None
-
-    def finish(self) -> None:
-        if self.balance is not None:
-            self.balance.close()
-        namespaces.remove(self.path)
 
 
 def _links_differ(old: HostState, new: HostState) -> bool:
@@ -86,6 +62,7 @@ class Reconciler:
         kernel: NamespaceKernel,
         tag: str,
         services: ServiceBalancer,
+        encryption: HostEncryption,
         clock: Callable[[], float],
     ) -> None:
         self._kernel = kernel
@@ -96,15 +73,8 @@ class Reconciler:
         self._state: HostState | None = None
         self._complete = False
         """Whether `_state` was applied to its end."""
-        self.link_mtu_bytes = 0
-        """Of the link that has this node's data path address."""
-        self._mtu_bytes = 0
-        """What the underlay takes: the link, and the path to each peer."""
-        self._paths: dict[str, int] = {}
-        """Peer's data path address -> MTU of the path to it, in bytes, as measured last."""
-        self._warned: set[tuple[str, int]] = set()
-        self._sandboxes = Sandboxes(kernel, tag)
-        self.encryption = HostEncryption(kernel.directory.parent / "encryption", f"{host_table(tag)}_esp")
+        self.underlay = Underlay()
+        self._sandboxes = Sandboxes(kernel, tag, encryption)
         self._tasks: dict[str, Attached] = {}
         self._audited_at_s = 0.0
         self._last_given = ""
@@ -117,7 +87,7 @@ class Reconciler:
             if self._clock() - self._audited_at_s >= AUDIT_PERIOD_S:
                 self.audit()
             elif self._sandboxes.faults:
-                self._apply_networks(state)
+                self._sandboxes.apply(state, self.underlay.mtu_bytes)
             return
         self._complete = False
         old = self._state
@@ -129,10 +99,10 @@ class Reconciler:
         elif old.networks != state.networks:
             self._host_sysctls(state)
         self._state = state
-        resized = self._resize(state)
+        resized = self.underlay.resize(state)
         # Before anything is made: a new network may have the VNI or the subnet of one that goes.
         self._remove_unused()
-        self._apply_networks(state)
+        self._sandboxes.apply(state, self.underlay.mtu_bytes)
         self._publish(state)
         if resized or old is None or _links_differ(old, state):
             self._replan_tasks()
@@ -141,34 +111,14 @@ class Reconciler:
         self._spares.refill()
         self._complete = True
 
-    def _apply_networks(self, state: HostState) -> None:
-        # First: an encrypted network's packets find everything in place.
-        self.encryption.apply(state, self._sandboxes.vnis())
-        self._sandboxes.apply(state, self._mtu_bytes, self.encryption.fault)
-
-    def _resize(self, state: HostState) -> bool:
-        """Decide on the underlay's MTU; True when it is another than before."""
-        before = self._mtu_bytes
-        paths = [self._paths[peer.vtep] for peer in state.peers if peer.vtep in self._paths]
-        self._mtu_bytes = min([self.link_mtu_bytes, *paths])
-        if before not in (0, self._mtu_bytes):
-            log.info("underlay_mtu_changed", bytes=self._mtu_bytes, before=before, link=self.link_mtu_bytes)
-        for network in state.networks:
-            option, left = network.mtu_bytes or 0, mtu_left(network, self._mtu_bytes)
-            if option > left and (network.network_id, left) not in self._warned:
-                self._warned.add((network.network_id, left))
-                log.warning("network_mtu_too_large", network=network.network_id, option=option, room=left)
-        return self._mtu_bytes != before
-
     def learn_paths(self, paths: Mapping[str, int]) -> None:
-        """Peer's data path address -> MTU of the path to it, in bytes. A peer that does not answer keeps the last."""
+        """Peer's data path address -> MTU of the path to it, in bytes, of those that answered."""
         state = self._state
         if state is None:
             return
-        peers = {peer.vtep for peer in state.peers}
-        self._paths = {peer: mtu for peer, mtu in {**self._paths, **paths}.items() if peer in peers}
-        if self._resize(state):
-            self._apply_networks(state)
+        self.underlay.learn(paths, state)
+        if self.underlay.resize(state):
+            self._sandboxes.apply(state, self.underlay.mtu_bytes)
             self._replan_tasks()
 
     def _guarded(self, what: str, action: Callable[..., object], *arguments: object) -> bool:
@@ -189,7 +139,7 @@ class Reconciler:
                 f"no interface of this host has the data path address {state.vtep}; restore it, or leave and join"
                 " again with --data-path-addr set to an address that this host has"
             )
-        self.link_mtu_bytes = mtu
+        self.underlay.link_mtu_bytes = mtu
         self._host_sysctls(state)
         self._publish(state)
         self._open_firewall()
@@ -249,7 +199,7 @@ class Reconciler:
             fault = self._sandboxes.faults.get(interface.network_id)
             if fault is not None:
                 raise NetworkError(f"task {task_id} cannot be attached: {fault}")
-        return plan_task(task_id, interfaces, self._networks(), state.index, self._mtu_bytes)
+        return plan_task(task_id, interfaces, self._networks(), state.index, self.underlay.mtu_bytes)
 
     def _networks(self) -> dict[str, TaskNetwork]:
         macvlans = self._state.macvlans if self._state else ()
@@ -377,13 +327,13 @@ class Reconciler:
             return
         self._audited_at_s = self._clock()
         host = read_host()
-        self.link_mtu_bytes = host.mtu_of(state.vtep) or self.link_mtu_bytes
-        self._resize(state)
+        self.underlay.link_mtu_bytes = host.mtu_of(state.vtep) or self.underlay.link_mtu_bytes
+        self.underlay.resize(state)
         self._guarded("host", self._audit_host, state)
         for network_id in self._sandboxes.standing() & self._sandboxes.networks.keys():
             self._guarded(f"network {network_id}", self._sandboxes.audit, network_id, host)
-        self.encryption.forget()
-        self._apply_networks(state)
+        self._sandboxes.encryption.forget()
+        self._sandboxes.apply(state, self.underlay.mtu_bytes)
         for task_id, attached in list(self._tasks.items()):
             self._guarded(f"task {task_id}", self._audit_task, task_id, attached)
         self._remove_unused()
@@ -395,8 +345,7 @@ class Reconciler:
             self._open_firewall()
 
     def inspect(self) -> Inspection:
-        vtep = self._state.vtep if self._state is not None else ""
-        return inspect(self._kernel, self._tag, vtep, self._sandboxes.pictures(), self._tasks)
+        return inspect(self._kernel, self._tag, self._state, self._sandboxes.pictures(), self._tasks)
 
     def _works(self, network_id: str) -> bool:
         return network_id in self._networks() and network_id not in self._sandboxes.faults
@@ -432,7 +381,7 @@ class Reconciler:
             self._discard(task_id)
         for path in self._sandboxes.paths():
             self._kernel.remove_sandbox(path.name.removeprefix("net-"))
-        self.encryption.teardown()
+        self._sandboxes.encryption.teardown()
         legs = [delete_link(name) for name in read_host().links if is_leg(self._tag, name)]
         with Netlink(NETLINK_ROUTE) as netlink:
             netlink.batch(acknowledged(legs))
@@ -447,5 +396,5 @@ class Reconciler:
         self._spares.clear()
         self._services.remove()
         self._state, self._complete = None, False
-        self._sandboxes = Sandboxes(self._kernel, self._tag)
+        self._sandboxes = Sandboxes(self._kernel, self._tag, self._sandboxes.encryption)
         self._tasks = {}

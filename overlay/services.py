@@ -6,10 +6,10 @@ import socket
 from collections.abc import Callable, Iterable
 
 from overlay import balance, ipvs
-from overlay.act import read_host
 from overlay.addressing import host_table, node_address, node_address6
 from overlay.balance import Changes, HostBalance, TaskBalance, Wanted, host_picture, vips_by_network, wanted_chains
 from overlay.elements import packed
+from overlay.hostkernel import read_host
 from overlay.interface import Balancer, HostState, Interface
 from overlay.ipvs import VirtualServices
 from overlay.netlink import NETLINK_NETFILTER, Netlink
