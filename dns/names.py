@@ -7,9 +7,9 @@ Names are in wire form and lower case (message.py), so that a question needs no 
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from socket import AF_INET, AF_INET6, inet_pton
 from typing import NamedTuple
 
 from dns.interface import NetworkNames, ServiceNames, TaskNames
@@ -34,7 +34,7 @@ class Holder(NamedTuple):
 
 
 def _holder(texts: Iterable[str | None], ports: tuple[tuple[Service, int], ...] = ()) -> Holder:
-    addresses = tuple(ipaddress.ip_address(text).packed for text in texts if text)
+    addresses = tuple(inet_pton(AF_INET6 if ":" in text else AF_INET, text) for text in texts if text)
     a = b"".join(record(A, address) for address in addresses if len(address) == A_BYTES)
     aaaa = b"".join(record(AAAA, address) for address in addresses if len(address) != A_BYTES)
     return Holder(addresses, a, aaaa, ports)

@@ -136,7 +136,7 @@ async def _control(server: Server, reader: asyncio.StreamReader, writer: asyncio
                 reply: dict[str, object] = {"digest": digest} | ({"error": problem} if problem else {})
             except OutOfStep:
                 reply = {"digest": None}
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OSError) as error:
                 reply = {"digest": None, "error": str(error) or type(error).__name__}
             writer.write(json.dumps(reply | {"pid": os.getpid()}).encode() + b"\n")
             await writer.drain()

@@ -12,7 +12,7 @@ from overlay import namespaces, nfnl
 from overlay.act import NamespaceKernel
 from overlay.addressing import host_table
 from overlay.hostkernel import read_host
-from overlay.interface import Inspection, NetworkDrift
+from overlay.interface import HostState, Inspection, NetworkDrift
 from overlay.netlink import NETLINK_NETFILTER, Netlink
 from overlay.plan import Leg, Sandbox, Vxlan
 from overlay.ruleset import TASK_TABLE
@@ -23,9 +23,10 @@ STRICT = 1
 
 
 def inspect(
-    kernel: NamespaceKernel, tag: str, vtep: str, wanted: Mapping[str, Sandbox], task_ids: Iterable[str]
+    kernel: NamespaceKernel, tag: str, state: HostState | None, wanted: Mapping[str, Sandbox], task_ids: Iterable[str]
 ) -> Inspection:
     """`wanted`: by network."""
+    vtep = state.vtep if state is not None else ""
     host = read_host()
     legs = host.legs(tag)
     forwards = namespaces.read_sysctl("net.ipv4.ip_forward") == "1"

@@ -351,8 +351,7 @@ class Reconciler:
             self._open_firewall()
 
     def inspect(self) -> Inspection:
-        vtep = self._state.vtep if self._state is not None else ""
-        return inspect(self._kernel, self._tag, vtep, self._sandboxes.pictures(), self._tasks)
+        return inspect(self._kernel, self._tag, self._state, self._sandboxes.pictures(), self._tasks)
 
     def _works(self, network_id: str) -> bool:
         return network_id in self._networks() and network_id not in self._sandboxes.faults

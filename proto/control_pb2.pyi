@@ -77,6 +77,7 @@ class Filter(_message.Message):
     NODE_IDS_FIELD_NUMBER: _builtins.int
     DESIRED_STATES_FIELD_NUMBER: _builtins.int
     ROLES_FIELD_NUMBER: _builtins.int
+    NETWORK_IDS_FIELD_NUMBER: _builtins.int
     ENGINE_LABELS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -103,6 +104,10 @@ class Filter(_message.Message):
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_objects_pb2.NodeRole.ValueType]: ...
     @_builtins.property
+    def network_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """tasks only"""
+
+    @_builtins.property
     def engine_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """nodes only; "" = any value"""
 
@@ -116,11 +121,12 @@ class Filter(_message.Message):
         node_ids: _abc.Iterable[_builtins.str] | None = ...,
         desired_states: _abc.Iterable[_objects_pb2.TaskState.ValueType] | None = ...,
         roles: _abc.Iterable[_objects_pb2.NodeRole.ValueType] | None = ...,
+        network_ids: _abc.Iterable[_builtins.str] | None = ...,
         engine_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_states", b"desired_states", "engine_labels", b"engine_labels", "ids", b"ids", "labels", b"labels", "names", b"names", "node_ids", b"node_ids", "roles", b"roles", "service_ids", b"service_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_states", b"desired_states", "engine_labels", b"engine_labels", "ids", b"ids", "labels", b"labels", "names", b"names", "network_ids", b"network_ids", "node_ids", b"node_ids", "roles", b"roles", "service_ids", b"service_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -519,23 +525,46 @@ class ClusterUpdateRequest(_message.Message):
 
     AUTO_LOCK_MANAGERS_FIELD_NUMBER: _builtins.int
     ROTATE_UNLOCK_KEY_FIELD_NUMBER: _builtins.int
+    TASK_HISTORY_LIMIT_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_PERIOD_S_FIELD_NUMBER: _builtins.int
+    NODE_CERT_EXPIRY_S_FIELD_NUMBER: _builtins.int
     auto_lock_managers: _builtins.bool
     """on: a new unlock key; unset: as it is"""
     rotate_unlock_key: _builtins.bool
     """needs autolock to be on"""
+    task_history_limit: _builtins.int
+    """this and the following as in ClusterSpec; unset: as it is"""
+    heartbeat_period_s: _builtins.float
+    node_cert_expiry_s: _builtins.float
     def __init__(
         self,
         *,
         auto_lock_managers: _builtins.bool | None = ...,
         rotate_unlock_key: _builtins.bool = ...,
+        task_history_limit: _builtins.int | None = ...,
+        heartbeat_period_s: _builtins.float | None = ...,
+        node_cert_expiry_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_auto_lock_managers", b"_auto_lock_managers", "auto_lock_managers", b"auto_lock_managers"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_auto_lock_managers", b"_auto_lock_managers", "_heartbeat_period_s", b"_heartbeat_period_s", "_node_cert_expiry_s", b"_node_cert_expiry_s", "_task_history_limit", b"_task_history_limit", "auto_lock_managers", b"auto_lock_managers", "heartbeat_period_s", b"heartbeat_period_s", "node_cert_expiry_s", b"node_cert_expiry_s", "task_history_limit", b"task_history_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_auto_lock_managers", b"_auto_lock_managers", "auto_lock_managers", b"auto_lock_managers", "rotate_unlock_key", b"rotate_unlock_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_auto_lock_managers", b"_auto_lock_managers", "_heartbeat_period_s", b"_heartbeat_period_s", "_node_cert_expiry_s", b"_node_cert_expiry_s", "_task_history_limit", b"_task_history_limit", "auto_lock_managers", b"auto_lock_managers", "heartbeat_period_s", b"heartbeat_period_s", "node_cert_expiry_s", b"node_cert_expiry_s", "rotate_unlock_key", b"rotate_unlock_key", "task_history_limit", b"task_history_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__auto_lock_managers: _TypeAlias = _typing.Literal["auto_lock_managers"]  # noqa: Y015
     _WhichOneofArgType__auto_lock_managers: _TypeAlias = _typing.Literal["_auto_lock_managers", b"_auto_lock_managers"]  # noqa: Y015
+    _WhichOneofReturnType__heartbeat_period_s: _TypeAlias = _typing.Literal["heartbeat_period_s"]  # noqa: Y015
+    _WhichOneofArgType__heartbeat_period_s: _TypeAlias = _typing.Literal["_heartbeat_period_s", b"_heartbeat_period_s"]  # noqa: Y015
+    _WhichOneofReturnType__node_cert_expiry_s: _TypeAlias = _typing.Literal["node_cert_expiry_s"]  # noqa: Y015
+    _WhichOneofArgType__node_cert_expiry_s: _TypeAlias = _typing.Literal["_node_cert_expiry_s", b"_node_cert_expiry_s"]  # noqa: Y015
+    _WhichOneofReturnType__task_history_limit: _TypeAlias = _typing.Literal["task_history_limit"]  # noqa: Y015
+    _WhichOneofArgType__task_history_limit: _TypeAlias = _typing.Literal["_task_history_limit", b"_task_history_limit"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__auto_lock_managers) -> _WhichOneofReturnType__auto_lock_managers | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__heartbeat_period_s) -> _WhichOneofReturnType__heartbeat_period_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__node_cert_expiry_s) -> _WhichOneofReturnType__node_cert_expiry_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__task_history_limit) -> _WhichOneofReturnType__task_history_limit | None: ...
 
 Global___ClusterUpdateRequest: _TypeAlias = ClusterUpdateRequest  # noqa: Y015
 

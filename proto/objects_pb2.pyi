@@ -1654,6 +1654,7 @@ class Network(_message.Message):
     PENDING_DELETE_FIELD_NUMBER: _builtins.int
     ALLOCATION_ERROR_FIELD_NUMBER: _builtins.int
     IPAM6_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     vni: _builtins.int
     """allocated; 0 = not yet"""
@@ -1671,6 +1672,10 @@ class Network(_message.Message):
     def ipam6(self) -> Global___IpamConfig:
         """allocated; empty = no IPv6"""
 
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkNode]:
+        """computed when read, never stored: those that have tasks on it"""
+
     def __init__(
         self,
         *,
@@ -1682,14 +1687,39 @@ class Network(_message.Message):
         pending_delete: _builtins.bool = ...,
         allocation_error: _builtins.str = ...,
         ipam6: Global___IpamConfig | None = ...,
+        nodes: _abc.Iterable[Global___NetworkNode] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ipam", b"ipam", "ipam6", b"ipam6", "meta", b"meta", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation_error", b"allocation_error", "id", b"id", "ipam", b"ipam", "ipam6", b"ipam6", "meta", b"meta", "pending_delete", b"pending_delete", "spec", b"spec", "vni", b"vni"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allocation_error", b"allocation_error", "id", b"id", "ipam", b"ipam", "ipam6", b"ipam6", "meta", b"meta", "nodes", b"nodes", "pending_delete", b"pending_delete", "spec", b"spec", "vni", b"vni"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Network: _TypeAlias = Network  # noqa: Y015
+
+@_typing.final
+class NetworkNode(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ADDR_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """host name"""
+    addr: _builtins.str
+    """VTEP address"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        addr: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addr", b"addr", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkNode: _TypeAlias = NetworkNode  # noqa: Y015
 
 @_typing.final
 class NodeSpec(_message.Message):

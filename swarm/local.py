@@ -36,17 +36,18 @@ from proto.local_pb2 import (
     UnlockRequest,
 )
 from proto.objects_pb2 import MANAGER, Cluster, Node, NodeRole, NodeStatus
-from swarm.addresses import check_listen, check_pools, choose_advertise_host, host_addresses, split_host_port, vtep_of
+from swarm.addresses import check_listen, choose_advertise_host, host_addresses, split_host_port, vtep_of
 from swarm.config import DaemonConfig
 from swarm.errors import Invalid, Locked, NoLeader, SwarmError
+from swarm.founding import cluster_of, first_membership
 from swarm.hostfiles import HostPaths, Membership
 from swarm.ids import random_id
 from swarm.own_manager import OwnManager
 from swarm.recovery import cluster_of_backup
-from swarm.security.bootstrap import NewCluster, create_cluster, join_cluster, restored_manager
+from swarm.security.bootstrap import create_cluster, join_cluster, restored_manager
 from swarm.security.certificates import NodeCredentials
 from swarm.security.unlock_key import locked, random_key, text_of
-from swarm.supervise import Supervisor
+from swarm.supervise import Runs, Supervisor, keep_running
 from swarm.unlocking import HostLock
 from swarm.version import __version__
 
@@ -58,19 +59,14 @@ ROLE_TIMEOUT_S = 16.0
 JOIN_TIMEOUT_S = 20.0
 READY_TIMEOUT_S = 15.0
 POLL_S = 0.05
-AGENT_PAUSE_S = 2.0
-"""Before the next agent, after one that failed: short enough for a node that is not yet taken for dead for long."""
-DEFAULT_POOL = "10.0.0.0/8"
-DEFAULT_SUBNET_BITS = 24
-DEFAULT_VXLAN_PORT = 4789
+AGENT_PAUSE_S = 1.0
+"""Before the next agent, after one that failed: less than the time in which a silent node is taken for dead."""
 
 log = structlog.get_logger()
 
 
-class RunningAgent(Protocol):
+class RunningAgent(Runs, Protocol):
     """The part of `node.agent.Agent` that membership needs."""
-
-    async def run(self) -> None: ...
 
     async def stop(self) -> None: ...
 
@@ -78,20 +74,6 @@ class RunningAgent(Protocol):
 
 
 MakeAgent = Callable[[Membership, NodeCredentials, "HostMembership"], RunningAgent]
-
-
-async def run_agents(first: RunningAgent, following: Callable[[], RunningAgent], pause_s: float) -> None:
-    """Until one ends that was told to. One that a fault ended is followed by another, which takes over what stands as
-    after a crash: a host whose agent is gone would be down for good, with a daemon that seems to run."""
-    agent = first
-    while True:
-        try:
-            await agent.run()
-            return
-        except Exception:
-            log.exception("the agent failed; another one follows", pause_s=pause_s)
-        await asyncio.sleep(pause_s)
-        agent = following()
 
 
 class HostMembership:
@@ -135,7 +117,7 @@ class HostMembership:
         await self._manager.stop(MANAGER_STOP_TIMEOUT_S)
 
     def _start_agent(self) -> None:
-        self._agent_run = asyncio.create_task(run_agents(self._next_agent(), self._next_agent, AGENT_PAUSE_S))
+        self._agent_run = asyncio.create_task(keep_running(self._next_agent, AGENT_PAUSE_S))
         self._renewal = asyncio.create_task(self._keep_certificate())
 
     def _next_agent(self) -> RunningAgent:
@@ -230,22 +212,13 @@ class HostMembership:
             self._refuse_if_member()
             listen_addr = check_listen(request.listen_addr)
             host = choose_advertise_host(request.advertise_addr, host_addresses())
-            cluster = Cluster(
-                default_addr_pool=request.default_addr_pool or [DEFAULT_POOL],
-                subnet_size=request.subnet_size or DEFAULT_SUBNET_BITS,
-                data_path_port=request.data_path_port or DEFAULT_VXLAN_PORT,
-            )
-            cluster.spec.annotations.name = "default"
-            cluster.spec.task_history_limit = request.task_history_limit or 5
-            cluster.spec.heartbeat_period_s = request.heartbeat_period_s
-            cluster.spec.node_cert_expiry_s = request.node_cert_expiry_s
-            check_pools(cluster.default_addr_pool, cluster.subnet_size)
+            cluster = cluster_of(request)
             if request.auto_lock_managers:
                 cluster = locked(cluster, random_key())
                 self._lock.keep(cluster.unlock_key)
             bootstrap = create_cluster(cluster, random_id, time.time())
             bootstrap.node.spec.availability = request.availability
-            membership = _first_membership(bootstrap, host, listen_addr, request.data_path_addr)
+            membership = first_membership(bootstrap, host, listen_addr, request.data_path_addr)
             self._credentials = bootstrap.save(self._paths.certificates, self._lock.seal)
             await self._become(membership, bootstrap.message().SerializeToString())
             return InitReply(
@@ -295,7 +268,7 @@ class HostMembership:
             if cluster.unlock_key:
                 self._lock.keep(cluster.unlock_key)
             bootstrap = restored_manager(cluster, random_id, time.time())
-            membership = _first_membership(bootstrap, host, listen_addr, request.data_path_addr)
+            membership = first_membership(bootstrap, host, listen_addr, request.data_path_addr)
             self._credentials = bootstrap.save(self._paths.certificates, self._lock.seal)
             await self._become(membership, Bootstrap(backup=request.path, node=bootstrap.node).SerializeToString())
             return InitReply(node_id=membership.node_id, tokens=cluster.join_tokens, join_addr=membership.join_addr)
@@ -446,20 +419,3 @@ class HostMembership:
         self._paths.manager_socket.unlink(missing_ok=True)
         self._paths.make()
         self._membership = self._credentials = self._node = None
-
-
-def _first_membership(bootstrap: NewCluster, host: str, listen_addr: str, data_path_addr: str) -> Membership:
-    """Of the first manager, whose node object gets its addresses."""
-    node = bootstrap.node
-    node.advertise_host = host
-    node.data_path_addr = vtep_of(data_path_addr, host_addresses()) or host
-    membership = Membership(
-        node_id=node.id,
-        cluster_id=bootstrap.cluster.id,
-        advertise_host=host,
-        listen_addr=listen_addr,
-        data_path_addr=node.data_path_addr,
-    )
-    membership = membership.knowing((membership.manager_addr,))
-    node.manager_addr = membership.manager_addr
-    return membership

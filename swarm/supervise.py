@@ -1,4 +1,4 @@
-"""Keeping one child process running that outlives its supervisor.
+"""Keeping one child process running that outlives its supervisor; and, within this one, a part that may fail.
 
 The child holds a lock on `<name>.lock`. A supervisor that starts anew finds the lock
 held, asks the kernel by whom, adopts that process and watches it; it starts one only where none runs.
@@ -16,7 +16,7 @@ import struct
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import structlog
 
@@ -168,3 +168,19 @@ async def _gone(pid: int) -> None:
     child = _children.pop(pid, None)
     if child is not None:
         child.wait()
+
+
+class Runs(Protocol):
+    async def run(self) -> None: ...
+
+
+async def keep_running(next_one: Callable[[], Runs], pause_s: float) -> None:
+    """Run one, and another after each that a fault ended, until one ends that was told to. Without this a host whose
+    agent failed would be down for good, with a daemon that seems to run."""
+    while True:
+        try:
+            await next_one().run()
+            return
+        except Exception:
+            log.exception("failed: another one follows", pause_s=pause_s)
+        await asyncio.sleep(pause_s)

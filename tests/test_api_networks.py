@@ -242,6 +242,25 @@ async def test_a_service_that_is_read_says_on_which_nodes_clients_are_hidden_fro
         assert not stored.masquerading_nodes
 
 
+async def test_a_network_that_is_read_names_the_nodes_with_tasks_on_it_and_tasks_are_found_by_network() -> None:
+    nodes = [a_node(name, f"host-{name}") for name in ("n1", "n2", "n3")]
+    for at in nodes:
+        at.data_path_addr = f"192.0.2.{at.id[1]}"
+    tasks = [Task(id=f"t{number}", node_id=f"n{number}") for number in (1, 2, 3)]
+    for task, state, network_id in zip(tasks, (512, 704, 512), ("net1", "net1", "ingress0"), strict=True):
+        task.status.state = objects.TaskState.ValueType(state)
+        task.networks.add(network_id=network_id, address="10.0.1.2/24")
+    async with managing(a_cluster(), a_network("net1", "front"), *nodes, *tasks) as made:
+        stub = made.stubs["m1"]
+        found = await stub.GetNetwork(pb.GetRequest(ref="front"))
+        assert [(node.name, node.addr) for node in found.nodes] == [("host-n1", "192.0.2.1")]
+        stored = made.store.networks.get("net1")
+        assert stored is not None
+        assert not stored.nodes
+        listed = await stub.ListTasks(pb.ListRequest(filter=pb.Filter(network_ids=["net1"])))
+        assert [task.id for task in listed.tasks] == ["t1", "t2"]
+
+
 # ---------------------------------------------------------------- creation and removal
 
 

@@ -153,6 +153,24 @@ async def test_the_cluster_is_shown_without_the_key_and_a_rotated_token_is_new()
         assert made.store.cluster.root_ca_key_pem == b"-----KEY-----"
 
 
+async def test_settings_of_the_swarm_are_changed_one_by_one() -> None:
+    async with managing(a_cluster(), a_manager()) as made:
+        stub = made.stubs["m1"]
+        await stub.UpdateCluster(pb.ClusterUpdateRequest(task_history_limit=2))
+        shown = await stub.UpdateCluster(pb.ClusterUpdateRequest(heartbeat_period_s=3, node_cert_expiry_s=7200))
+        spec = shown.spec
+        assert (spec.task_history_limit, spec.heartbeat_period_s, spec.node_cert_expiry_s) == (2, 3, 7200)
+        assert not shown.spec.encryption.auto_lock_managers
+        for bad, why in (
+            (pb.ClusterUpdateRequest(task_history_limit=0), "task history limit: 0 is out of range: use 1 to 10000"),
+            (pb.ClusterUpdateRequest(heartbeat_period_s=0.01), "dispatcher heartbeat in seconds: 0.01 is out of range"),
+            (pb.ClusterUpdateRequest(node_cert_expiry_s=60), "certificate expiry in seconds: 60 is out of range"),
+            (pb.ClusterUpdateRequest(heartbeat_period_s=float("nan")), "nan is out of range"),
+        ):
+            code, told = await refused(stub.UpdateCluster(bad))
+            assert (code, why in told) == (grpc.StatusCode.INVALID_ARGUMENT, True), told
+
+
 async def test_the_unlock_key_has_its_own_call_and_a_repeated_rotation_is_one() -> None:
     async with managing(a_cluster(), a_manager(), names=("m1", "m2")) as made:
         stub = made.stubs["m2"]

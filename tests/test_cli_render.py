@@ -235,16 +235,17 @@ def test_network_json_has_both_families_peers_and_with_verbose_the_services_on_i
     task.status.state = pb.TASK_RUNNING
     at = node("w")
     at.data_path_addr = "192.0.2.7"
-    shape = network_json(network, [task], [at, node("m")], ())
+    network.nodes.add(name="w1", addr="192.0.2.7")
+    shape = network_json(network)
     assert shape["EnableIPv6"] is True
     assert shape["IPAM"]["Config"] == [
         {"Subnet": "10.0.1.0/24", "Gateway": "10.0.1.1"},
         {"Subnet": "fd00::/64", "Gateway": "fd00::1", "AuxiliaryAddresses": {"r": "fd00::9"}},
     ]
     assert shape["Options"] == {"com.docker.network.driver.overlay.vxlanid_list": "4097"}
-    assert shape["Peers"] == [{"Name": at.description.hostname, "IP": "192.0.2.7"}]
+    assert shape["Peers"] == [{"Name": "w1", "IP": "192.0.2.7"}]
     assert "Services" not in shape
-    shown = network_json(network, [task], [at], [web])["Services"][web.spec.annotations.name]
+    shown = network_json(network, [web], [task], [at])["Services"][web.spec.annotations.name]
     assert (shown["VIP"], shown["VIPv6"]) == ("10.0.1.2", "fd00::2")
     assert [(each["EndpointIP"], each["EndpointIPv6"], each["Info"]) for each in shown["Tasks"]] == [
         ("10.0.1.3", "fd00::3", {"Host IP": "192.0.2.7"})
@@ -254,7 +255,7 @@ def test_network_json_has_both_families_peers_and_with_verbose_the_services_on_i
 @pytest.mark.parametrize("name", ["host", "none", "bridge"])
 def test_predefined_networks_are_shown_in_dockers_words(name: str) -> None:
     network = pb.Network(spec=pb.NetworkSpec(driver=name))
-    shape = network_json(network, [], [], ())
+    shape = network_json(network)
     assert (shape["Driver"], shape["Scope"]) == ("null" if name == "none" else name, "local")
     assert shape["IPAM"]["Config"] == []
 

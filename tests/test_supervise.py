@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm.supervise import Supervisor, holder
+from swarm.supervise import Supervisor, holder, keep_running
 from tests.waiting import until
 
 CHILD = """
@@ -95,3 +95,28 @@ async def test_a_child_that_has_only_just_been_started_is_stopped_too(tmp_path: 
     await kept.stop(5)
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+
+class Failing:
+    def __init__(self, fault: Exception | None) -> None:
+        self._fault = fault
+
+    async def run(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+
+
+async def test_what_failed_is_followed_by_another_until_one_ends_by_itself() -> None:
+    faults: list[Exception | None] = [KeyError("digest"), OSError(28, "disk"), None, ValueError("never made")]
+    left = iter(map(Failing, faults))
+    async with asyncio.timeout(10):
+        await keep_running(lambda: next(left), 0.0)
+    assert isinstance(next(left)._fault, ValueError)
+
+
+async def test_cancelling_ends_it_between_two() -> None:
+    running = asyncio.create_task(keep_running(lambda: Failing(ValueError()), 3600.0))
+    await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running

@@ -231,6 +231,8 @@ class ControlService(ControlServicer):
             tasks = self._store.tasks.where("service", wanted.service_ids[0])
         elif len(wanted.node_ids) == 1:
             tasks = self._store.tasks.where("node", wanted.node_ids[0])
+        elif len(wanted.network_ids) == 1:
+            tasks = self._store.tasks.where("network", wanted.network_ids[0])
         else:
             tasks = list(self._store.tasks)
         return pb.TaskList(tasks=[views.shown_task(task) for task in tasks if views.task_matches(task, wanted)])
@@ -268,7 +270,7 @@ class ControlService(ControlServicer):
 
     @_read
     async def GetNetwork(self, request: pb.GetRequest, call: Call) -> Network:
-        return find.find_network(self._store, request.ref)
+        return views.inspected_network(self._store, find.find_network(self._store, request.ref))
 
     @_read
     async def ListNetworks(self, request: pb.ListRequest, call: Call) -> pb.NetworkList:

@@ -24,7 +24,7 @@ from proto.objects_pb2 import (
 from swarm.consensus.interface import Consensus
 from swarm.dispatch.items import is_down, is_live, task_name
 from swarm.schedule.filters import fits
-from swarm.store import states
+from swarm.store import drivers, states
 from swarm.store.store import Store
 
 
@@ -61,6 +61,19 @@ def inspected_service(store: Store, service: Service) -> Service:
         copy.masquerading_nodes.extend(
             sorted(node.description.hostname for node in nodes if not node.description.answers_through_ingress)
         )
+    return copy
+
+
+def inspected_network(store: Store, network: Network) -> Network:
+    """With the nodes that have tasks on it, if it spans them."""
+    if not drivers.is_overlay(network):
+        return network
+    copy = Network()
+    copy.CopyFrom(network)
+    hosts = {task.node_id for task in store.tasks.where("network", network.id) if is_live(task)}
+    nodes = [node for node_id in hosts if (node := store.nodes.get(node_id)) is not None]
+    for node in sorted(nodes, key=lambda node: (node.description.hostname, node.id)):
+        copy.nodes.add(name=node.description.hostname or node.id, addr=node.data_path_addr)
     return copy
 
 
@@ -181,6 +194,7 @@ def task_matches(task: Task, wanted: Filter) -> bool:
     return (
         (not wanted.service_ids or task.service_id in wanted.service_ids)
         and (not wanted.node_ids or task.node_id in wanted.node_ids)
+        and (not wanted.network_ids or any(leg.network_id in wanted.network_ids for leg in task.networks))
         and (not wanted.desired_states or task.desired_state in wanted.desired_states)
         and _common(task.id, [task_name(task)], task.service_annotations.labels, wanted)
     )

@@ -1,4 +1,4 @@
-"""`pyswarm swarm update`, `unlock` and `unlock-key`: managers that need a key to start."""
+"""`pyswarm swarm update`, `unlock` and `unlock-key`: settings, and managers that need a key to start."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from proto.local_pb2 import InfoReply, UnlockRequest
 from swarm.cli.client import MEMBERSHIP_S, Client, connect
 from swarm.cli.command import GoCommand
 from swarm.cli.failure import Failure
+from swarm.cli.spec import flag_value
+from swarm.cli.units import parse_duration_s, parse_uint
 
 PROMPT = "Enter unlock key: "
 LINE_CHARS_MAX = 4096
@@ -41,20 +43,37 @@ def _key(client: Client) -> str:
 @click.option(
     "--autolock", is_flag=True, default=None, help="Whether managers need an unlock key to start (true|false)."
 )
-def update(autolock: bool | None) -> None:
+@click.option("--task-history-limit", metavar="N", help="Ended tasks kept for each slot.")
+@click.option("--dispatcher-heartbeat", metavar="DURATION", help="How often nodes report.")
+@click.option("--cert-expiry", metavar="DURATION", help="Validity of node certificates made from now on.")
+def update(
+    autolock: bool | None, task_history_limit: str | None, dispatcher_heartbeat: str | None, cert_expiry: str | None
+) -> None:
     """Change the swarm's settings.
 
     \b
     Example:
       pyswarm swarm update --autolock=true
+      pyswarm swarm update --task-history-limit 2
     """
-    if autolock is None:
+    request = ClusterUpdateRequest()
+    if autolock is not None:
+        request.auto_lock_managers = autolock
+    if task_history_limit is not None:
+        request.task_history_limit = flag_value(
+            "task-history-limit", lambda t: parse_uint(t, 1, 10_000), task_history_limit
+        )
+    if dispatcher_heartbeat is not None:
+        request.heartbeat_period_s = flag_value("dispatcher-heartbeat", parse_duration_s, dispatcher_heartbeat)
+    if cert_expiry is not None:
+        request.node_cert_expiry_s = flag_value("cert-expiry", parse_duration_s, cert_expiry)
+    if not request.ByteSize():
         context = click.get_current_context()
         click.echo(context.get_help())
         return
     client = connect()
     was_on = _is_on(client)
-    client.call(client.control.UpdateCluster, ClusterUpdateRequest(auto_lock_managers=autolock))
+    client.call(client.control.UpdateCluster, request)
     click.echo("Swarm updated.")
     if autolock and not was_on:
         click.echo(unlock_text(_key(client)))

@@ -193,14 +193,16 @@ def inspect(refs: tuple[str, ...], form: str | None, verbose: bool) -> None:
       pyswarm network inspect --verbose wpnet
     """
     client = connect()
-    everything = ListRequest()
 
     def find(ref: str) -> dict[str, object]:
         found = client.call(client.control.GetNetwork, GetRequest(ref=ref))
-        tasks = client.call(client.control.ListTasks, everything).tasks
-        nodes = client.call(client.control.ListNodes, everything).nodes
-        services = client.call(client.control.ListServices, everything).services if verbose else ()
-        return network_json(found, tasks, nodes, services_on(found, services))
+        if not verbose:
+            return network_json(found)
+        services = client.call(client.control.ListServices, ListRequest()).services
+        nodes = client.call(client.control.ListNodes, ListRequest()).nodes
+        on_it = ListRequest(filter=Filter(network_ids=[found.id]))
+        tasks = client.call(client.control.ListTasks, on_it).tasks
+        return network_json(found, services_on(found, services), tasks, nodes)
 
     inspect_all(refs, find, form)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import IpamConfig, Network, Node, Service, Task
@@ -14,15 +14,17 @@ from swarm.store import drivers
 VNI_OPTION = "com.docker.network.driver.overlay.vxlanid_list"
 
 
-def network_json(network: Network, tasks: Sequence[Task], nodes: Iterable[Node], services: Iterable[Service]) -> Json:
-    """`services` are shown only with `--verbose`: give none without. `tasks`: of the whole swarm."""
+def network_json(
+    network: Network, services: Iterable[Service] = (), tasks: Iterable[Task] = (), nodes: Iterable[Node] = ()
+) -> Json:
+    """Services on it, with their tasks and the nodes of these, are shown with `--verbose` only."""
     spec = network.spec
     configs = [_config(network.ipam if network.ipam.subnet else spec.ipam)]
     configs += [_config(network.ipam6 if network.ipam6.subnet else spec.ipam6)]
     options = dict(spec.options)
     if network.vni:
         options[VNI_OPTION] = str(network.vni)
-    on_it = [task for task in tasks if _is_on(task, network)]
+    on_it = [task for task in tasks if pb.TASK_ASSIGNED <= task.status.state <= pb.TASK_RUNNING]
     by_id = {node.id: node for node in nodes}
     return {
         "Name": spec.annotations.name,
@@ -41,7 +43,7 @@ def network_json(network: Network, tasks: Sequence[Task], nodes: Iterable[Node],
         "Containers": {},
         "Options": options,
         "Labels": dict(spec.annotations.labels),
-        **given("Peers", _peers(network, on_it, by_id)),
+        **given("Peers", [{"Name": node.name, "IP": node.addr} for node in network.nodes]),
         **given("Services", {each.spec.annotations.name: _service(network, each, on_it, by_id) for each in services}),
         **given("AllocationError", network.allocation_error),
     }
@@ -58,20 +60,6 @@ def _config(config: IpamConfig) -> Json:
         **given("Gateway", config.gateway),
         **given("AuxiliaryAddresses", dict(config.aux_addresses)),
     }
-
-
-def _is_on(task: Task, network: Network) -> bool:
-    assigned = pb.TASK_ASSIGNED <= task.status.state <= pb.TASK_RUNNING
-    return assigned and any(leg.network_id == network.id for leg in task.networks)
-
-
-def _peers(network: Network, tasks: Iterable[Task], nodes: dict[str, Node]) -> list[Json]:
-    """The nodes that have tasks on it, as the others reach them."""
-    if not drivers.is_overlay(network):
-        return []
-    found = [node for node_id in {task.node_id for task in tasks} if (node := nodes.get(node_id)) is not None]
-    rows = [{"Name": node.description.hostname or node.id, "IP": node.data_path_addr} for node in found]
-    return sorted(rows, key=lambda row: row["Name"])
 
 
 def _service(network: Network, service: Service, tasks: Iterable[Task], nodes: dict[str, Node]) -> Json:

@@ -75,6 +75,7 @@ class Plan:
     left_out: int = 0
     """Checks beyond PROBES_MAX of a node."""
     services_left_out: int = 0
+    nodes_left_out: int = 0
     names: Mapping[str, str] = field(default_factory=dict)
     """ID -> what people call the node, network, service or task."""
     endpoints: Mapping[tuple[str, str], frozenset[str]] = field(default_factory=dict)

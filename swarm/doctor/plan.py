@@ -26,13 +26,15 @@ from swarm.doctor.checks import Check, Kind, Plan
 from swarm.store.states import is_runnable
 from swarm.store.store import Store
 
-PEERS_MAX, PEERS_EACH_MAX = 50, 10
-"""Other nodes that each node checks for one service, and for each of all: in a swarm of 1,000 nodes every pair would be
-a million probes."""
+NODES_MAX = 100
+"""Examined at once: planning more would keep the leader from its work for more than a second."""
+PEERS_MAX, PEERS_EACH_MAX = 20, 10
+"""Other nodes that each node checks for one service, and for each of all."""
 BACKENDS_MAX, BACKENDS_EACH_MAX = 20, 5
 """Tasks of a service that each node connects to, likewise; what ails fifty ails the first five."""
-SERVICES_MAX = 100
-"""Examined when none is named: planning more would keep the leader from its work for most of a second."""
+NODES_TIMES_SERVICES = 1_000
+"""Examined when no service is named; of large swarms at least SERVICES_MIN services."""
+SERVICES_MIN = 5
 PROBES_MAX = 500
 """Of one node: about 20 s when all of them fail (node/doctor.py). Every kind has its share of them."""
 CLOSED_PORT = 9
@@ -48,8 +50,12 @@ class _Planner:
     def __init__(self, store: Store, service: Service | None) -> None:
         self._store = store
         everyone = sorted(store.services, key=lambda each: each.spec.annotations.name)
-        self._services = [service] if service is not None else everyone[:SERVICES_MAX]
-        self._services_left_out = len(everyone) - SERVICES_MAX if service is None else 0
+        using = {task.node_id for task in store.tasks.where("service", service.id)} if service is not None else set()
+        nodes = sorted(store.nodes, key=lambda each: (each.id not in using, *_node_order(each)))[:NODES_MAX]
+        self._nodes = {node.id: node for node in sorted(nodes, key=_node_order)}
+        some = everyone[: max(SERVICES_MIN, NODES_TIMES_SERVICES // max(1, len(nodes)))]
+        self._services = [service] if service is not None else some
+        self._services_left_out = len(everyone) - len(some) if service is None else 0
         self._peers_max = PEERS_MAX if service is not None else PEERS_EACH_MAX
         self._backends_max = BACKENDS_MAX if service is not None else BACKENDS_EACH_MAX
         self._predefined = predefined_network(store)
@@ -58,7 +64,6 @@ class _Planner:
         used = {config.network_id for each in self._services for config in each.spec.task.networks}
         used |= {self._ingress_of[each.id] for each in self._services}
         self._networks = {each.id: each for each in store.networks if each.vni and each.id in used}
-        self._nodes = {node.id: node for node in sorted(store.nodes, key=_node_order)}
         self._tasks = [task for task in sorted(store.tasks, key=lambda each: each.id) if self._runs(task)]
         self._serving: dict[tuple[str, str], list[Task]] = defaultdict(list)
         """(service, network) -> its tasks there that others can reach."""
@@ -68,6 +73,8 @@ class _Planner:
             for attachment in task.networks:
                 if attachment.address and self._reached(task, attachment.network_id):
                     self._serving[task.service_id, attachment.network_id].append(task)
+                    if task.node_id not in self._nodes:
+                        continue
                     here = self._clients[attachment.network_id].setdefault(task.node_id, task)
                     if service is not None and task.service_id == service.id != here.service_id:
                         self._clients[attachment.network_id][task.node_id] = task
@@ -76,7 +83,9 @@ class _Planner:
 
     def _runs(self, task: Task) -> bool:
         """It runs, is wanted, and its node is not down: it should be in every balancer."""
-        return task.status.state == TASK_RUNNING and is_runnable(task) and not is_down(self._nodes.get(task.node_id))
+        return (
+            task.status.state == TASK_RUNNING and is_runnable(task) and not is_down(self._store.nodes.get(task.node_id))
+        )
 
     def _reached(self, task: Task, network_id: str) -> bool:
         """On the predefined network others are told of tasks that receive published traffic there only."""
@@ -99,7 +108,8 @@ class _Planner:
         return Plan(
             checks=tuple(kept),
             left_out=left_out,
-            services_left_out=max(0, self._services_left_out),
+            services_left_out=self._services_left_out,
+            nodes_left_out=len(self._store.nodes) - len(self._nodes),
             names=self._called(),
             endpoints=self._endpoints(),
             unserved=frozenset(each.id for each in self._services if self._is_unserved(each)),
@@ -257,8 +267,8 @@ class _Planner:
 
     def _published(self, service: Service, port: PortConfig) -> Iterator[Check]:
         mine = {task.node_id for task in self._tasks if task.service_id == service.id}
-        targets = [node_id for node_id in self._up if port.mode == INGRESS or node_id in mine] if mine else []
-        for node_id, peer_id in [*self._pairs(self._up), *((each, each) for each in targets)]:
+        targets = {node_id for node_id in self._up if port.mode == INGRESS or node_id in mine} if mine else set()
+        for node_id, peer_id in [*self._pairs(self._up), *((each, each) for each in sorted(targets))]:
             address = self._published_at(port, self._nodes[peer_id])
             if peer_id in targets and address:
                 yield Check(
@@ -310,7 +320,7 @@ class _Planner:
                 yield node.id
 
     def _called(self) -> dict[str, str]:
-        names = {node.id: node.description.hostname or node.id for node in self._nodes.values()}
+        names = {node.id: node.description.hostname or node.id for node in self._store.nodes}
         names |= {network.id: network.spec.annotations.name for network in self._store.networks}
         names |= {each.id: each.spec.annotations.name for each in self._store.services}
         for task in self._tasks:

@@ -157,7 +157,8 @@ def hidden_clients(evidence: Evidence, remaining: Checks) -> Iterator[Claim]:
 
 def partial(evidence: Evidence, remaining: Checks) -> Iterator[Claim]:
     plan = evidence.plan
-    left_out = [f"{plan.services_left_out} services"] if plan.services_left_out else []
+    left_out = [f"{plan.nodes_left_out} nodes"] if plan.nodes_left_out else []
+    left_out += [f"{plan.services_left_out} services"] if plan.services_left_out else []
     left_out += [f"{plan.left_out} checks"] if plan.left_out else []
     if left_out:
         what = f"{' and '.join(left_out)} were left out"

@@ -155,10 +155,11 @@ async def compare(services: int, others: Sequence[str], fresh: bool, rounds: int
         pids = {name: stack.enter_context(running(made, starts[name](made))) for name in others}
         ours = NameServerProcess(made.directory, made.directory / "dns.log")
         try:
-            await ours.apply(made.picture())
+            await ours.apply(Picture())
             pids[OURS] = ours.pid
             os.sched_setaffinity(ours.pid, {1})
             os.setpriority(os.PRIO_PROCESS, ours.pid, NICE)
+            await ours.apply(made.picture())
             for name in others:
                 await until(lambda name=name: answers(made, name), 60, f"{name} answers")  # type: ignore[misc]
             for name in () if fresh else found:

@@ -8,7 +8,7 @@ import random
 import signal
 import socket
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ import grpc
 
 from proto.control_pb2 import GetRequest, ListRequest, ServiceRequest, ServiceUpdateRequest
 from proto.control_pb2_grpc import ControlStub
-from proto.objects_pb2 import START_FIRST, STOP_FIRST, Node, Service, Task, UpdateStatus
+from proto.objects_pb2 import START_FIRST, STOP_FIRST, TASK_RUNNING, Node, Service, Task, TaskState, UpdateStatus
 from swarm.lab import hosts, lab
 from tests.churn import model
 from tests.churn.stale import Seen, Staleness, staleness
@@ -194,23 +194,37 @@ class Churn:
     def settle(self) -> dict[str, Addresses]:
         """What the store says once the services have the tasks that were asked for."""
 
+        lacking = "no manager answers"
+
         def settled() -> dict[str, Addresses] | None:
+            nonlocal lacking
             try:
                 services = self.control().ListServices(ListRequest(), timeout=30).services
-                if any(service.update_status.state == UpdateStatus.UPDATING for service in services):
-                    return None
                 tasks, nodes = all_tasks(self.control()), all_nodes(self.control())
                 self.addresses.update({task.id: address_of(task) for task in tasks if task.networks})
                 self.look_from_probes(tasks, nodes)
             except (grpc.RpcError, OSError):  # OSError: that probe has just gone
                 return None
             found = serving(tasks, nodes)
-            counts = {service: len(found.get(service, ())) for service in (*self.ports, PROBE)}
-            wanted = {**self.state.replicas, PROBE: len(self.cluster.hosts)}
-            return found if counts == wanted else None
+            lacking = self.lacking(found, services, tasks)
+            return None if lacking else found
 
-        found: dict[str, Addresses] = wait_for(settled, SETTLE_S, "the services have the tasks that were asked for")
+        try:
+            found: dict[str, Addresses] = wait_for(settled, SETTLE_S, "the services have the tasks that were asked for")
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {lacking}") from error
         return found
+
+    def lacking(self, found: dict[str, Addresses], services: Iterable[Service], tasks: Iterable[Task]) -> str:
+        """What is not as it was asked for yet, in words; "" = nothing."""
+        wanted = {**self.state.replicas, PROBE: len(self.cluster.hosts)}
+        counts = {service: len(found.get(service, ())) for service in wanted}
+        wrong = [f"{name} {counts[name]}/{wanted[name]}" for name in wanted if counts[name] != wanted[name]]
+        wrong += [each.spec.annotations.name for each in services if each.update_status.state == UpdateStatus.UPDATING]
+        if not wrong:
+            return ""
+        states = Counter(TaskState.Name(task.status.state) for task in tasks if task.desired_state <= TASK_RUNNING)
+        return f"{len(wrong)} services, {', '.join(wrong[:5])}; tasks are {dict(states)}"
 
     def differences(self, watcher: Watcher, truth: dict[str, Addresses]) -> list[str]:
         """In words, of what the host was seen to serve last."""
