@@ -133,6 +133,7 @@ def test_the_daemons_flag_names_or_counts() -> None:
         (["=2"], "write KIND=VALUE"),
         (["a b=2"], "write KIND=VALUE"),
         (["gpu=A", "gpu=2"], "gpu is either counted"),
+        (["gpu=99999999999999999999"], "at most 1000000000"),
         (["gpu=1", "gpu=2"], "gpu is either counted"),
         (["gpu=A", "gpu=A"], "the same name twice"),
         ([f"gpu=G{number}" for number in range(1001)], "a node offers at most 1000"),

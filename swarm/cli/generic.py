@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from proto.objects_pb2 import GenericResource
+from swarm.cli.units import parse_uint
 from swarm.errors import Invalid
 
 OFFERED_MAX = 1_000
 """Of one node: every manager holds each node's description in memory."""
 NAME_LENGTH_MAX = 255
+COUNT_MAX = 1_000_000_000
 
 
 def parse_offered(texts: Iterable[str], flag: str) -> list[GenericResource]:
@@ -20,7 +22,7 @@ def parse_offered(texts: Iterable[str], flag: str) -> list[GenericResource]:
     offered: list[GenericResource] = []
     for kind, names in values.items():
         if len(names) == 1 and names[0].isdecimal():
-            offered.append(GenericResource(kind=kind, count=int(names[0])))
+            offered.append(GenericResource(kind=kind, count=_count(names[0], flag)))
         elif any(name.isdecimal() for name in names):
             raise Invalid(f"--{flag}: {kind} is either counted ({kind}=2) or named ({kind}=A, {kind}=B), not both")
         elif len(set(names)) < len(names):
@@ -38,8 +40,15 @@ def parse_wanted(texts: Iterable[str], flag: str) -> list[GenericResource]:
     for kind, value in _pairs(texts, flag):
         if not value.isdecimal():
             raise Invalid(f'invalid value "{kind}={value}" for --{flag}: write KIND=NUMBER: which ones, a node chooses')
-        wanted.append(GenericResource(kind=kind, count=int(value)))
+        wanted.append(GenericResource(kind=kind, count=_count(value, flag)))
     return wanted
+
+
+def _count(text: str, flag: str) -> int:
+    try:
+        return parse_uint(text, 0, COUNT_MAX)
+    except Invalid as error:
+        raise Invalid(f"--{flag}: {error}") from None
 
 
 def _pairs(texts: Iterable[str], flag: str) -> Iterable[tuple[str, str]]:
