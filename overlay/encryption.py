@@ -198,3 +198,5 @@ class HostEncryption:
         with contextlib.suppress(OSError), Netlink(xfrm.NETLINK_XFRM) as netlink:
             xfrm.remove_all(netlink)
         self.ledger.path.unlink(missing_ok=True)
+        self.ledger = Ledger(self.ledger.path)
+        self._supported = self._vnis = self._done = None

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from overlay import namespaces
 from overlay.act import NamespaceKernel
-from overlay.addressing import TAG_MAX_CHARS
+from overlay.addressing import TAG_MAX_CHARS, host_table
+from overlay.encryption import HostEncryption
 from overlay.interface import Attachment, Balancer, EncryptionStatus, HostState, Inspection, NetworkError
 from overlay.namespaces import NamespaceThread
 from overlay.pathmtu import PathProbe, PathWatch
@@ -56,7 +57,8 @@ class KernelNetwork:
         self._removal = Removal()
         self._finishing = ThreadPoolExecutor(max_workers=FINISHED_AT_ONCE, thread_name_prefix="detach")
         services = ServiceBalancer(balancer, tag, (dns_address, dns_port), answers_through_ingress)
-        self._reconciler = Reconciler(self._kernel, tag, services, clock)
+        self._encryption = HostEncryption(run_dir / "encryption", f"{host_table(tag)}_esp")
+        self._reconciler = Reconciler(self._kernel, tag, services, self._encryption, clock)
         identity = int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=2).digest())
         self._paths = PathWatch(
             open_probe=lambda: self._thread.submit(lambda: PathProbe(identity)).result(),
@@ -96,11 +98,10 @@ class KernelNetwork:
 
     def encryption(self) -> EncryptionStatus:
         """The first call asks the kernel, for a millisecond. Raises OSError."""
-        encryption = self._reconciler.encryption
-        if encryption.status is None:
-            self._thread.submit(encryption.prepare).result()
-        assert encryption.status is not None
-        return encryption.status
+        if self._encryption.status is None:
+            self._thread.submit(self._encryption.prepare).result()
+        assert self._encryption.status is not None
+        return self._encryption.status
 
     async def inspect(self) -> Inspection:
         try:

@@ -15,7 +15,6 @@ import structlog
 from overlay import firewall, namespaces, nfnl
 from overlay.act import NamespaceKernel
 from overlay.addressing import (
-    host_table,
     is_leg,
     port_name,
 )
@@ -63,6 +62,7 @@ class Reconciler:
         kernel: NamespaceKernel,
         tag: str,
         services: ServiceBalancer,
+        encryption: HostEncryption,
         clock: Callable[[], float],
     ) -> None:
         self._kernel = kernel
@@ -74,8 +74,7 @@ class Reconciler:
         self._complete = False
         """Whether `_state` was applied to its end."""
         self.underlay = Underlay()
-        self._sandboxes = Sandboxes(kernel, tag)
-        self.encryption = HostEncryption(kernel.directory.parent / "encryption", f"{host_table(tag)}_esp")
+        self._sandboxes = Sandboxes(kernel, tag, encryption)
         self._tasks: dict[str, Attached] = {}
         self._audited_at_s = 0.0
         self._last_given = ""
@@ -88,7 +87,7 @@ class Reconciler:
             if self._clock() - self._audited_at_s >= AUDIT_PERIOD_S:
                 self.audit()
             elif self._sandboxes.faults:
-                self._apply_networks(state)
+                self._sandboxes.apply(state, self.underlay.mtu_bytes)
             return
         self._complete = False
         old = self._state
@@ -103,7 +102,7 @@ class Reconciler:
         resized = self.underlay.resize(state)
         # Before anything is made: a new network may have the VNI or the subnet of one that goes.
         self._remove_unused()
-        self._apply_networks(state)
+        self._sandboxes.apply(state, self.underlay.mtu_bytes)
         self._publish(state)
         if resized or old is None or _links_differ(old, state):
             self._replan_tasks()
@@ -112,11 +111,6 @@ class Reconciler:
         self._spares.refill()
         self._complete = True
 
-    def _apply_networks(self, state: HostState) -> None:
-        # First: an encrypted network's packets find everything in place.
-        self.encryption.apply(state, self._sandboxes.vnis())
-        self._sandboxes.apply(state, self.underlay.mtu_bytes, self.encryption.fault)
-
     def learn_paths(self, paths: Mapping[str, int]) -> None:
         """Peer's data path address -> MTU of the path to it, in bytes, of those that answered."""
         state = self._state
@@ -124,7 +118,7 @@ class Reconciler:
             return
         self.underlay.learn(paths, state)
         if self.underlay.resize(state):
-            self._apply_networks(state)
+            self._sandboxes.apply(state, self.underlay.mtu_bytes)
             self._replan_tasks()
 
     def _guarded(self, what: str, action: Callable[..., object], *arguments: object) -> bool:
@@ -338,8 +332,8 @@ class Reconciler:
         self._guarded("host", self._audit_host, state)
         for network_id in self._sandboxes.standing() & self._sandboxes.networks.keys():
             self._guarded(f"network {network_id}", self._sandboxes.audit, network_id, host)
-        self.encryption.forget()
-        self._apply_networks(state)
+        self._sandboxes.encryption.forget()
+        self._sandboxes.apply(state, self.underlay.mtu_bytes)
         for task_id, attached in list(self._tasks.items()):
             self._guarded(f"task {task_id}", self._audit_task, task_id, attached)
         self._remove_unused()
@@ -387,7 +381,7 @@ class Reconciler:
             self._discard(task_id)
         for path in self._sandboxes.paths():
             self._kernel.remove_sandbox(path.name.removeprefix("net-"))
-        self.encryption.teardown()
+        self._sandboxes.encryption.teardown()
         legs = [delete_link(name) for name in read_host().links if is_leg(self._tag, name)]
         with Netlink(NETLINK_ROUTE) as netlink:
             netlink.batch(acknowledged(legs))
@@ -402,5 +396,5 @@ class Reconciler:
         self._spares.clear()
         self._services.remove()
         self._state, self._complete = None, False
-        self._sandboxes = Sandboxes(self._kernel, self._tag)
+        self._sandboxes = Sandboxes(self._kernel, self._tag, self._sandboxes.encryption)
         self._tasks = {}

@@ -13,6 +13,7 @@ from overlay import namespaces
 from overlay.act import NamespaceKernel
 from overlay.addressing import leg_name, overlaps
 from overlay.diff import empty_sandbox, sandbox_operations, settled
+from overlay.encryption import HostEncryption
 from overlay.hostbridge import bridge_network, choose_subnet
 from overlay.hostkernel import HostKernel, read_host
 from overlay.interface import HostState, Interface, NetworkError, OverlayNetwork, RemoteEndpoint
@@ -26,9 +27,10 @@ FAILURES = (OSError, NetworkError)
 
 
 class Sandboxes:
-    def __init__(self, kernel: NamespaceKernel, tag: str) -> None:
+    def __init__(self, kernel: NamespaceKernel, tag: str, encryption: HostEncryption) -> None:
         self.kernel = kernel
         self.tag = tag
+        self.encryption = encryption
         self.networks: dict[str, OverlayNetwork] = {}
         """Wanted now, this host's bridge included."""
         self.faults: dict[str, str] = {}
@@ -116,17 +118,16 @@ class Sandboxes:
             log.warning("network_failed", network=network_id, error=str(error))
         self.faults[network_id] = str(error)
 
-    def vnis(self) -> frozenset[int]:
-        """Of those that stand."""
-        return frozenset(sandbox.vxlan.vni for sandbox in self._applied.values() if sandbox.vxlan)
-
-    def apply(self, state: HostState, underlay_mtu_bytes: int, encryption_fault: str = "") -> None:
+    def apply(self, state: HostState, underlay_mtu_bytes: int) -> None:
         """Make those wanted; a failure is kept as the network's fault and tried again at the next call."""
         self.want(state)
+        # First: an encrypted network's packets find everything in place.
+        standing = frozenset(sandbox.vxlan.vni for sandbox in self._applied.values() if sandbox.vxlan)
+        self.encryption.apply(state, standing)
         endpoints = endpoints_by_network(state.endpoints)
         for network_id, network in self.networks.items():
             mine = endpoints.get(network_id, ())
-            fault = encryption_fault if network.encrypted else ""
+            fault = self.encryption.fault if network.encrypted else ""
             inputs = (network, mine, state.peers, state.vtep, state.index, state.vxlan_port, underlay_mtu_bytes, fault)
             if self._inputs.get(network_id) == inputs and network_id in self._applied:
                 continue

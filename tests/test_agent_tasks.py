@@ -23,6 +23,8 @@ from proto.objects_pb2 import (
     TASK_SHUTDOWN,
     TASK_STARTING,
     VIP,
+    Network,
+    Task,
 )
 from tests.fakes import NO_PID
 from tests.fakes_dispatcher import Host, Manager, State, endpoint, host_on, serving, standing, task
@@ -63,6 +65,55 @@ async def test_a_task_goes_from_assigned_to_running_and_its_name_server_is_there
     assert manager.states("t1") == sorted(manager.states("t1"))
     assert agent.running_count() == 1
     assert agent.image_ids() == {"sha256:web"}
+
+
+def local(driver: str, task_id: str = "t1") -> tuple[Network, Task]:
+    """One of the node's own networks, and a task on it."""
+    net = Network(id=driver)
+    net.spec.annotations.name = net.spec.driver = driver
+    made = task(task_id)
+    made.networks[0].network_id, made.networks[0].address = driver, ""
+    return net, made
+
+
+async def test_a_task_on_the_hosts_network_has_no_namespace_and_the_hosts_name(host: Host, manager: Manager) -> None:
+    net, made = local("host")
+    manager.items |= standing([net])
+    agent = host.run(manager.addr)
+    await until(lambda: manager.in_session)
+    manager.put(made)
+    await manager.reported("t1", TASK_RUNNING)
+    request = host.runtime.made["t1"].request
+    assert (request.netns, request.addresses) == (None, ())
+    assert request.hostname == agent._world.description.hostname
+    assert host.network.attach_calls == 0
+    assert "t1" not in host.names.sandboxes
+
+
+async def test_a_task_on_no_network_is_no_client_of_the_name_server(host: Host, manager: Manager) -> None:
+    net, made = local("none")
+    manager.items |= standing([net])
+    host.run(manager.addr)
+    await until(lambda: manager.in_session)
+    manager.put(made)
+    await manager.reported("t1", TASK_RUNNING)
+    assert host.runtime.made["t1"].request.netns == Path("/run/fake/netns/t1")
+    assert host.network.spaces["t1"].interfaces == ()
+    assert "t1" not in host.names.sandboxes
+
+
+async def test_the_address_that_the_host_gives_is_known_again_after_a_crash(host: Host, manager: Manager) -> None:
+    net, made = local("bridge")
+    manager.items |= standing([net])
+    host.run(manager.addr)
+    await until(lambda: manager.in_session)
+    manager.put(made)
+    await manager.reported("t1", TASK_RUNNING)
+    assert host.runtime.made["t1"].request.addresses == ("172.17.0.2",)
+    await host.abandon()
+    again = host.run()  # no manager answers
+    await until(lambda: again.running_count() == 1)
+    assert again._world.given == {"t1": "172.17.0.2"}
 
 
 async def test_the_exit_code_decides_between_complete_and_failed(host: Host, manager: Manager) -> None:
