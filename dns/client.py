@@ -140,6 +140,11 @@ class NameServerProcess:
             self._connected_at_s = asyncio.get_running_loop().time()
         reply = await self._connection.exchange(encode(changes))
         self._pid = int(reply["pid"])
+        if "digest" not in reply:
+            self._forget()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGTERM)
+            raise ConnectionError("the one that runs is of another version of pyswarm")
         return reply
 
     async def _connect(self, start: bool) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -173,6 +174,29 @@ async def test_a_stop_while_a_dead_server_is_being_replaced_leaves_none(netns: s
     await until(lambda: agent._reviving is not None, what="its death is noticed")
     await agent.stop()
     await until(lambda: not servers_of(tmp_path), what="no server of this agent runs")
+
+
+OLD_SERVER = """
+import json, os, socket, sys
+listening = socket.socket(socket.AF_UNIX)
+listening.bind(sys.argv[1])
+listening.listen()
+while True:
+    asked, _ = listening.accept()
+    with asked, asked.makefile("rb") as lines:
+        for line in lines:
+            asked.sendall(json.dumps({"ok": True, "pid": os.getpid()}).encode() + b"\\n")
+"""
+
+
+async def test_a_server_of_another_version_is_replaced(netns: str, server: NameServerProcess, tmp_path: Path) -> None:
+    """As an upgrade of the agent meets it: it answers without a digest."""
+    socket_path = tmp_path / "dns.sock"
+    old = await asyncio.create_subprocess_exec(sys.executable, "-c", OLD_SERVER, str(socket_path))
+    await until(socket_path.exists, what="the old server listens")
+    await server.apply(picture(("10.0.1.5",)))
+    assert await old.wait() == -signal.SIGTERM
+    assert await asked("tasks.web") == ["10.0.1.5"]
 
 
 def servers_of(run_dir: Path) -> list[str]:
