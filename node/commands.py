@@ -245,3 +245,5 @@ async def _ending(process: asyncio.subprocess.Process) -> AsyncIterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await asyncio.shield(process.wait())
+        # What it left in the background may hold its pipes for ever, and asyncio has no public word to close ours.
+        process._transport.close()  # type: ignore[attr-defined]
