@@ -107,6 +107,14 @@ def withdrawn(old: Vips, new: Vips) -> dict[str, tuple[str, ...]]:
     return out
 
 
+Pairs = tuple[tuple[int, int], ...]
+"""Pictures before and after, by id()."""
+
+
+def _known_by(pairs: Iterable[tuple[Vips, Vips]]) -> Pairs:
+    return tuple((id(old), id(new)) for old, new in pairs)
+
+
 class Changes:
     """Work shared by the tasks within one pass: most of them go from the same picture to the same picture, so
     differences and netlink messages are made once and sent to each namespace."""
@@ -114,6 +122,7 @@ class Changes:
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
         self._changes: dict[tuple[int, int], ElementChange] = {}
+        self._joined: dict[Pairs, ElementChange] = {}
         self._withdrawn: dict[tuple[int, int], dict[str, tuple[str, ...]]] = {}
         self._messages: dict[tuple[object, ...], list[Message]] = {}
         self._kept: list[object] = []
@@ -126,6 +135,12 @@ class Changes:
             self._changes[key] = vips_change(self.scheme, old, new)
         return self._changes[key]
 
+    def between_all(self, pairs: list[tuple[Vips, Vips]]) -> ElementChange:
+        key = _known_by(pairs)
+        if key not in self._joined:
+            self._joined[key] = joined([self.between(old, new) for old, new in pairs])
+        return self._joined[key]
+
     def withdrawn(self, old: Vips, new: Vips) -> dict[str, tuple[str, ...]]:
         key = (id(old), id(new))
         if key not in self._withdrawn:
@@ -133,8 +148,8 @@ class Changes:
         return self._withdrawn[key]
 
     def messages(self, tables: Tables, pairs: Iterable[tuple[Vips, Vips]], change: ElementChange) -> list[Message]:
-        missing = frozenset(change.chains() - tables.chains)
-        key = (tuple((id(old), id(new)) for old, new in pairs), missing)
+        missing = frozenset(change.chains - tables.chains)
+        key = (_known_by(pairs), missing)
         if key not in self._messages:
             self._messages[key] = tables.messages(change)
         return self._messages[key]
@@ -180,7 +195,7 @@ def give(balance: TaskBalance, wanted: Wanted, networks: Iterable[str], changes:
     new_vips = wanted.on(networks)
     pairs = [(balance.given.get(network_id, NO_VIPS), new) for network_id, new in new_vips.items()]
     pairs = [(old, new) for old, new in pairs if old is not new]
-    change = joined([changes.between(old, new) for old, new in pairs])
+    change = changes.between_all(pairs)
     balance.given = new_vips
     try:
         if balance.ipvs is not None:

@@ -45,7 +45,7 @@ class Tables:
         )
         change = element_change({}, elements)
         self._transact(netlink, [*cleared, *template(self.layouts), *self.messages(change)])
-        self.chains |= change.chains()
+        self.chains |= change.chains
 
     def _transact(self, netlink: Netlink, messages: list[Message]) -> None:
         if not messages:
@@ -59,14 +59,14 @@ class Tables:
 
     def messages(self, change: ElementChange) -> list[Message]:
         """One transaction's worth, with the chains that are new here. May be sent to any tables in the same state."""
-        missing = sorted(change.chains() - self.chains)
+        missing = sorted(change.chains - self.chains)
         made = [message for family, chain in missing for message in self.make_chain(family, self.name, chain)]
         return [*made, *nfnl.change_messages(self.name, change)]
 
     def change(self, netlink: Netlink, change: ElementChange, messages: list[Message] | None = None) -> None:
         """Atomic. `messages`: as made by `messages` for this change. Raises NetlinkError: nothing was changed."""
         self._transact(netlink, self.messages(change) if messages is None else messages)
-        self.chains |= change.chains()
+        self.chains |= change.chains
 
     def adopt(self, netlink: Netlink, layouts: tuple[Layout, ...], wanted: Elements) -> bool:
         """Make them equal to `layouts` and `wanted`, touching only what differs; True when something did."""
