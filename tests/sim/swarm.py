@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ CONFIG = replace(DEFAULTS, snapshot_entries=400, tail_entries=50)
 RECOVERY_S = 300.0
 """The bound for convergence: a dozen tasks replaced one after the other, each with its delay, and watched."""
 CHECK_EVERY_S = 0.5
+WISHES_PER_USER_S = 4.0
+"""A commit takes a tenth of a second or two: one user alone could not wish for more."""
 LATENCY_S = (0.0002, 0.01)
 
 
@@ -146,17 +149,20 @@ class Swarm:
             self.hosts[name] = host
             host.start()
         self._stormy = True
-        wishing = asyncio.create_task(self._wish())
+        users = math.ceil(self._size.wishes_per_s / WISHES_PER_USER_S)
+        wishing = [asyncio.create_task(self._wish(self._size.wishes_per_s / users)) for _ in range(users)]
         end_s = self.net.now_s + self._size.faults_s
         while self.net.now_s < end_s:
             await asyncio.sleep(0.1)
             self._disturb(0.1)
-        wishing.cancel()
+        for each in wishing:
+            each.cancel()
         await self._recover()
 
-    async def _wish(self) -> None:
+    async def _wish(self, per_s: float) -> None:
+        """One user, who waits for each wish to be stored."""
         while True:
-            await asyncio.sleep(self._chance.expovariate(self._size.wishes_per_s))
+            await asyncio.sleep(self._chance.expovariate(per_s))
             manager = self._leading()
             if manager is None or (wish := self._users.wish(manager.store)) is None:
                 continue
