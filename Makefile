@@ -1,6 +1,7 @@
 # Two commands are enough on a fresh Debian 12: `make demo` and `make test`. Both install what they need.
 VENV    := .venv
 PYTHON  := $(VENV)/bin/python
+BESIDE  := -n 2 --dist loadfile   # two modules of tests at a time: those of labs mostly wait
 PACKAGES := conmon crun skopeo nftables libnftables1 iproute2 util-linux busybox-static docker-registry dnsutils curl \
             procps iputils-ping python3-venv apache2-utils strace
 
@@ -10,7 +11,7 @@ demo: install
 	$(PYTHON) -m tests.demo
 
 test: install lint types
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q $(BESIDE)
 
 check: install lint types unit
 
@@ -22,7 +23,7 @@ types:
 	$(VENV)/bin/mypy
 
 unit:
-	$(PYTHON) -m pytest -q -m "not root and not lab and not vm and not sim"
+	$(PYTHON) -m pytest -q $(BESIDE) -m "not root and not lab and not vm and not sim"
 
 sim-nightly: install
 	$(PYTHON) -m tests.sim --seeds 1..10000 --scenario mixed

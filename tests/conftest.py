@@ -9,11 +9,15 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import swarm  # noqa: F401 - first: it pins TLS 1.3, which must happen before grpc is imported
-from tests.labs import Lab, keep_logs, lab_up, load_web_image
+from tests.labs import LAB_PREFIX, Lab, keep_logs, lab_up, load_web_image
 
 # Machines that run tests are shared: how long one example takes says nothing about the code.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ[LAB_PREFIX] = f"{os.environ.get(LAB_PREFIX, '')}{worker}-"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,6 +19,8 @@ from tests.images import build_web_image
 
 WEB_IMAGE = "pyswarm/web:1"
 COMMAND_TIMEOUT_S = 120
+LAB_PREFIX = "PYSWARM_TEST_LAB_PREFIX"
+"""Environment variable that keeps the labs of tests that run at once apart."""
 
 
 class CommandFailed(AssertionError):
@@ -156,7 +158,7 @@ def load_web_image(directory: Path) -> None:
 def lab_up(name: str, managers: int, workers: int, insecure_registries: Sequence[str] = ()) -> Iterator[Lab]:
     """A lab for the time of the block; one that an aborted run left behind is removed first. The environment variable
     PYSWARM_TEST_LAB_PREFIX keeps the labs of two checkouts that are tested at once apart."""
-    name = os.environ.get("PYSWARM_TEST_LAB_PREFIX", "") + name
+    name = os.environ.get(LAB_PREFIX, "") + name
     if name in lab.names():
         lab.down(name)
     lab.up(name, managers, workers, lambda line: None, insecure_registries=insecure_registries)

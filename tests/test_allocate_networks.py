@@ -233,3 +233,16 @@ def test_the_vni_of_a_removed_network_is_not_the_next_ones() -> None:
 
 def test_a_store_that_was_never_allocated_in_has_nothing_to_say_of_what_was_released() -> None:
     assert Store().released.of("a") == []
+
+
+def test_a_virtual_ip_that_a_service_gives_up_goes_to_the_one_that_waits() -> None:
+    sim = Simulation(node("n1"), network("tiny", subnet="10.0.9.0/29"))
+    for number in range(5):
+        sim.create(service(f"s{number}", 0, ["tiny"]))
+    sim.settle()
+    sim.create(service("late", 0, ["tiny"]))
+    sim.settle()
+    assert "no free address" in sim.service("late").allocation_error
+    sim.update_spec("s0", lambda spec: spec.task.ClearField("networks"))
+    sim.settle()
+    assert sim.service("late").endpoint.virtual_ips[0].address

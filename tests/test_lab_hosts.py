@@ -488,8 +488,8 @@ def test_a_network_that_no_host_can_encrypt_is_never_built_in_clear(cluster: Lab
     )
     network_id = cluster.pyswarm("m1", "network", "create", "--opt", "encrypted", "secret").strip()
     with service(cluster, "safe", ("--detach", "--network", "secret"), web_image):
-        reason = "no suitable node (no encryption of networks on 3 nodes)"
-        wait_for(lambda: history(cluster, "safe")[0]["Error"].strip('"') == reason, 20, "the task says why it waits")
+        reason = "no suitable node (no encryption of networks on "
+        wait_for(lambda: reason in history(cluster, "safe")[0]["Error"], 20, "the task says why it waits")
         assert "its kernel lacks ESP" in cluster.pyswarm("m1", "explain", "safe")
         assert "Key 4 was distributed" in cluster.pyswarm("m1", "network", "rotate-keys")
     namespaces = [path.name for host in cluster.plan.hosts for path in (host.run_dir / "netns").glob("net-*")]

@@ -43,11 +43,11 @@ def _out(*argv: str) -> str:
 @pytest.mark.lab
 @pytest.mark.timeout(240)
 def test_two_labs_side_by_side_and_nothing_is_left(web_image: str) -> None:
-    links_before = _out("ip", "-o", "link").count("\n")
-    tables_before = _out("nft", "list", "tables")
+    plans = []
     try:
         for name in ("left", "right"):
             lab.up(name, 1, 1, say=lambda line: None)
+            plans.append(lab.load(name))
         left, right = Lab(lab.load("left")), Lab(lab.load("right"))
         left.pyswarm("m1", "service", "create", "--name", "web", "--replicas", "4", "-p", "8000:80", web_image)
         assert right.rows("m1", "service", "ls") == []
@@ -62,8 +62,10 @@ def test_two_labs_side_by_side_and_nothing_is_left(web_image: str) -> None:
         _remove("left")
         _remove("right")
     assert traces("left") + traces("right") == []
-    assert _out("ip", "-o", "link").count("\n") == links_before
-    assert _out("nft", "list", "tables") == tables_before
+    links, tables = _out("ip", "-o", "link"), _out("nft", "list", "tables")
+    for plan in plans:
+        assert not [name for name in (plan.bridge, *(host.link for host in plan.hosts)) if f" {name}" in links]
+        assert plan.nft_table not in tables
 
 
 @pytest.fixture

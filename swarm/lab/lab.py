@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,17 @@ def _locked(name: str) -> Iterator[None]:
         except BlockingIOError:
             raise LabError(f"another command is changing lab {name}: try again when it is done") from None
         yield
+
+
+@contextmanager
+def _choosing() -> Iterator[None]:
+    """One lab at a time chooses its subnet: it waits for another to have written down its own."""
+    directory = os.open(RUN_ROOT, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
 
 
 def names() -> list[str]:
@@ -98,7 +110,9 @@ def up(
         raise LabError(f"a lab has 1 to {HOSTS_MAX} hosts, at least one of them a manager")
     with _locked(name):
         existed = name in names()
-        plan = _planned(name, managers, workers, tuple(insecure_registries), tuple(generic_resources))
+        with _choosing():
+            plan = _planned(name, managers, workers, tuple(insecure_registries), tuple(generic_resources))
+            _save(plan)
         try:
             return _bring_up(plan, say)
         except BaseException:
@@ -134,7 +148,6 @@ def _planned(name: str, managers: int, workers: int, insecure: tuple[str, ...], 
 
 
 def _bring_up(plan: Plan, say: Say) -> list[Node]:
-    _save(plan)
     _lay_underlay(plan)
     for host in plan.hosts:
         hosts.plug_in(plan, host)

@@ -61,6 +61,9 @@ class Dirty:
                 if not _same_to_stages(old, new):
                     self.services.add(new.service_id)
                 return
+            case (Service() as old_service, Service() as new_service):
+                if old_service.endpoint != new_service.endpoint:
+                    self.freed |= bool(_held(old_service) - _held(new_service))
             case (Cluster() as old_cluster, Cluster() as new_cluster):
                 # Certificates and tokens change the cluster object too; only its spec and pools concern stages.
                 if (
@@ -83,3 +86,9 @@ def _same_to_stages(old: Task, new: Task) -> bool:
         and old.node_id == new.node_id
         and old.running_at == new.running_at
     )
+
+
+def _held(service: Service) -> set[tuple[str, str] | tuple[int, int]]:
+    """What others have to wait for while this service has it: virtual IPs and published ports."""
+    vips = {(vip.network_id, vip.address) for vip in service.endpoint.virtual_ips}
+    return vips | {(port.protocol, port.published_port) for port in service.endpoint.spec.ports}
