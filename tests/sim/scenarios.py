@@ -48,7 +48,7 @@ SWARMS: dict[str, tuple[Size, Trouble]] = {
     # whole clusters: managers, hosts, services
     "swarm-small": (Size(managers=3, hosts=10, services=8, faults_s=15.0, wishes_per_s=2.0), _TROUBLE),
     "swarm": (Size(managers=3, hosts=50, services=25, faults_s=30.0, wishes_per_s=2.0), _TROUBLE),
-    "swarm-busy": (Size(managers=3, hosts=50, services=2000, faults_s=90.0, wishes_per_s=60.0), _TROUBLE),
+    "swarm-busy": (Size(managers=3, hosts=50, services=1000, faults_s=60.0, wishes_per_s=30.0), _TROUBLE),
     "swarm-large": (Size(managers=3, hosts=1000, services=100, faults_s=15.0, wishes_per_s=10.0), _TROUBLE),
 }
 
