@@ -109,4 +109,4 @@ def test_a_backup_becomes_a_swarm_on_a_new_host(cluster: Lab, backup: Path, tmp_
     running = {row["Hostname"]: row["Status"] for row in cluster.rows("m3", "node", "ls") if row["ManagerStatus"]}
     assert running == {"m3": "Ready"}
     # The other swarm, whose state the backup was, goes on by itself.
-    assert "web 3/3" in services(cluster, "m1")
+    wait_for(lambda: "web 3/3" in services(cluster, "m1"), 30, "what ran on the host that left runs elsewhere")
