@@ -194,11 +194,13 @@ class Swarm:
                 self._start_manager(name)
         for name in list(self._off):
             self._host_back(name)
-        for host in self.hosts.values():
-            if host.cards != CARDS:
-                host.kill_agent()
-                host.cards = CARDS
-                host.start()
+        lacking = [host for host in self.hosts.values() if host.cards != CARDS]
+        for host in lacking:
+            host.kill_agent()
+            host.cards = CARDS
+        await asyncio.sleep(0.1)  # else the agent before would still finish what it does at this instant
+        for host in lacking:
+            host.start()
         for name in self.hosts:
             await self._insist(lambda store, name=name: _activate(store, name))  # type: ignore[misc]
         end_s = self.net.now_s + RECOVERY_S
