@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from tests.sim.fleet import failures, quiet
+from tests.sim.fleet import failures, prepare
 from tests.sim.scenarios import SCENARIOS, SWARMS, run
 
 
@@ -25,7 +25,7 @@ def main() -> int:
         parser.error("give one of --seed N and --seeds A..B")
     if arguments.seeds is not None:
         return many(arguments.seeds, arguments.scenario)
-    quiet()
+    prepare()
     result = run(arguments.seed, arguments.scenario, print)
     if result.violation:
         print(f"VIOLATION: {result.violation}")

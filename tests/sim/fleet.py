@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -11,17 +12,20 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import structlog
 
+from swarm.manager import GC_THRESHOLDS
 from tests.sim.scenarios import Result, run
 
 
-def quiet() -> None:
-    """The members' own logs carry the real clock; the story here is the simulator's."""
+def prepare() -> None:
+    """This process is for the simulator. The members' own logs carry the real clock; the story here is its own. A large
+    swarm holds a million objects for long: half of the time would go into looking for garbage among them."""
+    gc.set_threshold(*GC_THRESHOLDS)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     logging.disable()
 
 
 def one(seed: int, scenario: str) -> Result:
-    quiet()
+    prepare()
     return run(seed, scenario)
 
 
