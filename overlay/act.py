@@ -197,6 +197,7 @@ class NamespaceKernel:
                     *(rtnl.delete_address(index, address, prefix) for address, prefix in sorted(stale)),
                     rtnl.set_link(index=index, mac=leg.mac, mtu_bytes=leg.mtu_bytes),
                     *(rtnl.add_address(index, address, prefix) for address, prefix in sorted(leg.addresses)),
+                    *([rtnl.take_loopback(index)] if leg.ipv6 else []),
                 ]
             )
         )

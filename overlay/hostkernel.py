@@ -22,6 +22,7 @@ class HostKernel:
 
     def legs(self, tag: str) -> dict[str, Leg]:
         whole = connected(self.addresses, self.routes)
+        loopbacks = {route.link for route in self.routes if (route.destination, route.prefix) == (rtnl.LOOPBACK6, 128)}
         return {
             name: Leg(
                 name,
@@ -29,7 +30,7 @@ class HostKernel:
                 link.mtu_bytes,
                 frozenset((address, prefix) for index, address, prefix in whole if index == link.index),
                 link.ipv6,
-                link.routing,
+                link.routing and (not link.ipv6 or link.index in loopbacks),
             )
             for name, link in self.links.items()
             if is_leg(tag, name) and link.up

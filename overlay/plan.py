@@ -62,7 +62,7 @@ class Leg:
     addresses: frozenset[tuple[str, int]]
     ipv6: bool = False
     routing: bool = True
-    """Whether its sysctls let it route (see act.set_leg_sysctls)."""
+    """Whether its sysctls let it route (see act.set_leg_sysctls), and, with IPv6, it takes in answers to ::1."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import struct
 from dataclasses import dataclass
 
 from overlay.netlink import (
+    NLM_F_APPEND,
     NLM_F_CREATE,
     NLM_F_EXCL,
     NLM_F_REPLACE,
@@ -39,7 +40,8 @@ BRIDGE_MULTICAST_SNOOPING = 23
 NTF_SELF, NTF_MASTER = 2, 4
 NUD_REACHABLE, NUD_NOARP, NUD_PERMANENT = 0x02, 0x40, 0x80
 IFA_F_NODAD = 0x02
-RT_TABLE_MAIN, RTPROT_STATIC, RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RTN_UNICAST = 254, 4, 0, 253, 1
+RT_TABLE_MAIN, RTPROT_STATIC, RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RTN_UNICAST, RTN_LOCAL = 254, 4, 0, 253, 1, 2
+LOOPBACK6 = "::1"
 AF_BRIDGE = 7
 IFLA_AF_SPEC, IFLA_INET_CONF, IFLA_INET6_CONF, DEVCONF_DISABLE_IPV6 = 26, 1, 2, 26
 LEG_SETTINGS = {"forwarding": (1, 1), "rp_filter": (8, 2), "route_localnet": (26, 1)}
@@ -185,6 +187,16 @@ def add_route(index: int, destination: str, prefix: int, gateway: str | None) ->
     return Message(
         RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, f"add route {destination}/{prefix}, gateway {gateway}"
     )
+
+
+def take_loopback(index: int) -> Message:
+    """What NAT turns back into ::1 is taken in by this link, too. (IPv6's route_localnet: the kernel looks for ::1 at
+    the link that a packet came by only, and drops those that bear it on the wire.)"""
+    body = struct.pack("=BBBBBBBBI", socket.AF_INET6, 128, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, 0, RTN_LOCAL, 0)
+    body += attribute(1, _ip(LOOPBACK6)) + attribute(4, index)
+    # Appended: the other legs have one like it.
+    flags = NLM_F_CREATE | NLM_F_APPEND
+    return Message(RTM_NEWROUTE, flags, body, f"take {LOOPBACK6} in by link {index}", frozenset({errno.EEXIST}))
 
 
 def _neighbour_header(family: int, index: int, state: int, flags: int) -> bytes:

@@ -123,6 +123,7 @@ DAMAGE = {
     "leg's MTU": ("host", "ip link set pyst1-35t mtu 1000"),
     "leg's route": ("host", "ip route del 10.77.1.0/24"),
     "leg's IPv6 route": ("host", "ip -6 route del fd00:77:1::/64 dev pyst1-35t"),
+    "leg's way back to ::1": ("host", "ip -6 route del local ::1 dev pyst1-35t table main"),
     "task's neighbour": ("task", "ip neigh del 10.77.1.1 dev eth0"),
     "task's own route": ("task", "ip route del 10.77.1.0/24"),
     "task's IPv6 own route": ("task", "ip -6 route del fd00:77:1::/64 dev eth0"),
@@ -166,7 +167,7 @@ def picture(lab: OverlayLab) -> dict[tuple[str, str], list[str]]:
         kept = [[words[1].partition("@")[0], *words[2:], ""] for words in links]
         found[where, "links"] = sorted(" ".join(word for word in words if not made(word)) for words in kept)
         found[where, "addresses"] = sorted(re.findall(r"^\d+: (\S+ +inet6? \S+)", ask("ip -o addr"), re.M))
-        for command in ("ip neigh show nud permanent", "ip route", "ip -6 route"):
+        for command in ("ip neigh show nud permanent", "ip route", "ip -6 route", "ip -6 route show table all exact ::1"):
             found[where, command] = sorted(ask(command).splitlines())
         found[where, "fdb"] = sorted(
             line for line in ask("bridge fdb").splitlines() if "dev vx0" in line and "permanent" not in line
