@@ -20,6 +20,7 @@ from overlay.elements import (
     hidden_elements,
     joined,
 )
+from overlay.hostkernel import read_host
 from overlay.interface import HostState, PublishedPort, Vip
 from overlay.ipvs import Key, Services, VirtualServices
 from overlay.netlink import Message, Netlink, NetlinkError
@@ -217,23 +218,38 @@ def adopt(balance: TaskBalance, layouts: tuple[Layout, ...], wanted: Wanted, net
     vips = wanted.on(networks)
     if balance.ipvs is not None:
         balance.ipvs.adopt(wanted_services(balance.scheme, vips), wanted.alive)
-    balance.tables.adopt(balance.netlink, layouts, wanted_elements(balance.scheme, vips))
+    differed = balance.tables.adopt(balance.netlink, layouts, wanted_elements(balance.scheme, vips))
     balance.given = vips
+    _forget_missed(balance, asked_only=not differed)
 
 
 def audit(balance: TaskBalance, layouts: tuple[Layout, ...], wanted: Wanted) -> bool:
     """True when something had to be repaired. Runs inside the namespace."""
     scheme, vips = balance.scheme, balance.given
     repaired = balance.ipvs is not None and balance.ipvs.audit(lambda: wanted_services(scheme, vips), wanted.alive)
-    return balance.tables.audit(balance.netlink, layouts, lambda: wanted_elements(scheme, vips)) or repaired
+    if balance.tables.audit(balance.netlink, layouts, lambda: wanted_elements(scheme, vips)):
+        _forget_missed(balance, asked_only=False)
+        return True
+    return repaired
 
 
-def forget_task_flows(netlink: Netlink, tables: Tables, lost: Mapping[str, tuple[str, ...]]) -> None:
-    """Cut the UDP flows of this namespace to backends that their VIP no longer has."""
+def _forget_missed(balance: TaskBalance, asked_only: bool) -> None:
+    """Flows to backends that went while the agent was away, and those that began while the tables were not there, which
+    are translated by nobody. Runs inside the namespace."""
+    backends = {address: vip.backends for vips in balance.given.values() for address, vip in vips.items()}
+    if conntrack.any_flows():
+        forget_task_flows(balance.netlink, balance.tables, backends, asked_only)
+
+
+def forget_task_flows(
+    netlink: Netlink, tables: Tables, lost: Mapping[str, tuple[str, ...]], asked_only: bool = True
+) -> None:
+    """Cut the UDP flows of this namespace to backends that their VIP no longer has. `asked_only`: the tables know which
+    VIPs were sent UDP."""
     for family in {layout.family for layout in tables.layouts if ASKED_BY_UDP in dict(layout.sets)}:
         asked = nfnl.elements(netlink, family, tables.name, [ASKED_BY_UDP])
-        full = len(asked) >= ASKED_MAX
-        hit = lost.keys() if full else {socket.inet_ntop(family, key) for _, _, key in asked} & lost.keys()
+        everything = not asked_only or len(asked) >= ASKED_MAX
+        hit = lost.keys() if everything else {socket.inet_ntop(family, key) for _, _, key in asked} & lost.keys()
         left = {vip: lost[vip] for vip in hit}
         if left:
             conntrack.forget_udp(netlink, family, partial(_is_stale, left))
@@ -246,8 +262,8 @@ def _is_stale(left: Mapping[str, tuple[str, ...]], flow: conntrack.Flow) -> bool
 # --- published ports ---------------------------------------------------------------------------------
 
 
-UdpPorts = Mapping[int, frozenset[tuple[str, int]]]
-"""Published UDP ports -> backends."""
+UdpPorts = Mapping[tuple[str, int], frozenset[tuple[str, int]]]
+"""(local address or "", published UDP port) -> backends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,13 +283,17 @@ def host_picture(scheme: Scheme, state: HostState, families: Iterable[int]) -> H
     elements |= hidden_elements(item for end in hidden for item in (end.address, end.address6) if item)
     elements = {key: value for key, value in elements.items() if key[0] in families}
     services: dict[Key, ipvs.Service] = {}
-    udp: defaultdict[int, frozenset[tuple[str, int]]] = defaultdict(frozenset)
+    udp: dict[tuple[str, int], frozenset[tuple[str, int]]] = {}
     for published in map(distinct, state.published):
         elements |= scheme.port_elements(published, families)
         services |= scheme.port_services(published, families)
         if published.protocol == "udp":
-            udp[published.port] |= frozenset(published.backends)
-    return HostPicture(elements, services, dict(udp))
+            udp[published.host_ip, published.port] = frozenset(published.backends)
+    return HostPicture(elements, services, udp)
+
+
+def is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
 
 
 @dataclass(slots=True)
@@ -283,7 +303,7 @@ class HostBalance:
     ipvs: VirtualServices | None
     given: HostPicture
 
-    def give(self, wanted: HostPicture, alive: frozenset[bytes], local_addresses: frozenset[str]) -> None:
+    def give(self, wanted: HostPicture, alive: frozenset[bytes]) -> None:
         """Bring it up to date, in the host's namespace."""
         old = self.given
         try:
@@ -291,45 +311,45 @@ class HostBalance:
                 services: dict[Key, ipvs.Service | None] = dict.fromkeys(old.services)
                 self.ipvs.change(services | dict(wanted.services), alive)
             self.tables.change(self.netlink, element_change(old.elements, wanted.elements))
-            self.given = wanted
         except NetlinkError:
             self.adopt(self.tables.layouts, wanted, alive)
-        if self.ipvs is None:
-            self._forget_flows(old.udp, wanted.udp, local_addresses)
+        self.given = wanted
+        self._forget_flows(old.udp)
 
-    def _forget_flows(self, old: UdpPorts, new: UdpPorts, local_addresses: frozenset[str]) -> None:
+    def _forget_flows(self, old: UdpPorts) -> None:
         """Cut UDP flows to backends that their port has no more. A port that is new may be known to conntrack,
         untranslated, from a client that already tries it."""
-        moved = {
-            port: new.get(port, frozenset())
-            for port in old.keys() | new.keys()
-            if port not in old or old[port] - new.get(port, frozenset())
-        }
+        new = self.given.udp
+        moved = {key for key in old.keys() | new.keys() if key not in old or old[key] - new.get(key, frozenset())}
         if not moved or not conntrack.any_flows():
             return
+        # Under IPVS only what comes from the host's loopback is nftables' business.
+        local = frozenset(address for _, address, _ in read_host().addresses if self.ipvs is None)
+
+        def is_stale(flow: conntrack.Flow) -> bool:
+            keys = (flow.to, flow.to_port), ("", flow.to_port)
+            if moved.isdisjoint(keys) or not (flow.to in local or is_loopback(flow.to)):
+                return False
+            return all((flow.answered_by, flow.answered_port) not in new.get(key, ()) for key in keys)
+
         for layout in self.tables.layouts:
-            conntrack.forget_udp(
-                self.netlink,
-                layout.family,
-                lambda flow: (
-                    flow.to_port in moved
-                    and flow.to in local_addresses
-                    and (flow.answered_by, flow.answered_port) not in moved[flow.to_port]
-                ),
-            )
+            conntrack.forget_udp(self.netlink, layout.family, is_stale)
 
     def adopt(self, layouts: tuple[Layout, ...], wanted: HostPicture, alive: frozenset[bytes]) -> None:
-        """Whatever stands, make it as wanted."""
+        """Whatever stands, make it as wanted; flows may be as an earlier agent left them."""
         if self.ipvs is not None:
             self.ipvs.adopt(wanted.services, alive)
         self.tables.adopt(self.netlink, layouts, wanted.elements)
         self.given = wanted
+        self._forget_flows({})
 
     def audit(self, alive: frozenset[bytes]) -> bool:
         """True when something had to be repaired."""
         repaired = self.ipvs is not None and self.ipvs.audit(lambda: self.given.services, alive)
         elements = self.given.elements
-        repaired |= self.tables.audit(self.netlink, self.tables.layouts, lambda: elements)
+        if self.tables.audit(self.netlink, self.tables.layouts, lambda: elements):
+            self._forget_flows({})  # who sent meanwhile was translated by nobody
+            repaired = True
         self.tables.sweep(self.netlink, chains_of(elements))
         return repaired
 

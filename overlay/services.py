@@ -9,7 +9,6 @@ from overlay import balance, ipvs
 from overlay.addressing import host_table, node_address, node_address6
 from overlay.balance import Changes, HostBalance, TaskBalance, Wanted, host_picture, vips_by_network, wanted_chains
 from overlay.elements import packed
-from overlay.hostkernel import read_host
 from overlay.interface import Balancer, HostState, Interface
 from overlay.ipvs import VirtualServices
 from overlay.netlink import NETLINK_NETFILTER, Netlink
@@ -46,8 +45,7 @@ class ServiceBalancer:
         if host.tables.layouts != layouts or host.tables.generation == UNKNOWN:
             host.adopt(layouts, wanted, self._wanted.alive)
         elif host.given != wanted:
-            own = frozenset(address for _, address, _ in read_host().addresses) | {"127.0.0.1"}
-            host.give(wanted, self._wanted.alive, own)
+            host.give(wanted, self._wanted.alive)
 
     @property
     def _table(self) -> str:

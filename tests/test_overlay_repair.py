@@ -167,7 +167,8 @@ def picture(lab: OverlayLab) -> dict[tuple[str, str], list[str]]:
         kept = [[words[1].partition("@")[0], *words[2:], ""] for words in links]
         found[where, "links"] = sorted(" ".join(word for word in words if not made(word)) for words in kept)
         found[where, "addresses"] = sorted(re.findall(r"^\d+: (\S+ +inet6? \S+)", ask("ip -o addr"), re.M))
-        for command in ("ip neigh show nud permanent", "ip route", "ip -6 route", "ip -6 route show table all exact ::1"):
+        loopback6 = "ip -6 route show table all exact ::1"
+        for command in ("ip neigh show nud permanent", "ip route", "ip -6 route", loopback6):
             found[where, command] = sorted(ask(command).splitlines())
         found[where, "fdb"] = sorted(
             line for line in ask("bridge fdb").splitlines() if "dev vx0" in line and "permanent" not in line
