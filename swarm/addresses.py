@@ -83,17 +83,30 @@ def check_listen(text: str) -> str:
     return f"{host or '0.0.0.0'}:{port}"
 
 
-def vtep_of(wanted: str, addresses: Mapping[str, Sequence[str]]) -> str:
-    """`wanted`, an IPv4 address or an interface that has one; "" stays (the advertised one is used). Raises Invalid."""
+def vtep_of(wanted: str, advertised: str, addresses: Mapping[str, Sequence[str]]) -> str:
+    """`wanted`, an IPv4 address of this host or an interface that has one, else the advertised address; "" = neither is
+    known yet. Raises Invalid: the kernel sends overlay traffic from its own addresses only."""
+    if not wanted:
+        if advertised and not _is_own(advertised, addresses):
+            raise Invalid(
+                f"advertise address {advertised} is no IPv4 address of this host, and overlay traffic needs one: give"
+                " it with --data-path-addr"
+            )
+        return advertised
     text = choose_advertise_host(wanted, addresses) if wanted in addresses else wanted
+    if not _is_own(text, addresses):
+        raise Invalid(
+            f"invalid --data-path-addr {wanted!r}: give an IPv4 address of this host, without port, or an interface"
+        )
+    return text
+
+
+def _is_own(text: str, addresses: Mapping[str, Sequence[str]]) -> bool:
+    own = {item.partition("/")[0] for items in addresses.values() for item in items}
     try:
-        if not text or not ipaddress.IPv4Address(text).is_unspecified:
-            return text
+        return text in own or ipaddress.IPv4Address(text).is_loopback
     except ValueError:
-        pass
-    raise Invalid(
-        f"invalid --data-path-addr {wanted!r}: give an IPv4 address of this host, without port, or an interface"
-    )
+        return False
 
 
 def check_pools(pools: Iterable[str], subnet_bits: int) -> None:

@@ -33,7 +33,7 @@ def first_membership(bootstrap: NewCluster, host: str, listen_addr: str, data_pa
     """Of the first manager, whose node object gets its addresses."""
     node = bootstrap.node
     node.advertise_host = host
-    node.data_path_addr = vtep_of(data_path_addr, host_addresses()) or host
+    node.data_path_addr = vtep_of(data_path_addr, host, host_addresses())
     membership = Membership(
         node_id=node.id,
         cluster_id=bootstrap.cluster.id,

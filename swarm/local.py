@@ -244,8 +244,8 @@ class HostMembership:
             )
         if request.advertise_addr:
             host = choose_advertise_host(request.advertise_addr, host_addresses())
-            data_path = vtep_of(request.data_path_addr, host_addresses())
-            membership = replace(membership, advertise_host=host, data_path_addr=data_path or host)
+            data_path = vtep_of(request.data_path_addr, host, host_addresses())
+            membership = replace(membership, advertise_host=host, data_path_addr=data_path)
         membership = membership.knowing((membership.manager_addr,))
         node = Node(id=membership.node_id, advertise_host=membership.advertise_host)
         node.data_path_addr = membership.data_path_addr
@@ -281,7 +281,7 @@ class HostMembership:
             advertise = ""
             if request.advertise_addr:
                 advertise = choose_advertise_host(request.advertise_addr, host_addresses())
-            data_path = vtep_of(request.data_path_addr, host_addresses())
+            data_path = vtep_of(request.data_path_addr, advertise, host_addresses())
             remote_host, remote_port = split_host_port(request.remote_addr)
             if not remote_host:
                 raise Invalid("give the address of a manager: pyswarm swarm join --token TOKEN HOST:2377")
