@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from overlay import namespaces, nfnl, nft, rtnl
+from overlay import answers, namespaces, nfnl, nft, rtnl
 from overlay.addressing import (
     network_namespace,
     task_namespace,
@@ -19,6 +19,7 @@ from overlay.diff import (
     LEG_PORT_NAME,
     VXLAN_NAME,
     DeleteLeg,
+    LeadAnswers,
     MakeBridge,
     MakeLeg,
     MakeLink,
@@ -239,12 +240,14 @@ class NamespaceKernel:
             with self.thread.inside(path):
                 _turn_on_ipv6(task.links)
         _set_links(spare.route, (SetLink(link, frozenset()) for link in task.links))
+        _lead_answers(spare.route, task.ways_back)
 
     def read_task(self, task_id: str) -> TaskKernel:
         with self.thread.inside(self.task_path(task_id)), Netlink(NETLINK_ROUTE) as netlink:
             links = rtnl.links(netlink)
             addresses, routes = rtnl.addresses(netlink), rtnl.routes(netlink)
             known = rtnl.neighbours(netlink)
+            ways_back = answers.standing(netlink)
         names = {link.index: link.name for link in links.values()}
         return TaskKernel(
             links=frozenset((link.name, link.mac, link.mtu_bytes) for link in links.values() if link.up),
@@ -257,11 +260,13 @@ class NamespaceKernel:
             neighbours=frozenset((names.get(index, ""), address, mac) for index, address, mac in known),
             present=frozenset((link.name, link.mac) for link in links.values()),
             ipv6=frozenset(link.name for link in links.values() if link.ipv6),
+            ways_back=frozenset((names.get(index, ""), gateway) for index, gateway in ways_back),
         )
 
     def do_task(self, task: Task, operations: Iterable[TaskOperation]) -> None:
         """Raises OSError, NetworkError."""
         settings: list[SetLink] = []
+        ways: tuple[tuple[str, str], ...] = ()
         with self.thread.inside(self.task_path(task.task_id)) as descriptor, Netlink(NETLINK_ROUTE) as inner:
             for operation in operations:
                 match operation:
@@ -271,11 +276,14 @@ class NamespaceKernel:
                         self._make_link(task, link, descriptor, inner)
                     case SetLink():
                         settings.append(operation)
+                    case LeadAnswers():
+                        ways = operation.ways
             # A link has no IPv6 at all while its MTU is too small for it.
             sized = [rtnl.set_link(setting.link.name, mtu_bytes=setting.link.mtu_bytes) for setting in settings]
             inner.batch(acknowledged([rtnl.set_link("lo"), *sized]))
             _turn_on_ipv6(setting.link for setting in settings)
             _set_links(inner, settings)
+            _lead_answers(inner, ways)
 
     def _make_link(self, task: Task, link: TaskLink, descriptor: int, inner: Netlink) -> None:
         if link.parent:
@@ -367,6 +375,10 @@ def _set_links(inner: Netlink, settings: Iterable[SetLink]) -> None:
         messages += [rtnl.delete_address(index, address, prefix) for address, prefix in sorted(setting.stale)]
         messages += _link_settings(setting.link, index)
     inner.batch(acknowledged(messages))
+
+
+def _lead_answers(inner: Netlink, ways: Iterable[tuple[str, str]]) -> None:
+    inner.batch(acknowledged(answers.lead((rtnl.link_index(inner, name), gateway) for name, gateway in ways)))
 
 
 def _link_settings(link: TaskLink, index: int) -> list[Message]:

@@ -152,6 +152,8 @@ class TaskKernel:
     """(name, MAC) of all links, down ones as well."""
     ipv6: frozenset[str] = frozenset()
     """Names of the links on which it is on."""
+    ways_back: frozenset[tuple[str, str]] = frozenset()
+    """(link, gateway) for marked answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,14 @@ class SetLink:
     """Addresses to take away first: they lack the route to their subnet, or are not there at all."""
 
 
-TaskOperation = MakeLink | SetLink
+@dataclass(frozen=True, slots=True)
+class LeadAnswers:
+    """By these (link, gateway)."""
+
+    ways: tuple[tuple[str, str], ...]
+
+
+TaskOperation = MakeLink | SetLink | LeadAnswers
 
 
 def task_operations(wanted: Task, actual: TaskKernel) -> tuple[TaskOperation, ...]:
@@ -181,6 +190,8 @@ def task_operations(wanted: Task, actual: TaskKernel) -> tuple[TaskOperation, ..
         elif not _is_set(link, actual):
             standing = {(address, prefix) for name, address, prefix in actual.addresses if name == link.name}
             out.append(SetLink(link, frozenset(link.all_addresses) - standing))
+    if not actual.ways_back.issuperset(wanted.ways_back):
+        out.append(LeadAnswers(wanted.ways_back))
     return tuple(out)
 
 

@@ -120,6 +120,16 @@ class TaskLink:
 class Task:
     task_id: str
     links: tuple[TaskLink, ...]
+    answers_by: str = ""
+    """The overlay's link by which published connections come and are answered, if it has other networks' links as well
+    (answers.py); "" = they follow the default route."""
+
+    @property
+    def ways_back(self) -> tuple[tuple[str, str], ...]:
+        """(link, gateway)"""
+        return tuple(
+            (link.name, gateway) for link in self.links if link.name == self.answers_by for gateway in link.gateways
+        )
 
 
 def port_alias(task_id: str, link: TaskLink) -> str:
@@ -238,6 +248,7 @@ def plan_task(
 ) -> Task:
     """Raises NetworkError when a network is unknown here, or twice in `interfaces`."""
     links: list[TaskLink] = []
+    homes = _homes(interfaces, networks)
     led_out: set[int] = set()
     """Versions of IP that have a default route."""
     for number, interface in enumerate(interfaces):
@@ -264,13 +275,33 @@ def plan_task(
                 mtu_bytes=network_mtu(network, underlay_mtu_bytes),
                 gateways=() if macvlan else gateways,
                 gateway_mac=leg_mac(index),
-                routes=_ways_out(gateways, led_out, by_leg=not macvlan),
+                routes=_ways_out(gateways, led_out, homes, network.network_id),
                 parent=macvlan.parent if macvlan else "",
                 mode=macvlan.mode if macvlan else "",
             )
         )
         led_out |= {ipaddress.ip_address(gateway).version for gateway in gateways}
-    return Task(task_id, tuple(links))
+    overlays = [link for link in links if _is_overlay(networks[link.network_id])]
+    mixed = len(overlays) < len(links)
+    return Task(
+        task_id, tuple(links), next((link.name for link in overlays if mixed and link.network_id == homes.get(4)), "")
+    )
+
+
+def _is_overlay(network: TaskNetwork) -> bool:
+    return isinstance(network, OverlayNetwork) and bool(network.vni)
+
+
+def _homes(interfaces: Iterable[Interface], networks: Mapping[str, TaskNetwork]) -> dict[int, str]:
+    """Version of IP -> the network by whose leg the nodes' own addresses are reached, and published connections come:
+    the first overlay that leads out, else the host's bridge."""
+    known = (networks.get(item.network_id) for item in interfaces)
+    legged = [network for network in known if isinstance(network, OverlayNetwork) and not network.internal]
+    found: dict[int, str] = {}
+    for network in sorted(legged, key=lambda network: not network.vni):
+        for version in (4, 6) if network.subnet6 else (4,):
+            found.setdefault(version, network.network_id)
+    return found
 
 
 def _gateways(network: TaskNetwork, addresses: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
@@ -295,14 +326,18 @@ def _link_addresses(task_id: str, interface: Interface, network: TaskNetwork) ->
     return tuple(out)
 
 
-def _ways_out(gateways: Iterable[str], led_out: set[int], by_leg: bool) -> tuple[tuple[str, int, str], ...]:
-    """The default routes that no earlier link has, and beside each by a leg the way to all nodes' own addresses."""
+def _ways_out(
+    gateways: Iterable[str], led_out: set[int], homes: Mapping[int, str], network_id: str
+) -> tuple[tuple[str, int, str], ...]:
+    """The default routes that no earlier link has, and the way to all nodes' own addresses."""
     out: list[tuple[str, int, str]] = []
     for gateway in gateways:
         version = ipaddress.ip_address(gateway).version
         if version not in led_out:
+            out.append(("0.0.0.0" if version == 4 else "::", 0, gateway))
+        if homes.get(version) == network_id:
             nodes = (NODE_RANGE, NODE_RANGE_PREFIX) if version == 4 else (NODE_RANGE6, NODE_RANGE6_PREFIX)
-            out += [("0.0.0.0" if version == 4 else "::", 0, gateway), *([(*nodes, "")] if by_leg else [])]
+            out.append((*nodes, ""))
     return tuple(out)
 
 

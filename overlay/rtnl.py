@@ -56,12 +56,12 @@ def _mac(value: str) -> bytes:
     return bytes.fromhex(value.replace(":", ""))
 
 
-def _family(address: str) -> int:
+def family_of(address: str) -> int:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def _ip(value: str) -> bytes:
-    return socket.inet_pton(_family(value), value)
+    return socket.inet_pton(family_of(value), value)
 
 
 def _text_ip(family: int, value: bytes | None) -> str:
@@ -159,7 +159,7 @@ def delete_group(group: int = LINK_GROUP) -> Message:
 
 
 def _address(kind: int, flags: int, index: int, address: str, prefix: int) -> Message:
-    family = _family(address)
+    family = family_of(address)
     # No other host has it, whatever stands behind the bridge: usable at once, without duplicate address detection.
     usable = IFA_F_NODAD if family == socket.AF_INET6 else 0
     body = struct.pack("=BBBBi", family, prefix, usable, RT_SCOPE_UNIVERSE, index)
@@ -177,11 +177,11 @@ def delete_address(index: int, address: str, prefix: int) -> Message:
     return _address(RTM_DELADDR, 0, index, address, prefix)
 
 
-def add_route(index: int, destination: str, prefix: int, gateway: str | None) -> Message:
+def add_route(index: int, destination: str, prefix: int, gateway: str | None, table: int = RT_TABLE_MAIN) -> Message:
     """destination "0.0.0.0"/0 or "::"/0 = default; without gateway the destination is on the link."""
-    family = _family(destination)
+    family = family_of(destination)
     scope = RT_SCOPE_UNIVERSE if gateway or family == socket.AF_INET6 else RT_SCOPE_LINK
-    body = struct.pack("=BBBBBBBBI", family, prefix, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, scope, RTN_UNICAST, 0)
+    body = struct.pack("=BBBBBBBBI", family, prefix, 0, 0, table, RTPROT_STATIC, scope, RTN_UNICAST, 0)
     body += (attribute(1, _ip(destination)) if prefix else b"") + attribute(4, index)
     body += attribute(5, _ip(gateway)) if gateway else b""
     return Message(
@@ -204,13 +204,13 @@ def _neighbour_header(family: int, index: int, state: int, flags: int) -> bytes:
 
 
 def add_neighbour(index: int, address: str, mac: str) -> Message:
-    body = _neighbour_header(_family(address), index, NUD_PERMANENT, 0)
+    body = _neighbour_header(family_of(address), index, NUD_PERMANENT, 0)
     body += attribute(1, _ip(address)) + attribute(2, _mac(mac))
     return Message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body, f"add neighbour {address} at {mac}")
 
 
 def delete_neighbour(index: int, address: str) -> Message:
-    body = _neighbour_header(_family(address), index, 0, 0) + attribute(1, _ip(address))
+    body = _neighbour_header(family_of(address), index, 0, 0) + attribute(1, _ip(address))
     return Message(RTM_DELNEIGH, 0, body, f"delete neighbour {address}", _GONE)
 
 
@@ -347,13 +347,13 @@ def addresses(netlink: Netlink) -> frozenset[tuple[int, str, int]]:
     return frozenset(out)
 
 
-def routes(netlink: Netlink) -> list[Route]:
-    """Routes of the main tables (others hold what policy routing chose on purpose)."""
+def routes(netlink: Netlink, table: int = RT_TABLE_MAIN) -> list[Route]:
+    """Routes of one table of each family (others than the main ones hold what policy routing chose on purpose)."""
     out = []
     body = struct.pack("=BBBBBBBBI", socket.AF_UNSPEC, 0, 0, 0, 0, 0, 0, 0, 0)
     for answer in netlink.dump(RTM_GETROUTE, body, "read routes"):
-        family, prefix, _, _, table, _, _, _, _ = struct.unpack_from("=BBBBBBBBI", answer)
-        if table != RT_TABLE_MAIN or family not in _FAMILIES:
+        family, prefix, _, _, found_in, _, _, _, _ = struct.unpack_from("=BBBBBBBBI", answer)
+        if found_in != table or family not in _FAMILIES:
             continue
         found = attributes(answer, 12)
         destination = _text_ip(family, found.get(1))

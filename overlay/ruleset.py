@@ -103,12 +103,17 @@ def _refusal(words: Words) -> Chain:
 
 
 def task_layouts(
-    balancer: Balancer, dns: tuple[str, int], families: Iterable[int], ways_out: tuple[str, ...]
+    balancer: Balancer,
+    dns: tuple[str, int],
+    families: Iterable[int],
+    ways_out: tuple[str, ...],
+    reroute: bool = False,
 ) -> tuple[Layout, ...]:
     """In a task's namespace: its DNS server (address and port), the VIPs of its networks, and answers by the host that
     a published connection came through. `ways_out`: links that default routes lead to; none = the task has none, or
-    the kernel has no hook for this (then other hosts hide clients from the task)."""
-    layouts = [_task_layout(family, balancer, dns, bool(ways_out)) for family in families]
+    the kernel has no hook for this (then other hosts hide clients from the task). `reroute`: answers do not follow the
+    task's routes but their mark (answers.py)."""
+    layouts = [_task_layout(family, balancer, dns, bool(ways_out), reroute) for family in families]
     chains = tuple(
         Chain(
             f"answer_{link}",
@@ -122,7 +127,7 @@ def task_layouts(
     return (*layouts, *([Layout(NETDEV, TASK_TABLE, (), chains)] if chains else []))
 
 
-def _task_layout(family: int, balancer: Balancer, dns: tuple[str, int], answers: bool) -> Layout:
+def _task_layout(family: int, balancer: Balancer, dns: tuple[str, int], answers: bool, reroute: bool) -> Layout:
     words = FAMILY_WORDS[family]
     name, address = words.name, words.address
     redirect = f"ip daddr {dns[0]} {{}} dport {DNS_PORT} dnat to {dns[0]}:{dns[1]}"
@@ -139,9 +144,12 @@ def _task_layout(family: int, balancer: Balancer, dns: tuple[str, int], answers:
             "leave",
             (f"{name} daddr @{REFUSED} goto refusal",),
             "type filter hook output priority 0; policy accept;",
-            raw=(recall_ingress(),) if answers else (),
+            raw=(recall_ingress(),) if answers and not reroute else (),
         ),
     ]
+    if answers and reroute:
+        hook = "type route hook output priority 10; policy accept;"
+        chains.append(Chain("recall", (), hook, raw=(recall_ingress(),)))
     if answers:
         hook = "type filter hook prerouting priority -150; policy accept;"
         chains.append(Chain("arrive", (), hook, raw=(remember_ingress(),)))

@@ -94,11 +94,15 @@ class ServiceBalancer:
 
     def layouts(self, task: Task | None, interfaces: Iterable[Interface]) -> tuple[Layout, ...]:
         """`task`: None = its links are not known yet."""
-        ways_out = tuple(link.name for link in task.links if link.routes) if task and self._answers else ()
+        ways_out: tuple[str, ...] = ()
+        reroute = task is not None and bool(task.answers_by)
+        if task is not None and self._answers:
+            leading = (link.name for link in task.links if link.routes)
+            ways_out = (task.answers_by,) if reroute else tuple(leading)
         families: tuple[int, ...] = (socket.AF_INET,)
         if any(interface.address6 for interface in interfaces):
             families += (socket.AF_INET6,)
-        return task_layouts(self._scheme.name, self._dns, families, ways_out)
+        return task_layouts(self._scheme.name, self._dns, families, ways_out, reroute)
 
     def give(self, task: TaskBalance, networks: tuple[str, ...]) -> bool:
         """In any namespace. False: `adopt` has to, inside the task's."""

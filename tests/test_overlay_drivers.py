@@ -25,7 +25,7 @@ from overlay.interface import (
     PublishedPort,
 )
 from overlay.reconcile import AUDIT_PERIOD_S
-from tests.overlay_lab import NET, OUTSIDE, OverlayLab, interface
+from tests.overlay_lab import NET, OUTSIDE, UNDERLAY6, OverlayLab, address6, interface
 
 BRIDGE = BridgeNetwork("netbbbbbbbbbbbbbbbbbbbbbb")
 LAN = MacvlanNetwork("netmmmmmmmmmmmmmmmmmmmmmm", "eth0", "192.168.99.0/24", OUTSIDE)
@@ -196,3 +196,29 @@ async def test_the_bridge_goes_with_its_last_task(lab: OverlayLab) -> None:
     assert "pyst1-0" in lab.sockets.run(host.netns, "ip", "link").stdout
     await host.network.detach("b1")
     assert "pyst1-0" not in lab.sockets.run(host.netns, "ip", "link").stdout
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("other", [BRIDGED, ON_LAN], ids=["bridge", "macvlan"])
+@pytest.mark.parametrize("comes_first", [True, False])
+async def test_published_connections_are_answered_whatever_other_networks_the_task_has(
+    lab: OverlayLab, other: Interface, comes_first: bool
+) -> None:
+    host, neighbour = lab.hosts[:2]
+    own = interface(NET, "10.77.1.20")
+    await attach(lab, "x", *((other, own) if comes_first else (own, other)))
+    lab.tasks["x"] = (host, lab.path("x"), {NET: "10.77.1.20"})
+    for address in ("0.0.0.0", "::"):
+        lab.sockets.serve(lab.path("x"), address, 80 + 6 * (":" in address), "x")
+    port = PublishedPort("tcp", 18080, (("10.77.1.20", 80), (address6(NET, "10.77.1.20"), 86)))
+    await neighbour.network.apply(lab.state(neighbour, (NET,), published=(port,)))
+    for damage in ("true", "ip rule del table 198", "ip route flush table 198", "ip -6 route flush table 198"):
+        lab.sockets.run(lab.path("x"), *damage.split())
+        host.now_s[0] += AUDIT_PERIOD_S
+        await host.network.apply(state(lab, port))
+        await host.network.apply(state(lab, port))
+        for through in (host, neighbour):
+            assert lab.sockets.ask(lab.client, through.address, 18080) == ("x", "192.168.99.100")
+            assert lab.sockets.ask(lab.client, through.address6, 18080) == ("x", f"{UNDERLAY6}64")
+    assert lab.sockets.ask(neighbour.netns, "127.0.0.1", 18080) == ("x", "198.18.0.2")
+    assert lab.sockets.ask(lab.path("x"), OUTSIDE, 9000)[0] == "outside"
