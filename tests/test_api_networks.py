@@ -176,13 +176,17 @@ HOST_PORT = objects.PortConfig(target_port=80, published_port=8080, mode=objects
         (on("host", "front"), "network host excludes every other network"),
         (on("none", "bridge"), "network none excludes every other network"),
         (on("host", aliases=("db",)), "network host has no names"),
+        *(
+            (on("front", aliases=(bad,)), f"alias {bad!r} on network front: nobody could ask")
+            for bad in ("", "a..b", "a b", "x" * 64, "tab\t")
+        ),
         (on("host", ports=(INGRESS_PORT,)), "publish it with mode=host"),
         (on("host", ports=(HOST_PORT,)), "published as it is: leave the number out, or use 80"),
         (on("none", ports=(HOST_PORT,)), "no network at all"),
         (on("ingress"), "cannot be attached to network ingress explicitly"),
     ],
 )
-async def test_what_the_nodes_own_networks_cannot_do_is_refused(spec: ServiceSpec, message: str) -> None:
+async def test_what_networks_cannot_do_is_refused(spec: ServiceSpec, message: str) -> None:
     known = [predefined(name) for name in ("host", "none", "bridge")]
     async with managing(a_cluster(), a_network("net1", "front"), *known) as made:
         code, said = await refused(made.stubs["m1"].CreateService(pb.ServiceRequest(spec=spec)))

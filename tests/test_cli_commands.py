@@ -459,6 +459,9 @@ def test_networks_are_filtered_by_kind_and_use(host: Host) -> None:
     assert names("type=custom") == "free used"
     assert names("type=builtin", "scope=local") == "host none"
     assert names("driver=null") == "none"
+    assert names("name=r") == "free"
+    assert names("name=se", "name=os") == "host used"
+    assert "type=foo" in host.pyswarm("network", "ls", "--filter", "type=foo", status=1).stderr
     assert names("dangling=true") == "free"
     assert names("dangling=false") == "host in none used"
     ipv6 = host.pyswarm("network", "ls", "--filter", "type=custom", "--format", "{{.Name}} {{.IPv6}}").stdout

@@ -178,6 +178,9 @@ def test_ports_are_removed_by_target_or_in_full() -> None:
     ports = [*parse_publish("8000:80"), *parse_publish("53:53/udp"), *parse_publish("53:53/tcp")]
     assert ports_text(remove_ports(ports, "53/udp"), pb.INGRESS) == "*:53->53/tcp, *:8000->80/tcp"
     assert len(remove_ports(ports, "8000:80")) == 2
+    both = [*ports, *parse_publish("published=8002,target=80,mode=host")]
+    assert remove_ports(both, "target=80,mode=host") == ports
+    assert len(remove_ports(both, "80")) == 2
     with pytest.raises(Invalid, match="publishes no such"):
         remove_ports(ports, "8001:80")
 

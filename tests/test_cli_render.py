@@ -18,7 +18,7 @@ from swarm.cli import retry
 from swarm.cli.docker_shape import node_json, service_json
 from swarm.cli.listing import align, header, render
 from swarm.cli.loglines import LogFormat, format_line
-from swarm.cli.network_shape import network_json
+from swarm.cli.network_shape import network_json, services_on
 from swarm.cli.pretty import pretty_node, pretty_service
 from swarm.cli.progress import BARS_MAX, Outcome, Progress, measure
 from swarm.cli.rows import image_rows, node_row, service_row, task_rows
@@ -250,6 +250,13 @@ def test_network_json_has_both_families_peers_and_with_verbose_the_services_on_i
     assert [(each["EndpointIP"], each["EndpointIPv6"], each["Info"]) for each in shown["Tasks"]] == [
         ("10.0.1.3", "fd00::3", {"Host IP": "192.0.2.7"})
     ]
+
+
+def test_services_that_name_no_network_are_on_the_one_that_their_tasks_joined() -> None:
+    ingress, web, other = pb.Network(id="in"), service(), pb.Service(id="other")
+    task = pb.Task(service_id=web.id, networks=[pb.NetworkAttachment(network_id="in")])
+    assert services_on(ingress, [web, other]) == []
+    assert services_on(ingress, [web, other], [task]) == [web]
 
 
 @pytest.mark.parametrize("name", ["host", "none", "bridge"])

@@ -8,6 +8,7 @@ from proto import objects_pb2 as pb
 from proto.objects_pb2 import Network, NodeStatus, ServiceSpec
 from swarm.allocate import needs_ingress
 from swarm.allocate.predefined import NO_INGRESS, ingress_network
+from swarm.api import check
 from swarm.api.find import find_network
 from swarm.errors import Invalid
 from swarm.store import drivers
@@ -29,6 +30,8 @@ def complete(store: Store, spec: ServiceSpec) -> None:
             raise Invalid(f"network {name} is being removed: create another one")
         if drivers.is_local(network) and config.aliases:
             raise Invalid(f"network {name} has no names: leave the aliases out, or use an overlay network")
+        for alias in config.aliases:
+            _alias(name, alias)
         config.network_id = network.id
         joined.append(network)
     for network in joined:
@@ -36,6 +39,18 @@ def complete(store: Store, spec: ServiceSpec) -> None:
             _exclusive(network, len(joined), spec)
     for port in spec.endpoint.ports:
         port.host_ip = _canonical(port.host_ip)
+
+
+def _alias(network: str, alias: str) -> None:
+    labels = alias.removesuffix(".").split(".")
+    if (
+        not all(0 < len(label.encode()) <= check.NAME_MAX for label in labels)
+        or not alias.isprintable()
+        or " " in alias
+    ):
+        raise Invalid(
+            f"alias {alias!r} on network {network}: nobody could ask for that name: write one such as db, or db.example"
+        )
 
 
 def _exclusive(network: Network, joined: int, spec: ServiceSpec) -> None:

@@ -42,6 +42,7 @@ INGRESS_WARNING = (
     "cannot be created, until you make another one (`pyswarm network create --ingress NAME`).\n"
     "Are you sure you want to continue?"
 )
+NETWORK_TYPES = ("custom", "builtin")
 NETWORK_FILTERS = ("dangling", "driver", "id", "label", "name", "scope", "type")
 
 
@@ -147,6 +148,8 @@ def list_networks(form: str | None, quiet: bool, no_trunc: bool, filters: tuple[
       pyswarm network ls --filter dangling=true --format '{{.Name}} {{.Driver}}'
     """
     wanted = parse_filters(filters, NETWORK_FILTERS)
+    for kind in set(wanted.get("type", ())) - {*NETWORK_TYPES}:
+        raise Failure(f"invalid filter 'type={kind}': known are {' and '.join(NETWORK_TYPES)}")
     client = connect()
     found = [item for item in _networks(client, wanted) if _is_wanted(item, wanted)]
     if "dangling" in wanted:
@@ -158,17 +161,16 @@ def list_networks(form: str | None, quiet: bool, no_trunc: bool, filters: tuple[
 
 
 def _networks(client: Client, wanted: dict[str, list[str]]) -> Iterable[Network]:
-    condition = Filter(
-        ids=wanted.get("id", ()), names=wanted.get("name", ()), labels=label_filter(wanted.get("label", ()))
-    )
+    condition = Filter(ids=wanted.get("id", ()), labels=label_filter(wanted.get("label", ())))
     return client.call(client.control.ListNetworks, ListRequest(filter=condition)).networks
 
 
 def _is_wanted(item: Network, wanted: dict[str, list[str]]) -> bool:
     row = network_row(item, no_trunc=True)
-    kind = "custom" if _is_custom(item) else "builtin"
-    facts = {"driver": row["Driver"], "scope": row["Scope"], "type": kind}
-    return all(fact in wanted.get(key, (fact,)) for key, fact in facts.items())
+    facts = {"driver": row["Driver"], "scope": row["Scope"], "type": NETWORK_TYPES[not _is_custom(item)]}
+    # Of networks any part of the name, as in Docker; other objects are found by its beginning.
+    named = any(part in item.spec.annotations.name for part in wanted.get("name", [""]))
+    return named and all(fact in wanted.get(key, (fact,)) for key, fact in facts.items())
 
 
 def _is_custom(item: Network) -> bool:
@@ -202,7 +204,7 @@ def inspect(refs: tuple[str, ...], form: str | None, verbose: bool) -> None:
         nodes = client.call(client.control.ListNodes, ListRequest()).nodes
         on_it = ListRequest(filter=Filter(network_ids=[found.id]))
         tasks = client.call(client.control.ListTasks, on_it).tasks
-        return network_json(found, services_on(found, services), tasks, nodes)
+        return network_json(found, services_on(found, services, tasks), tasks, nodes)
 
     inspect_all(refs, find, form)
 

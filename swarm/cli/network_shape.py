@@ -49,8 +49,15 @@ def network_json(
     }
 
 
-def services_on(network: Network, services: Iterable[Service]) -> list[Service]:
-    return [each for each in services if any(c.network_id == network.id for c in each.spec.task.networks)]
+def services_on(network: Network, services: Iterable[Service], tasks: Iterable[Task] = ()) -> list[Service]:
+    """Those that name it, and those of these tasks: on the ingress network are services that name none, and an update
+    leaves a network with its last old task."""
+    present = {task.service_id for task in tasks}
+    return [
+        each
+        for each in services
+        if each.id in present or any(config.network_id == network.id for config in each.spec.task.networks)
+    ]
 
 
 def _config(config: IpamConfig) -> Json:

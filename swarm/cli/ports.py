@@ -112,12 +112,14 @@ def remove_ports(current: Iterable[PortConfig], text: str) -> list[PortConfig]:
     ports = list(current)
     wanted = parse_publish(text, "--publish-rm")
     by_target = ":" not in text and "published" not in text
+    any_mode = "mode=" not in text
 
     def matches(port: PortConfig) -> bool:
         return any(
             port.target_port == want.target_port
             and port.protocol == want.protocol
             and (by_target or port.published_port == want.published_port)
+            and (any_mode or port.mode == want.mode)
             and want.host_ip in ("", port.host_ip)
             for want in wanted
         )
