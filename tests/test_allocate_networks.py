@@ -118,6 +118,7 @@ def test_without_an_ingress_network_the_services_that_need_it_say_so_and_go_on_w
         (["10.0.0.0/8"], "10.255.0.0/16"),
         (["172.20.0.0/16"], "172.20.0.0/24"),  # whoever gives other pools has other uses for 10.0.0.0/8
         (["172.20.0.0/16", "10.0.0.0/8"], "10.255.0.0/16"),
+        (["10.255.0.0/16"], "10.255.0.0/24"),
     ],
 )
 def test_the_ingress_network_keeps_to_the_swarms_pools(pools: list[str], subnet: str) -> None:
@@ -125,6 +126,13 @@ def test_the_ingress_network_keeps_to_the_swarms_pools(pools: list[str], subnet:
     (made,) = (group[0].record for group in decide(store, 0.0, str, Dirty(networks={"in"})).groups)
     assert isinstance(made, pb.Network)
     assert made.ipam.subnet == subnet
+
+
+def test_networks_may_have_the_pool_that_is_the_ingress_networks_default() -> None:
+    store = Store.of(pb.Cluster(id="c", default_addr_pool=["10.255.0.0/16"], subnet_size=24), network("a"))
+    (made,) = (group[0].record for group in decide(store, 0.0, str, Dirty(networks={"a"})).groups)
+    assert isinstance(made, pb.Network)
+    assert made.ipam.subnet == "10.255.0.0/24"
 
 
 # ---- dual stack

@@ -110,10 +110,16 @@ def test_the_chosen_subnet_is_the_first_that_overlaps_nothing(taken: list[tuple[
 
 
 def test_vnis_are_serial_and_return_to_gaps_at_the_end() -> None:
-    assert next_vni(set(), ingress=True) == 4096
-    assert next_vni(set(), ingress=False) == 4097
-    assert next_vni({4096, 4097, 4200}, ingress=False) == 4201
-    assert next_vni({4096, 4097, 4099, VNI_LAST}, ingress=False) == 4098
+    assert next_vni(set(), (), ingress=True) == 4096
+    assert next_vni(set(), (), ingress=False) == 4097
+    assert next_vni({4096, 4097}, (4200,), ingress=False) == 4201
+    assert next_vni({4096, 4097, 4099, VNI_LAST}, (), ingress=False) == 4098
+
+
+def test_when_all_vnis_were_given_the_one_that_has_been_free_the_longest_is_given_again() -> None:
+    last = 4100
+    assert next_vni({4096, 4097, 4100}, (4099, 4098), ingress=False, last=last) == 4099
+    assert next_vni(set(range(4096, last + 1)), (), ingress=False, last=last) is None
 
 
 def test_nodes_are_numbered_from_one_and_gaps_are_filled() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from proto.objects_pb2 import IpamConfig, Network, NetworkSpec
@@ -77,7 +77,7 @@ def in_use(store: Store, spec: NetworkSpec, fresh: Iterable[Network] = ()) -> li
     for network in (*store.networks, *fresh):
         ingress_is_placed |= network.spec.ingress and bool(network.ipam.subnet)
         taken.extend(subnets_of(network))
-    if not ingress_is_placed:
+    if not ingress_is_placed and _ingress_fits(pools_of(store)):
         taken.append(Taken(INGRESS, "the ingress network"))
     if drivers.driver_of(Network(spec=spec)) == drivers.MACVLAN:
         return taken
@@ -148,7 +148,11 @@ def _complete(config: IpamConfig, net: Net) -> None:
 def _vni(store: Store, spec: NetworkSpec, fresh: Iterable[Network]) -> int | Refused:
     used = {network.vni: network for network in (*store.networks, *fresh) if network.vni}
     asked = _asked_vni(spec, used)
-    return asked if asked is not None else next_vni(used.keys() | set(store.released.of(VNIS)), spec.ingress)
+    if asked is not None:
+        return asked
+    return next_vni(set(used), store.released.of(VNIS), spec.ingress) or Refused(
+        f"every VNI up to {VNI_LAST} is in use: remove networks that are not needed"
+    )
 
 
 def _asked_vni(spec: NetworkSpec, used: dict[int, Network]) -> int | Refused | None:
@@ -161,15 +165,17 @@ def _asked_vni(spec: NetworkSpec, used: dict[int, Network]) -> int | Refused | N
     return Refused(f"option {VNI_OPTION}={text}: network {holder.spec.annotations.name} has this VNI: choose another")
 
 
-def next_vni(used: set[int], ingress: bool) -> int:
+def next_vni(used: set[int], released: Sequence[int], ingress: bool, last: int = VNI_LAST) -> int | None:
     """Serial: after the highest that is in use or was given back, so that a number is not reused at once; then the
-    lowest one that is neither."""
-    if ingress and VNI_FIRST not in used:
+    lowest one that is neither, then the one that was given back first. None: there is none."""
+    avoided = used.union(released)
+    if ingress and VNI_FIRST not in avoided:
         return VNI_FIRST
-    after = max((*used, VNI_FIRST)) + 1
-    if after <= VNI_LAST:
+    after = max((*avoided, VNI_FIRST)) + 1
+    if after <= last:
         return after
-    return next(number for number in range(VNI_FIRST + 1, VNI_LAST + 1) if number not in used)
+    never_given = (number for number in range(VNI_FIRST + 1, last + 1) if number not in avoided)
+    return next(never_given, next((number for number in released if number not in used), None))
 
 
 def _asked_subnet(text: str, taken: list[Taken]) -> Net | Refused:
@@ -184,13 +190,21 @@ def _overlaps(net: Net, other: Taken) -> str:
     return f"subnet {net} overlaps {other.net} of {other.owner}: choose another --subnet, or leave it out"
 
 
+def pools_of(store: Store) -> list[str]:
+    return list(store.cluster.default_addr_pool if store.cluster is not None else ()) or [DEFAULT_POOL]
+
+
+def _ingress_fits(pools: Iterable[str]) -> bool:
+    """Into one of them, with room left for other networks."""
+    return any(Net4(pool) != INGRESS and INGRESS.subnet_of(Net4(pool)) for pool in pools)
+
+
 def _free_subnet(store: Store, network: Network, taken: list[Taken]) -> Net | Refused:
     cluster = store.cluster
-    pools = list(cluster.default_addr_pool) if cluster is not None else []
-    pools = pools or [DEFAULT_POOL]
+    pools = pools_of(store)
     size = (cluster.subnet_size if cluster is not None else 0) or SUBNET_SIZE
     if network.spec.ingress:
-        if overlap(INGRESS, taken) is None and any(INGRESS.subnet_of(Net4(pool)) for pool in pools):
+        if overlap(INGRESS, taken) is None and _ingress_fits(pools):
             return INGRESS
     elif not any(other.net == FIRST for other in taken):
         taken = [*taken, Taken(FIRST, "reserved")]
