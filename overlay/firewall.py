@@ -9,7 +9,9 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+from overlay import nfnl
 from overlay.addressing import leg_pattern
+from overlay.netlink import NETLINK_NETFILTER, Netlink
 
 COMMAND_TIMEOUT_S = 10
 """iptables waits for its lock (-w) and lists a few hundred rules; more is a stuck machine."""
@@ -59,24 +61,36 @@ def _iptables(*arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def in_use(nft_chains: frozenset[tuple[str, str]]) -> bool:
-    """Whether iptables rules exist in this namespace: listing them would otherwise make their tables.
-    `nft_chains`: (table, chain) of family ip."""
+def _is_legacy() -> bool:
+    """Whether iptables that are no nftables in disguise have rules in this namespace."""
     try:
-        legacy = Path("/proc/net/ip_tables_names").read_text()
+        return "filter" in Path("/proc/net/ip_tables_names").read_text()
     except OSError:
-        legacy = ""
-    return "filter" in legacy or ("filter", "FORWARD") in nft_chains
+        return False
 
 
-def let_through(tag: str) -> list[str]:
-    """Add what is missing, in the current namespace; returns the commands run, for the log."""
-    listing = _iptables("-S")
-    wanted = openings(listing, tag) if listing is not None else []
-    return [" ".join(rule) for rule in wanted if _iptables(*rule) is not None]
+class Firewall:
+    """That of the host; to be called in its namespace."""
 
+    def __init__(self, tag: str) -> None:
+        self._tag = tag
+        self._seen = -1
+        """The nftables generation at the last look: while it is that, nothing has changed."""
 
-def take_back(tag: str) -> None:
-    listing = _iptables("-S")
-    for rule in closings(listing, tag) if listing is not None else []:
-        _iptables(*rule)
+    def let_through(self) -> list[str]:
+        """Add what is missing; returns the commands run, for the log. Cheap where nothing has changed."""
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            generation = nfnl.generation(netlink)
+            # Listing would otherwise make the tables of iptables.
+            in_use = _is_legacy() or (generation != self._seen and ("filter", "FORWARD") in nfnl.chains(netlink))
+        self._seen = generation
+        listing = _iptables("-S") if in_use else None
+        wanted = openings(listing, self._tag) if listing is not None else []
+        return [" ".join(rule) for rule in wanted if _iptables(*rule) is not None]
+
+    def take_back(self) -> None:
+        with Netlink(NETLINK_NETFILTER) as netlink:
+            in_use = _is_legacy() or ("filter", "FORWARD") in nfnl.chains(netlink)
+        listing = _iptables("-S") if in_use else None
+        for rule in closings(listing, self._tag) if listing is not None else []:
+            _iptables(*rule)

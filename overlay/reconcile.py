@@ -12,7 +12,7 @@ from pathlib import Path
 
 import structlog
 
-from overlay import firewall, namespaces, nfnl
+from overlay import namespaces
 from overlay.act import NamespaceKernel
 from overlay.addressing import (
     is_leg,
@@ -22,11 +22,12 @@ from overlay.attached import Attached, Detached
 from overlay.balance import TaskBalance
 from overlay.diff import task_operations
 from overlay.encryption import HostEncryption
+from overlay.firewall import Firewall
 from overlay.hostbridge import free_address
 from overlay.hostkernel import read_host
 from overlay.inspection import inspect
 from overlay.interface import Attachment, HostState, Inspection, Interface, NetworkError
-from overlay.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, Netlink, acknowledged
+from overlay.netlink import NETLINK_ROUTE, Netlink, acknowledged
 from overlay.plan import (
     Task,
     TaskNetwork,
@@ -73,6 +74,7 @@ class Reconciler:
         self._state: HostState | None = None
         self._complete = False
         """Whether `_state` was applied to its end."""
+        self._firewall = Firewall(tag)
         self.underlay = Underlay()
         self._sandboxes = Sandboxes(kernel, tag, encryption)
         self._tasks: dict[str, Attached] = {}
@@ -149,11 +151,8 @@ class Reconciler:
         set_host_sysctls(ipv6=any(network.subnet6 for network in state.networks))
 
     def _open_firewall(self) -> None:
-        with Netlink(NETLINK_NETFILTER) as netlink:
-            chains = nfnl.chains(netlink)
-        if firewall.in_use(chains):
-            for command in firewall.let_through(self._tag):
-                log.info("firewall_opened", command=f"iptables {command}")
+        for command in self._firewall.let_through():
+            log.info("firewall_opened", command=f"iptables {command}")
 
     def _adopt(self) -> None:
         found = self._sandboxes.adopt()
@@ -342,7 +341,7 @@ class Reconciler:
         self._host_sysctls(state)
         if self._services.audit_host():
             log.warning("overlay_repaired", object="host's balancing")
-            self._open_firewall()
+        self._open_firewall()
 
     def inspect(self) -> Inspection:
         return inspect(self._kernel, self._tag, self._state, self._sandboxes.pictures(), self._tasks)
@@ -385,16 +384,14 @@ class Reconciler:
         legs = [delete_link(name) for name in read_host().links if is_leg(self._tag, name)]
         with Netlink(NETLINK_ROUTE) as netlink:
             netlink.batch(acknowledged(legs))
-        with Netlink(NETLINK_NETFILTER) as netlink:
-            if firewall.in_use(nfnl.chains(netlink)):
-                firewall.take_back(self._tag)
+        self._firewall.take_back()
+        self._spares.clear()
+        self._services.remove()
         directory = self._kernel.directory
         if directory.is_dir():
             for path in directory.glob("task-*"):
                 path.unlink()
             directory.rmdir()
-        self._spares.clear()
-        self._services.remove()
         self._state, self._complete = None, False
         self._sandboxes = Sandboxes(self._kernel, self._tag, self._sandboxes.encryption)
         self._tasks = {}
