@@ -101,7 +101,7 @@ class NetworkService(_message.Message):
     def virtual_ips(self) -> _containers.RepeatedCompositeFieldContainer[_objects_pb2.VirtualIP]: ...
     @_builtins.property
     def ports(self) -> _containers.RepeatedCompositeFieldContainer[_objects_pb2.PortConfig]:
-        """ingress ports: every node accepts them"""
+        """all that are published; every node accepts those of mode ingress"""
 
     @_builtins.property
     def networks(self) -> _containers.RepeatedCompositeFieldContainer[_objects_pb2.NetworkAttachmentConfig]:

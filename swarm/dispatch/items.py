@@ -170,7 +170,7 @@ def service_item(store: Store, service: Service) -> Scoped:
         name=service.spec.annotations.name,
         mode=service.spec.endpoint.mode,
         virtual_ips=allocated.virtual_ips,
-        ports=[port for port in allocated.spec.ports if port.mode == INGRESS and port.published_port],
+        ports=[port for port in allocated.spec.ports if port.published_port],
         ingress_network_id=ingress_network_id,
         networks=service.spec.task.networks,
         balance=allocated.spec.balance,
