@@ -256,6 +256,8 @@ def test_services_that_name_no_network_are_on_the_one_that_their_tasks_joined() 
     ingress, web, other = pb.Network(id="in"), service(), pb.Service(id="other")
     task = pb.Task(service_id=web.id, networks=[pb.NetworkAttachment(network_id="in")])
     assert services_on(ingress, [web, other]) == []
+    assert services_on(ingress, [web, other], [task]) == []
+    task.status.state = pb.TASK_RUNNING
     assert services_on(ingress, [web, other], [task]) == [web]
 
 

@@ -24,7 +24,7 @@ def network_json(
     options = dict(spec.options)
     if network.vni:
         options[VNI_OPTION] = str(network.vni)
-    on_it = [task for task in tasks if pb.TASK_ASSIGNED <= task.status.state <= pb.TASK_RUNNING]
+    on_it = [task for task in tasks if _is_there(task)]
     by_id = {node.id: node for node in nodes}
     return {
         "Name": spec.annotations.name,
@@ -49,10 +49,14 @@ def network_json(
     }
 
 
+def _is_there(task: Task) -> bool:
+    return pb.TASK_ASSIGNED <= task.status.state <= pb.TASK_RUNNING
+
+
 def services_on(network: Network, services: Iterable[Service], tasks: Iterable[Task] = ()) -> list[Service]:
     """Those that name it, and those of these tasks: on the ingress network are services that name none, and an update
     leaves a network with its last old task."""
-    present = {task.service_id for task in tasks}
+    present = {task.service_id for task in tasks if _is_there(task)}
     return [
         each
         for each in services
