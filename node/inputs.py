@@ -136,7 +136,6 @@ def create_request(
         addresses=addresses(task),
         limits=task.spec.resources.limits,
         reservations=task.spec.resources.reservations,
-        dns_options=tuple(spec.dns_options) or ("ndots:0",),
         labels=labels,
         log_max_bytes=max_bytes,
         log_max_files=max_files,

@@ -265,13 +265,14 @@ IMAGE = ResolvedImage("sha256:web", (), ImageConfig())
 
 def test_the_request_to_the_runtime() -> None:
     made = full_task()
+    made.spec.container.dns_options.append("timeout:3")
     request = inputs.create_request(made, IMAGE, Path("/netns/t"), NODE, {})
     assert list(request.spec.env) == ["SLOT=3", "ON=host1", "T=gold", "PLAIN=1"]
     assert request.spec.mounts[0].source == "data-3"
     assert request.name == "web.3.abcdefghijklmnopqrstuvwxy"
     assert request.hostname == "abcdefghijkl"
     assert request.addresses == ("10.0.1.5", "10.0.2.5")
-    assert (request.nameservers, request.dns_options) == (("127.0.0.11",), ("ndots:0",))
+    assert (request.nameservers, request.dns_options) == (("127.0.0.11",), ("ndots:0",)), "beside the task's own"
     assert (request.log_max_bytes, request.log_max_files) == (2 << 20, 5)
     assert request.labels["com.docker.swarm.task.name"] == request.name
     assert made.spec.container.env[0] == "SLOT={{.Task.Slot}}", "the assigned task is not changed"
