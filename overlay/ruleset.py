@@ -60,7 +60,7 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The fixed part of one table: text for nft, and what an audit needs to know of it."""
+    """The fixed part of one table, as text for nft."""
 
     family: int
     table: str
@@ -73,10 +73,6 @@ class Layout:
     def __post_init__(self) -> None:
         digest = hashlib.blake2b(repr((self.table, self.sets, self.chains)).encode(), digest_size=4).hexdigest()
         object.__setattr__(self, "marker", f"layout_{digest}")
-
-    def rules(self) -> dict[str, int]:
-        """Rules that each chain has."""
-        return {self.marker: 0} | {chain.name: len(chain.rules) + len(chain.raw) for chain in self.chains}
 
     def element_sets(self) -> tuple[str, ...]:
         """Those that we fill (packets fill the others)."""

@@ -10,7 +10,7 @@ from overlay import nfnl
 from overlay.elements import Element, ElementChange, Elements, Value, balancing, element_change
 from overlay.netlink import Message, Netlink, NetlinkError
 from overlay.ruleset import NETDEV, Layout
-from overlay.template import template
+from overlay.template import stands, template
 
 UNKNOWN = -1
 """A generation that the kernel never has: the tables must be read."""
@@ -106,12 +106,13 @@ class Tables:
 
     def _standing(self, netlink: Netlink) -> Elements | None:
         """Elements that stand; None when a fixed part is not as it should be."""
+        if not stands(netlink, self.layouts):
+            return None
         found: set[tuple[int, str]] = set()
         for layout in self.layouts:
             counts = nfnl.rule_counts(netlink, self.name, layout.family)
             balancers = {chain: count for chain, count in counts.items() if balancing(chain)}
-            fixed = {chain: count for chain, count in counts.items() if chain not in balancers}
-            if fixed != layout.rules() or any(count != self.chain_rules for count in balancers.values()):
+            if any(count != self.chain_rules for count in balancers.values()):
                 return None
             found |= {(layout.family, chain) for chain in balancers}
         self.chains = found

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from overlay import nft, rtnl
+from overlay.elements import balancing
 from overlay.netlink import (
     NETLINK_NETFILTER,
     NETLINK_ROUTE,
@@ -97,6 +98,18 @@ def _read(netlink: Netlink, layouts: Iterable[Layout]) -> Template:
             out.append(_made(NEWSET, layout, kept + attribute(_SET_ID, struct.pack(">I", number << 8 | index + 1))))
         out += [_made(NEWRULE, layout, _only(_RULE_KEPT, answer)) for answer in _dump(netlink, GETRULE, layout)]
     return tuple(out)
+
+
+def stands(netlink: Netlink, layouts: tuple[Layout, ...]) -> bool:
+    """Whether the tables have the chains and rules of these layouts, one for one; balancing chains aside."""
+    found = [
+        _made(kind, layout, _only(kept, answer))
+        for layout in layouts
+        for kind, kept, name, asked in ((NEWCHAIN, _CHAIN_KEPT, 3, GETCHAIN), (NEWRULE, _RULE_KEPT, 2, GETRULE))
+        for answer in _dump(netlink, asked, layout)
+        if balancing(text(dict(answer)[name])) is None
+    ]
+    return found == [message for message in template(layouts) if message.kind & 0xFF in (NEWCHAIN, NEWRULE)]
 
 
 def _dump(netlink: Netlink, kind: int, layout: Layout) -> list[Sequence[tuple[int, bytes]]]:

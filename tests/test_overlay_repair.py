@@ -130,6 +130,8 @@ DAMAGE = {
     "task's MTU": ("task", "ip link set eth0 mtu 1300"),
     "task's MTU below that of IPv6": ("task", "ip link set eth0 mtu 1000"),
     "IPv6 forwarding off": ("host", "sysctl -qw net.ipv6.conf.all.force_forwarding=0"),
+    "a policy": ("host", "nft chain ip pyswarm_t1 passage { policy drop ; }"),
+    "a rule in the place of another": ("host", "nft replace rule ip pyswarm_t1 passage handle PASSAGE drop"),
     "sandbox": ("host", "umount SANDBOX"),
 }
 
@@ -138,7 +140,10 @@ def do_damage(lab: OverlayLab, damage: str) -> subprocess.CompletedProcess[str]:
     where, command = DAMAGE[damage]
     host = lab.hosts[0]
     netns = {"sandbox": sandbox(host), "host": host.netns, "task": lab.path("a1")}[where]
-    return lab.sockets.run(netns, *command.replace("SANDBOX", str(sandbox(host))).split())
+    listed = lab.sockets.run(host.netns, "nft", "-a", "list", "table", "ip", "pyswarm_t1").stdout
+    (handle,) = re.findall(r"ct status dnat accept # handle (\d+)", listed)[:1] or ["0"]
+    command = command.replace("SANDBOX", str(sandbox(host))).replace("PASSAGE", handle)
+    return lab.sockets.run(netns, *command.split())
 
 
 LEG_SYSCTLS = ("forwarding", "rp_filter", "route_localnet")
@@ -163,7 +168,8 @@ def picture(lab: OverlayLab) -> dict[tuple[str, str], list[str]]:
         def ask(command: str, netns: Path = netns) -> str:
             return lab.sockets.run(netns, *command.split()).stdout
 
-        links = (line.partition("link-netnsid")[0].split() for line in ask("ip -o link").splitlines())
+        shown = re.sub(r" state \S+", "", ask("ip -o link"))  # which the kernel brings up to date later
+        links = (line.partition("link-netnsid")[0].split() for line in shown.splitlines())
         kept = [[words[1].partition("@")[0], *words[2:], ""] for words in links]
         found[where, "links"] = sorted(" ".join(word for word in words if not made(word)) for words in kept)
         found[where, "addresses"] = sorted(re.findall(r"^\d+: (\S+ +inet6? \S+)", ask("ip -o addr"), re.M))
