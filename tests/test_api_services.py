@@ -197,6 +197,21 @@ async def test_a_name_and_a_port_are_free_again_once_the_old_service_is_gone() -
         assert (await creating).id != old.id
 
 
+async def test_an_update_waits_for_the_port_of_a_service_that_is_being_removed() -> None:
+    async with managing(a_cluster()) as made:
+        old, other = await create(made, published("old", 8000)), await create(made, a_spec("other"))
+        await made.stubs["m1"].RemoveService(pb.RemoveRequest(ref="old"))
+        request = update_of(other)
+        request.spec.endpoint.CopyFrom(published("old", 8000).endpoint)
+        updating = asyncio.ensure_future(made.stubs["m1"].UpdateService(request))
+        await asyncio.wait({updating}, timeout=0.05)
+        assert not updating.done()
+        marked = made.store.services.get(old.id)
+        assert marked is not None
+        await made["m1"].service._backend.writer.commit((Remove(marked),))
+        assert (await updating).service.spec.endpoint == request.spec.endpoint
+
+
 async def test_a_request_that_is_sent_again_creates_and_removes_once() -> None:
     async with managing(a_cluster()) as made:
         stub, again = made.stubs["m1"], (("request-id", "r1"),)

@@ -156,15 +156,16 @@ def removed(service: Service) -> Service | None:
 
 
 def in_the_way(store: Store, spec: ServiceSpec) -> bool:
-    """A service that is being removed still has the name or a port of this one."""
+    """A service that is being removed still has the name or a port of this new one."""
     holder = store.services.by_name(spec.annotations.name)
-    if holder is not None:
-        return holder.pending_delete
-    wanted = {validate.port_key(port) for port in spec.endpoint.ports if port.published_port}
-    return any(
-        service.pending_delete and not wanted.isdisjoint(map(validate.port_key, service.endpoint.spec.ports))
-        for service in store.services
-    )
+    return holder.pending_delete if holder is not None else ports_in_the_way(store, spec)
+
+
+def ports_in_the_way(store: Store, spec: ServiceSpec) -> bool:
+    wanted = {(port.protocol, port.published_port) for port in spec.endpoint.ports if port.published_port}
+    leaving = (service for service in store.services if service.pending_delete)
+    ports = (port for each in leaving for port in (*each.spec.endpoint.ports, *each.endpoint.spec.ports))
+    return any((port.protocol, port.published_port) in wanted for port in ports)
 
 
 def _copy(service: Service) -> Service:
@@ -198,6 +199,7 @@ async def update(backend: Backend, request: ServiceUpdateRequest, request_id: st
     # The version belongs to the ID: the same call with a newer version is another attempt, not the same one.
     write_id = f"{request_id}/{request.version}"
     if not backend.is_done(write_id):
+        await backend.until(lambda: not ports_in_the_way(store, request.spec), REMOVAL_WAIT_S)
         await backend.commit(_deciding(lambda: updated(store, request, backend.now())), write_id)
     return _reply(store, service_id)
 
