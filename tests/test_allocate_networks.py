@@ -216,6 +216,20 @@ def test_a_macvlan_network_gives_addresses_of_the_lan_but_no_vip_no_vni_and_no_a
     assert "of network lan" in (subnet_conflict(sim.store, macvlan("c").spec) or "")
 
 
+def test_a_gateway_that_is_chosen_is_none_of_the_addresses_that_are_used_elsewhere() -> None:
+    asked = network("a", subnet="10.43.0.0/24")
+    asked.spec.ipam.aux_addresses.update({"router": "10.43.0.1", "printer": "10.43.0.2"})
+    asked.spec.ipam6.CopyFrom(pb.IpamConfig(subnet="fd00:43::/64", aux_addresses={"router": "fd00:43::1"}))
+    sim = Simulation(asked)
+    sim.settle()
+    assert (named(sim, "a").ipam.gateway, named(sim, "a").ipam6.gateway) == ("10.43.0.3", "fd00:43::2")
+    full = network("b", subnet="10.44.0.0/29")
+    full.spec.ipam.aux_addresses.update({str(number): f"10.44.0.{number}" for number in range(1, 7)})
+    sim.create(full)
+    sim.settle()
+    assert named(sim, "b").ipam.gateway == "10.44.0.1", "of no use, and harmless"
+
+
 # ---- VNIs
 
 

@@ -142,7 +142,8 @@ def allocated(store: Store, network: Network, fresh: Iterable[Network] = ()) -> 
 
 def _complete(config: IpamConfig, net: Net) -> None:
     config.subnet = str(net)
-    config.gateway = config.gateway or str(net.network_address + 1)
+    elsewhere = set(map(ipaddress.ip_address, config.aux_addresses.values()))
+    config.gateway = config.gateway or str(next((host for host in net.hosts() if host not in elsewhere), net[1]))
 
 
 def _vni(store: Store, spec: NetworkSpec, fresh: Iterable[Network]) -> int | Refused:
