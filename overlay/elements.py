@@ -27,6 +27,8 @@ SLOTS_MAX = 512
 PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
 VIPS, BACKENDS, REFUSED = "vips", "backends", "refused"
 PUBLISHED, MARKS, GATEWAYS, HIDDEN = "published", "marks", "gateways", "hidden"
+PINGED = "pinged"
+"""Under IPVS, which knows nothing of pings: VIP -> the backend that answers them."""
 AT = "_at"
 """Ends the names of sets, maps and chains for ports published at one address of the host."""
 FAMILIES = {4: socket.AF_INET, 16: socket.AF_INET6}

@@ -188,7 +188,8 @@ def elements(netlink: Netlink, family: int, table: str, sets: Iterable[str]) -> 
         for answer in netlink.dump(NFT_SUBSYSTEM << 8 | GETSETELEM, body, f"read set {name} of table {table}"):
             for _, item in attribute_list(attributes(answer, 4).get(3, b"")):
                 found = attributes(item)
-                out[family, name, attributes(found[1])[1]] = _value(found.get(2))
+                key = attributes(found[1])[1] if 1 in found else b""  # a foreign one that stands for all others
+                out[family, name, key] = _value(found.get(2))
     return out
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from overlay.addressing import leg_pattern
-from overlay.elements import AT, BACKENDS, GATEWAYS, HIDDEN, MARKS, PUBLISHED, REFUSED, VIPS
+from overlay.elements import AT, BACKENDS, GATEWAYS, HIDDEN, MARKS, PINGED, PUBLISHED, REFUSED, VIPS
 from overlay.expressions import Rule, answer_to_ingress, recall_ingress, remember_ingress
 from overlay.interface import Balancer
 
@@ -38,11 +38,12 @@ class Words:
     loopback: str
     port_unreachable: str
     prohibited: str
+    ping: str
 
 
 FAMILY_WORDS: dict[int, Words] = {
-    socket.AF_INET: Words("ip", "ipv4_addr", "127.0.0.0/8", "icmp port-unreachable", "icmp admin-prohibited"),
-    socket.AF_INET6: Words("ip6", "ipv6_addr", "::1", "icmpv6 port-unreachable", "icmpv6 admin-prohibited"),
+    socket.AF_INET: Words("ip", "ipv4_addr", "127.0.0.0/8", "icmp port-unreachable", "icmp admin-prohibited", "icmp"),
+    socket.AF_INET6: Words("ip6", "ipv6_addr", "::1", "icmpv6 port-unreachable", "icmpv6 admin-prohibited", "icmpv6"),
 }
 
 
@@ -129,11 +130,13 @@ def _task_layout(family: int, balancer: Balancer, dns: tuple[str, int], answers:
     redirect = f"ip daddr {dns[0]} {{}} dport {DNS_PORT} dnat to {dns[0]}:{dns[1]}"
     redirects = (redirect.format("udp"), redirect.format("tcp")) if family == socket.AF_INET else ()
     nftables = balancer == "nftables"
+    balance = f"{name} daddr vmap @{VIPS}"
+    ping = f"meta l4proto {words.ping} dnat to {name} daddr map @{PINGED}"
     chains = [
         _refusal(words),
         Chain(
             "balance",
-            (*redirects, f"{name} daddr vmap @{VIPS}") if nftables else redirects,
+            (*redirects, balance if nftables else ping),
             "type nat hook output priority -100; policy accept;",
         ),
         Chain(
@@ -157,7 +160,10 @@ def _task_layout(family: int, balancer: Balancer, dns: tuple[str, int], answers:
             Chain("give_mark", (give_mark,), "type filter hook output priority -150; policy accept;"),
             Chain("hairpin", (route_again,), "type route hook output priority -90; policy accept;"),
         ]
-        sets: tuple[tuple[str, str], ...] = ((VIPS, f"map type {address} . inet_proto : mark"),)
+        sets: tuple[tuple[str, str], ...] = (
+            (VIPS, f"map type {address} . inet_proto : mark"),
+            (PINGED, f"map type {address} : {address}"),
+        )
     else:
         sets = (
             (VIPS, f"map type {address} : verdict"),

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from overlay import elements, ipvs
-from overlay.elements import AT, MARKS, PROTOCOLS, REFUSED, VIPS, Elements, packed
+from overlay.elements import AT, MARKS, PINGED, PROTOCOLS, REFUSED, VIPS, Elements, packed
 from overlay.interface import Balancer, PublishedPort, Vip
 from overlay.ipvs import Services
 from overlay.tables import Chains
@@ -60,11 +60,12 @@ class IpvsScheme:
         family = elements.FAMILIES[len(key)]
         if not vip.backends:
             return {(family, REFUSED, key): None}
-        return {
+        marks: Elements = {
             (family, VIPS, key + struct.pack("Bxxx", number)): struct.pack("=I", mark)
             for (family, mark) in self.vip_services(vip)
             for number in PROTOCOLS.values()
         }
+        return {**marks, (family, PINGED, key): packed(vip.backends[0])}
 
     def vip_services(self, vip: Vip) -> Services:
         return ipvs.vip_services(vip)

@@ -79,7 +79,10 @@ class Tables:
             self.load(netlink, wanted, fresh=False)
             return True
         change = element_change(standing, wanted)
-        self.change(netlink, change)
+        try:
+            self.change(netlink, change)
+        except NetlinkError:  # something stands there that is none of ours
+            self.load(netlink, wanted, fresh=False)
         return bool(change)
 
     def audit(self, netlink: Netlink, layouts: tuple[Layout, ...], wanted: Callable[[], Elements]) -> bool:

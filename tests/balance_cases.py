@@ -220,12 +220,13 @@ def test_a_vip_takes_turns_and_backends_see_the_task(lab: OverlayLab, vip: str) 
 
 
 @pytest.mark.parametrize("vip", [WEB.address, WEB6.address])
-def test_a_vip_balances_datagrams(lab: OverlayLab, vip: str) -> None:
+def test_a_vip_balances_datagrams_and_answers_pings(lab: OverlayLab, vip: str) -> None:
     answers = set()
     for _ in range(3):
         client = lab.sockets.open(lab.path("c1"), socket.SOCK_DGRAM, family_of(vip))
         answers.add(lab.sockets.ask_udp(client, vip, 53))
     assert answers == set(BACKENDS)
+    assert lab.sockets.run(lab.path("c1"), "ping", "-c1", "-W3", vip).returncode == 0
 
 
 def test_weights_are_proportions(lab: OverlayLab) -> None:

@@ -118,9 +118,9 @@ def test_published_ports_have_marks_that_no_vip_and_nobody_else_uses() -> None:
 def test_under_ipvs_nftables_gives_marks_and_refuses_where_nobody_serves() -> None:
     scheme = SCHEMES["ipvs"]
     vip = Vip("n1", "10.0.1.200", ("10.0.1.2",))
-    assert {name for _, name, _ in scheme.vip_elements(vip)} == {"vips"}
-    assert len(scheme.vip_elements(vip)) == 3, "tcp, udp, sctp"
+    names = [name for _, name, _ in scheme.vip_elements(vip)]
+    assert names == ["vips"] * 3 + ["pinged"], "tcp, udp, sctp"
     assert {name for _, name, _ in scheme.vip_elements(replace(vip, backends=()))} == {"refused"}
     port = PublishedPort("tcp", 80, (("10.0.1.2", 8080),))
-    names = {(family, name) for family, name, _ in scheme.port_elements(port, [AF_INET, AF_INET6])}
-    assert names == {(AF_INET, "marks"), (AF_INET, "published"), (AF_INET, "backends"), (AF_INET6, "refused")}
+    found = {(family, name) for family, name, _ in scheme.port_elements(port, [AF_INET, AF_INET6])}
+    assert found == {(AF_INET, "marks"), (AF_INET, "published"), (AF_INET, "backends"), (AF_INET6, "refused")}

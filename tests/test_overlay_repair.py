@@ -132,6 +132,7 @@ DAMAGE = {
     "IPv6 forwarding off": ("host", "sysctl -qw net.ipv6.conf.all.force_forwarding=0"),
     "a policy": ("host", "nft chain ip pyswarm_t1 passage { policy drop ; }"),
     "a rule in the place of another": ("host", "nft replace rule ip pyswarm_t1 passage handle PASSAGE drop"),
+    "an element that stands for all": ("host", "nft add element ip pyswarm_t1 gateways { * }"),
     "sandbox": ("host", "umount SANDBOX"),
 }
 
