@@ -31,6 +31,19 @@ def test_each_node_tries_every_other_and_the_service_s_names_and_ports() -> None
     assert Counter(check.kind for check in of(checks, Kind.HOST)) == {Kind.HOST: 1}
 
 
+def test_a_name_means_what_the_first_of_the_asker_s_networks_says_also_where_that_is_a_lan() -> None:
+    lan = pb.Network(id="lan", spec=pb.NetworkSpec(driver="macvlan"), ipam=pb.IpamConfig(subnet="192.0.2.0/24"))
+    service, task = a_service("mixed", "lan"), a_task("mixed", 1, "n1", "lan")
+    service.spec.task.networks.add(network_id="net")
+    service.endpoint.virtual_ips[0].CopyFrom(pb.VirtualIP(network_id="net", address="10.0.1.3/24"))
+    task.networks[0].address = "192.0.2.130/24"
+    task.networks.add(network_id="net", address="10.0.1.20/24")
+    checks = plan(a_swarm(lan, service, task), service).checks
+    names = {check.name: check.expected for check in of(checks, Kind.NAMES)}
+    assert names == {"mixed": {"192.0.2.130"}, "tasks.mixed": {"192.0.2.130"}}
+    assert not any(check.network_id == "lan" for check in checks)
+
+
 @pytest.mark.parametrize(
     ("kind", "what"),
     [

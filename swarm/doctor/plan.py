@@ -23,6 +23,7 @@ from proto.objects_pb2 import (
 )
 from swarm.dispatch.items import ingress_network_of, is_down, is_live, predefined_network
 from swarm.doctor.checks import Check, Kind, Plan
+from swarm.store import drivers
 from swarm.store.states import is_runnable
 from swarm.store.store import Store
 
@@ -64,6 +65,10 @@ class _Planner:
         used = {config.network_id for each in self._services for config in each.spec.task.networks}
         used |= {self._ingress_of[each.id] for each in self._services}
         self._networks = {each.id: each for each in store.networks if each.vni and each.id in used}
+        self._lans = {
+            each.id: each for each in store.networks if each.id in used and drivers.driver_of(each) == drivers.MACVLAN
+        }
+        """Nothing is tried on them, but tasks that are on other networks as well are told names of theirs."""
         self._tasks = [task for task in sorted(store.tasks, key=lambda each: each.id) if self._runs(task)]
         self._serving: dict[tuple[str, str], list[Task]] = defaultdict(list)
         """(service, network) -> its tasks there that others can reach."""
@@ -71,6 +76,8 @@ class _Planner:
         """Network -> node -> a task of it there, from which to try; of the service in question, if there is one."""
         for task in self._tasks:
             for attachment in task.networks:
+                if attachment.network_id in self._lans:
+                    self._serving[task.service_id, attachment.network_id].append(task)
                 if attachment.address and self._reached(task, attachment.network_id):
                     self._serving[task.service_id, attachment.network_id].append(task)
                     if task.node_id not in self._nodes:
@@ -172,7 +179,8 @@ class _Planner:
     # ---- services
 
     def _names(self) -> Iterator[Check]:
-        known = {key: self._names_on(network) for key, network in self._networks.items() if not network.spec.ingress}
+        named = {**self._networks, **self._lans}
+        known = {key: self._names_on(network) for key, network in named.items() if not network.spec.ingress}
         for service in self._services:
             for config in service.spec.task.networks:
                 for node_id, client in self._clients[config.network_id].items() if config.network_id in known else ():
