@@ -138,6 +138,11 @@ BAD: list[tuple[Change, str]] = [
     (port(target_port=80, published_port=70000), "published port 70000 is out of range"),
     (port(target_port=0, published_port=80), "target port 0 is out of range"),
     (port(target_port=90, published_port=8000), "duplicate published port '8000/tcp'"),
+    (
+        lambda spec: spec.endpoint.ports.extend(PortConfig(target_port=number) for number in range(1, 999)),
+        "1002 published ports: publish at most 1000, or attach the service to network host",
+    ),
+    (lambda spec: spec.task.container.dns_search.extend(["a"] * 1000), "has 1001 entries"),
     (port(target_port=90, published_port=8000, mode=pb.HOST), "duplicate published port '8000/tcp'"),
     (port(target_port=90, protocol=7), "port protocol: unknown value 7"),
     (lambda s: setattr(s.endpoint, "mode", pb.DNSRR), "ingress mode can't be used with dnsrr mode"),

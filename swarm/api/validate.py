@@ -158,7 +158,8 @@ def container_spec(spec: ContainerSpec) -> None:
             raise Invalid(f"env {entry!r}: write NAME=value, with a name before the '='")
     if spec.HasField("stop_grace_period_s"):
         check.duration("stop grace period", spec.stop_grace_period_s)
-    for values in (spec.env, spec.mounts, spec.command, spec.args, spec.ulimits, spec.hosts):
+    resolving = (spec.dns_nameservers, spec.dns_search, spec.dns_options)
+    for values in (spec.env, spec.mounts, spec.command, spec.args, spec.ulimits, spec.hosts, *resolving):
         if len(values) > LIST_MAX:
             raise Invalid(f"a list of the container spec has {len(values)} entries: use at most {LIST_MAX}")
     for mount in spec.mounts:
@@ -296,6 +297,11 @@ def update_config(kind: str, config: UpdateConfig) -> None:
 
 def endpoint_spec(spec: EndpointSpec) -> None:
     check.choice("endpoint mode", spec.mode, dict(pb.EndpointMode.items()))
+    if len(spec.ports) > LIST_MAX:
+        raise Invalid(
+            f"{len(spec.ports)} published ports: publish at most {LIST_MAX}, or attach the service to network host,"
+            " whose tasks listen on their node's own ports"
+        )
     for port in spec.ports:
         _port(port)
     if spec.mode == pb.DNSRR and any(port.mode == pb.INGRESS for port in spec.ports):
