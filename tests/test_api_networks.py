@@ -226,6 +226,19 @@ async def test_warnings_tell_what_the_nodes_cannot_do() -> None:
         assert not (await made.stubs["m1"].CreateService(pb.ServiceRequest(spec=spec))).warnings
 
 
+async def test_a_port_at_an_ipv6_address_of_a_service_without_ipv6_is_warned_about() -> None:
+    dual = a_network("net2", "dual")
+    dual.spec.ipv6 = True
+    async with managing(a_cluster(), a_network("net1", "front"), dual) as made:
+        for name, warnings in (
+            ("front", ["port 80 at ::1 refuses connections: network front has no IPv6"]),
+            ("dual", []),
+        ):
+            spec = on(name, ports=(objects.PortConfig(target_port=80, host_ip="::1"),))
+            spec.annotations.name = f"web-{name}"
+            assert list((await made.stubs["m1"].CreateService(pb.ServiceRequest(spec=spec))).warnings) == warnings
+
+
 async def test_a_service_that_is_read_says_on_which_nodes_clients_are_hidden_from_it() -> None:
     nodes = [Node(id=name) for name in ("n1", "n2", "n3")]
     for at, answers in zip(nodes, (True, False, False), strict=True):

@@ -105,4 +105,18 @@ def warnings(store: Store, spec: ServiceSpec) -> list[str]:
         for port in spec.endpoint.ports
         if port.host_ip and port.host_ip not in own and not ipaddress.ip_address(port.host_ip).is_loopback
     ]
+    carrier = _carrier(store, spec)
+    told += [
+        f"port {port.published_port or port.target_port} at {port.host_ip} refuses connections: network"
+        f" {carrier.spec.annotations.name} has no IPv6"
+        for port in spec.endpoint.ports
+        if ":" in port.host_ip and carrier is not None and not (carrier.spec.ipv6 or carrier.ipam6.subnet)
+    ]
     return told
+
+
+def _carrier(store: Store, spec: ServiceSpec) -> Network | None:
+    """The network by which published connections reach the tasks, if it is an overlay."""
+    own = (store.networks.get(config.network_id) for config in spec.task.networks)
+    leading = next((network for network in own if network is not None and drivers.leads_out(network)), None)
+    return leading or ingress_network(store)
