@@ -201,8 +201,7 @@ class Swarm:
         await asyncio.sleep(0.1)  # else the agent before would still finish what it does at this instant
         for host in lacking:
             host.start()
-        for name in self.hosts:
-            await self._insist(lambda store, name=name: _activate(store, name))  # type: ignore[misc]
+        await self._insist(_activate_all)
         end_s = self.net.now_s + RECOVERY_S
         while (why := self._unsettled()) and self.net.now_s < end_s:
             await asyncio.sleep(1.0)
@@ -403,9 +402,8 @@ def _shall_run(task: pb.Task) -> bool:
     return task.desired_state in (pb.TASK_RUNNING, pb.TASK_COMPLETE) and not states.has_stopped(task)
 
 
-def _activate(store: Store, name: str) -> tuple[Change, ...]:
-    node = store.nodes.get(name)
-    assert node is not None
-    changed = copy_of(node)
-    changed.spec.availability = pb.ACTIVE
-    return (Update(changed),)
+def _activate_all(store: Store) -> tuple[Change, ...]:
+    changed = [copy_of(node) for node in store.nodes if node.spec.availability != pb.ACTIVE]
+    for node in changed:
+        node.spec.availability = pb.ACTIVE
+    return tuple(map(Update, changed))
