@@ -81,7 +81,7 @@ class Swarm:
         self.net.is_lazy = True
         self.net.on_death = self._died
         self._chance = self.net.generator("trouble")
-        self._users = Users(self.net.generator("users"), size.services)
+        self._users = Users(self.net.generator("users"), size.services, size.hosts)
         self.checks = Checks(self.net)
         self.managers: dict[str, SimManager] = {}
         self.hosts: dict[str, Host] = {}
