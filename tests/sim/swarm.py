@@ -202,8 +202,11 @@ class Swarm:
         for host in lacking:
             host.start()
         await self._insist(_activate_all)
-        end_s = self.net.now_s + RECOVERY_S
+        end_s, told = self.net.now_s + RECOVERY_S, ""
         while (why := self._unsettled()) and self.net.now_s < end_s:
+            if why != told:
+                self._tell(f"not yet: {why}")
+            told = why
             await asyncio.sleep(1.0)
         assert not why, f"{RECOVERY_S:g} s after the faults stopped: {why}"
         digests = {self.net.machines[name].digest() for name in self._names}
