@@ -36,6 +36,20 @@ async def test_flushed_virtual_services_are_back_with_the_next_audit(lab: Overla
     assert works(lab)
 
 
+async def test_a_restarted_agent_finds_its_tables_as_it_left_them(lab: OverlayLab) -> None:
+    places = [lab.hosts[0].netns, lab.path("c1"), lab.path("a2")]
+
+    def listed() -> list[str]:
+        """With handles: a table that was laid anew has others."""
+        return [lab.sockets.run(netns, "nft", "-a", "list", "ruleset").stdout for netns in places]
+
+    before = listed()
+    for host in lab.hosts:
+        host.again()
+    await lab.apply(VIPS, PORTS)
+    assert listed() == before
+
+
 async def test_a_change_right_after_a_flush_by_hand_is_made(lab: OverlayLab) -> None:
     for netns in (lab.path("c1"), lab.hosts[0].netns):
         lab.sockets.inside(netns, ipvs.flush)
