@@ -280,11 +280,14 @@ def test_without_the_hosts_rules_packets_are_encrypted_all_the_same_and_the_rule
 def test_an_agent_that_starts_anew_adopts_what_stands(secret: SecretLab) -> None:
     h1 = secret.lab.hosts[0]
     before, epoch = secret.xfrm(h1, "state"), h1.network.encryption().epoch
+    listing = ("nft", "-a", "list", "ruleset")
+    rules = secret.lab.sockets.run(h1.netns, *listing).stdout
     h1.again()
     assert h1.network.encryption().epoch == epoch
     asyncio.run(secret.apply())
     assert secret.all_reach_all()
     assert spis(secret.xfrm(h1, "state")) == spis(before)
+    assert secret.lab.sockets.run(h1.netns, *listing).stdout == rules, "and not laid anew: handles are the same"
 
 
 def spis(text: str) -> set[str]:
