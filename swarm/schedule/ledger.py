@@ -71,14 +71,12 @@ class Ledger:
         return list(self._failed.get(service_id, {}).values())
 
     def note(self, events: Sequence[Event]) -> None:
-        for event in events:
-            before = event.before if isinstance(event.before, Task) else None
-            after = event.after if isinstance(event.after, Task) else None
-            if before is not None and after is not None and _hold_alike(before, after):
+        for before, after in events:
+            if isinstance(before, Task) and isinstance(after, Task) and _hold_alike(before, after):
                 continue
-            if before is not None:
+            if isinstance(before, Task):
                 self._file(before, -1)
-            if after is not None:
+            if isinstance(after, Task):
                 self._file(after, 1)
 
     def _file(self, task: Task, sign: int) -> None:
@@ -89,23 +87,25 @@ class Ledger:
         elif state in (pb.TASK_FAILED, pb.TASK_REJECTED):
             _keep(self._failed, task.service_id, task, sign)
         elif states.waiting_for(task) == "node":
-            alike = (task.spec_version, task.node_id, "" if task.service_id else task.id)
-            groups = self.waiting.setdefault(task.service_id, {})
+            service_id = task.service_id
+            alike = (task.spec_version, task.node_id, "" if service_id else task.id)
+            groups = self.waiting.setdefault(service_id, {})
             _keep(groups, alike, task, sign)
             if not groups:
-                del self.waiting[task.service_id]
+                del self.waiting[service_id]
 
     def _charge(self, task: Task, sign: int) -> None:
-        node_id = task.node_id
+        node_id, service_id = task.node_id, task.service_id
         account = self._accounts.get(node_id)
         if account is None:
             account = self._accounts[node_id] = Account()
         account.holding += sign
         if states.is_runnable(task):
             account.tasks += sign
-            _count(self._tasks_on.setdefault(task.service_id, {}), node_id, sign)
-            if not self._tasks_on[task.service_id]:
-                del self._tasks_on[task.service_id]
+            counts = self._tasks_on.setdefault(service_id, {})
+            _count(counts, node_id, sign)
+            if not counts:
+                del self._tasks_on[service_id]
         account.reserve(task, sign)
         if not account.holding:
             del self._accounts[node_id]

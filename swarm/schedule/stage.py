@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 
 from proto import objects_pb2 as pb
-from proto.objects_pb2 import Node, Task
+from proto.objects_pb2 import Node, Task, TaskStatus
 from swarm.schedule.filters import Load, Need, accepts_any, explain, refusing
 from swarm.schedule.ledger import Ledger
 from swarm.schedule.spread import Faults, Grove, Placer, Pool, plant
@@ -59,6 +59,9 @@ class Board:
     def __init__(self, store: Store, now: float) -> None:
         self._store = store
         self._now = now
+        self._assigned = TaskStatus(
+            state=pb.TASK_ASSIGNED, timestamp=now, applied_at=now, message="scheduler assigned task to node"
+        )
         self._ledger = store.view(Ledger)
         self._loads: dict[str, Load] = {}
         self._grounds: dict[object, Pool | Grove] = {}
@@ -176,12 +179,9 @@ class Board:
         placed = copy_of(task)
         placed.node_id = load.node_id
         placed.placement_reason = reason
-        placed.assigned_generic.extend(load.given)
-        status = placed.status
-        status.Clear()
-        status.state = pb.TASK_ASSIGNED
-        status.timestamp = status.applied_at = self._now
-        status.message = "scheduler assigned task to node"
+        if load.given:
+            placed.assigned_generic.extend(load.given)
+        placed.status.CopyFrom(self._assigned)
         return Update(placed)
 
     def _refuse(self, task: Task, why: str) -> Iterable[Group]:

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
 
 from proto import store_pb2 as pb
 from proto.objects_pb2 import Cluster, Network, Node, Service, Task
 from swarm.store import states
-from swarm.store.changes import Record, copy_of, unwrap, wrap
+from swarm.store.changes import RECORD_TYPES, Record, unwrap, wrap
 from swarm.store.released import Released
 from swarm.store.table import DIGEST_MODULUS, Keys, Table, digest_of
 
@@ -35,8 +34,7 @@ _TABLE_NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """`before` is None for a creation, `after` is None for a removal."""
 
     before: Record | None
@@ -136,19 +134,18 @@ class Store:
         except DecodeError as error:
             result.verdicts.add(code=pb.Verdict.INVALID, message=f"undecodable entry: {error}")
             transactions = ()
-        sized = len(entry) > OBJECT_BYTES_MAX  # else no object in it can be too large
         for transaction in transactions:
-            result.verdicts.append(self._apply_once(transaction, sized, events))
+            result.verdicts.append(self._apply_once(transaction, events))
         if events:
             self._notify(events)
         return result.SerializeToString(deterministic=True)
 
-    def _apply_once(self, transaction: pb.Transaction, sized: bool, events: list[Event]) -> pb.Verdict:
+    def _apply_once(self, transaction: pb.Transaction, events: list[Event]) -> pb.Verdict:
         known = self._verdicts.get(transaction.request_id) if transaction.request_id else None
         if known is not None:
             return known
         changes = [(change, _record_of(change)) for change in transaction.changes]
-        verdict = self._check(changes, sized)
+        verdict = self._check(changes)
         if verdict.code == pb.Verdict.OK:
             self.version += 1
             verdict.version, at = self.version, transaction.at
@@ -163,8 +160,8 @@ class Store:
         while len(self._verdicts) > DEDUPE_LIMIT:
             self._verdicts_digest -= _digest_of_verdict(*self._verdicts.popitem(last=False))
 
-    def _check(self, changes: Sequence[tuple[pb.Change, Record | None]], sized: bool) -> pb.Verdict:
-        """The first reason why the changes cannot be applied, or OK. `sized`: some may be too large."""
+    def _check(self, changes: Sequence[tuple[pb.Change, Record | None]]) -> pb.Verdict:
+        """The first reason why the changes cannot be applied, or OK."""
         names: set[tuple[str, str]] = set()
         for change, record in changes:
             action = change.action
@@ -175,20 +172,20 @@ class Store:
                 if change.version and existing.meta.version != change.version:
                     return pb.Verdict(code=pb.Verdict.CONFLICT, message=change.id)
                 continue
-            if record is None or (sized and record.ByteSize() > OBJECT_BYTES_MAX):
+            if record is None:
                 return pb.Verdict(
-                    code=pb.Verdict.INVALID, message=f"object empty or larger than {OBJECT_BYTES_MAX} bytes"
+                    code=pb.Verdict.INVALID, message=f"object empty, broken or larger than {OBJECT_BYTES_MAX} bytes"
                 )
-            table = self._table(record)
-            existing = table.get(record.id)
+            table, object_id = self._table(record), record.id
+            existing = table.get(object_id)
             if action == pb.Change.CREATE and existing is not None:
-                return pb.Verdict(code=pb.Verdict.EXISTS, message=record.id)
+                return pb.Verdict(code=pb.Verdict.EXISTS, message=object_id)
             if action == pb.Change.UPDATE:
                 if existing is None:
-                    return pb.Verdict(code=pb.Verdict.NOT_FOUND, message=record.id)
+                    return pb.Verdict(code=pb.Verdict.NOT_FOUND, message=object_id)
                 if existing.meta.version != record.meta.version:
-                    return pb.Verdict(code=pb.Verdict.CONFLICT, message=record.id)
-            if isinstance(record, Service | Network):
+                    return pb.Verdict(code=pb.Verdict.CONFLICT, message=object_id)
+            if isinstance(record, (Service, Network)):
                 name = record.spec.annotations.name
                 key = (type(record).__name__, name.lower())
                 if table.name_owner(record) is not None or (name and key in names):
@@ -203,8 +200,7 @@ class Store:
         self.released.note(before, None)
         return Event(before, None)
 
-    def _put(self, decoded: Record, at: float) -> Event:
-        record = copy_of(decoded)  # in its own memory: as a part of the entry it would keep all of that
+    def _put(self, record: Record, at: float) -> Event:
         table = self._table(record)
         before = table.get(record.id)
         meta = record.meta
@@ -262,14 +258,21 @@ class Store:
 
 
 def _task_keys(task: Task) -> Keys:
-    networks = frozenset(leg.network_id for leg in task.networks) if task.networks else ""
+    legs = task.networks
+    networks = frozenset(leg.network_id for leg in legs) if legs else ""
     allocation = "waiting" if states.waiting_for(task) == "allocation" else ""
     return task.service_id, states.slot_of(task), task.node_id, networks, allocation
 
 
 def _record_of(change: pb.Change) -> Record | None:
-    """What the change stores; None for a removal, and for one that names no object."""
-    return unwrap(change.object) if change.object.WhichOneof("kind") is not None else None
+    """What the change stores, in memory of its own; None for a removal, and for one that cannot be stored."""
+    raw, kind = change.record, change.kind
+    if not 0 < len(raw) <= OBJECT_BYTES_MAX or kind not in RECORD_TYPES:
+        return None
+    try:
+        return RECORD_TYPES[kind].FromString(raw)
+    except DecodeError:
+        return None
 
 
 def _digest_of_verdict(request_id: str, verdict: pb.Verdict) -> int:

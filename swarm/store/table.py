@@ -41,6 +41,7 @@ class Table(Generic[T]):
         self._keys_of = keys_of
         self._indexes: dict[str, dict[str, dict[str, None]]] = {name: {} for name in indexes}
         """IDs only: an object that stays under its key costs nothing when it changes."""
+        self._unfiled: Keys = ("",) * len(indexes)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -88,7 +89,7 @@ class Table(Generic[T]):
         digest, keys = digest_of(record), self._keys_of(record)
         old_digest, old_keys = self._kept.get(object_id, (0, NO_KEYS))
         self._kept[object_id] = digest, old_keys if keys == old_keys else self._refile(object_id, old_keys, keys)
-        self.digest = (self.digest + digest - old_digest) % DIGEST_MODULUS
+        self.digest += digest - old_digest
 
     def discard(self, object_id: str) -> None:
         before = self._rows.pop(object_id, None)
@@ -98,7 +99,7 @@ class Table(Generic[T]):
             self._name(before, None)
         digest, keys = self._kept.pop(object_id)
         self._refile(object_id, keys, NO_KEYS)
-        self.digest = (self.digest - digest) % DIGEST_MODULUS
+        self.digest -= digest
 
     def _name(self, before: T | None, after: T | None) -> None:
         assert self._name_of is not None
@@ -109,8 +110,8 @@ class Table(Generic[T]):
 
     def _refile(self, object_id: str, old: Keys, new: Keys) -> Keys:
         """File an object under its new keys only; where a key stays, so does its place in the order."""
-        for number, filed in enumerate(self._indexes.values()):
-            before, after = old[number] if old else "", new[number] if new else ""
+        old, new = old or self._unfiled, new or self._unfiled
+        for filed, before, after in zip(self._indexes.values(), old, new, strict=True):
             if before == after:
                 continue
             for key in _several(before):
