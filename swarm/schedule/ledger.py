@@ -81,21 +81,19 @@ class Ledger:
 
     def _file(self, task: Task, sign: int) -> None:
         """Enter the task (1), or strike it out (-1)."""
-        state = task.status.state
+        state, service_id = task.status.state, task.service_id
         if pb.TASK_ASSIGNED <= state <= pb.TASK_RUNNING:
-            self._charge(task, sign)
+            self._charge(task, service_id, sign)
         elif state in (pb.TASK_FAILED, pb.TASK_REJECTED):
-            _keep(self._failed, task.service_id, task, sign)
+            _keep(self._failed, service_id, task, sign)
         elif states.waiting_for(task) == "node":
-            service_id = task.service_id
-            alike = (task.spec_version, task.node_id, "" if service_id else task.id)
             groups = self.waiting.setdefault(service_id, {})
-            _keep(groups, alike, task, sign)
+            _keep(groups, (task.spec_version, task.node_id, "" if service_id else task.id), task, sign)
             if not groups:
                 del self.waiting[service_id]
 
-    def _charge(self, task: Task, sign: int) -> None:
-        node_id, service_id = task.node_id, task.service_id
+    def _charge(self, task: Task, service_id: str, sign: int) -> None:
+        node_id = task.node_id
         account = self._accounts.get(node_id)
         if account is None:
             account = self._accounts[node_id] = Account()

@@ -106,26 +106,22 @@ class Board:
         spread = "".join(f", evenly over {key}" for key in need.spec.placement.spread)
         why_here = f"fewest tasks of {len(ground)} nodes that may take it (of {len(self._store.nodes)}){spread}"
         placer = Placer(need, ground, self._special(need, carriers, faults), faults)
-        placed = set()
-        together: list[Update] = []
+        assigned: list[Update] = []
         for task in batch:
             load = placer.place_one()
             if load is None:
                 break
             carriers[load.node_id] = load
-            placed.add(task.id)
-            together.append(self._assign(task, load, why_here))
-            if len(together) == TOGETHER:
-                yield tuple(together)
-                together = []
+            assigned.append(self._assign(task, load, why_here))
         placer.close()
-        if together:
-            yield tuple(together)
-        if len(placed) == len(batch):
+        for start in range(0, len(assigned), TOGETHER):
+            yield tuple(assigned[start : start + TOGETHER])
+        if len(assigned) == len(batch):
             self.was_cut = len(batch) < len(tasks)
         else:
             self._looks += len(self._store.nodes)
             why = explain(text for load in self.loads(need) if (text := refusing(need, load)) is not None)
+            placed = {update.record.id for update in assigned}
             for task in tasks:
                 if task.id not in placed:
                     yield from self._refuse(task, why)

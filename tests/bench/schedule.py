@@ -120,8 +120,7 @@ class Finish:
         self.reached = asyncio.Event()
 
     def note(self, events: Sequence[Event]) -> None:
-        for event in events:
-            after = event.after
+        for _, after in events:
             if isinstance(after, Task) and after.status.state == pb.TASK_ASSIGNED:
                 self._left -= 1
         if self._left == 0:
