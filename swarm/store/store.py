@@ -74,9 +74,7 @@ class Store:
         self.nodes: Table[Node] = Table()
         self.services: Table[Service] = Table(name_of=lambda s: s.spec.annotations.name)
         self.networks: Table[Network] = Table(name_of=lambda n: n.spec.annotations.name)
-        self.tasks: Table[Task] = Table(
-            indexes=("service", "slot", "node", "network", "allocation"), keys_of=_task_keys
-        )
+        self.tasks: Table[Task] = Table(indexes=("service", "node", "network", "allocation"), keys_of=_task_keys)
         self._tables: dict[type, Table[Any]] = {
             Cluster: self.clusters,
             Node: self.nodes,
@@ -259,9 +257,11 @@ class Store:
 
 def _task_keys(task: Task) -> Keys:
     legs = task.networks
-    networks = frozenset(leg.network_id for leg in legs) if legs else ""
+    networks: str | frozenset[str] = legs[0].network_id if legs else ""
+    if len(legs) > 1:
+        networks = frozenset(leg.network_id for leg in legs)
     allocation = "waiting" if states.waiting_for(task) == "allocation" else ""
-    return task.service_id, states.slot_of(task), task.node_id, networks, allocation
+    return task.service_id, task.node_id, networks, allocation
 
 
 def _record_of(change: pb.Change) -> Record | None:
