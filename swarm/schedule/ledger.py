@@ -56,7 +56,7 @@ class Ledger:
         self.waiting: dict[str, dict[Alike, dict[str, Task]]] = {}
         """Tasks without a node by service, longest waiting first."""
         for task in store.tasks:
-            self._file(task, 1)
+            self._file(task, task.status.state, 1)
 
     def account(self, node_id: str) -> Account:
         """Not to be changed."""
@@ -71,22 +71,26 @@ class Ledger:
         return list(self._failed.get(service_id, {}).values())
 
     def note(self, events: Sequence[Event]) -> None:
-        for before, after in events:
-            if isinstance(before, Task) and isinstance(after, Task) and _hold_alike(before, after):
-                continue
+        for before, after, old_state, new_state in events:
+            if (
+                (isinstance(before, Task) and isinstance(after, Task))
+                and (_is_placed(old_state) and _is_placed(new_state))
+                and before.desired_state == after.desired_state
+            ):
+                continue  # progress on the node: what it holds stays
             if isinstance(before, Task):
-                self._file(before, -1)
+                self._file(before, old_state, -1)
             if isinstance(after, Task):
-                self._file(after, 1)
+                self._file(after, new_state, 1)
 
-    def _file(self, task: Task, sign: int) -> None:
+    def _file(self, task: Task, state: pb.TaskState.ValueType, sign: int) -> None:
         """Enter the task (1), or strike it out (-1)."""
-        state, service_id = task.status.state, task.service_id
-        if pb.TASK_ASSIGNED <= state <= pb.TASK_RUNNING:
+        service_id = task.service_id
+        if _is_placed(state):
             self._charge(task, service_id, sign)
         elif state in (pb.TASK_FAILED, pb.TASK_REJECTED):
             _keep(self._failed, service_id, task, sign)
-        elif states.waiting_for(task) == "node":
+        elif pb.TASK_NEW < state < pb.TASK_ASSIGNED and states.is_runnable(task):
             groups = self.waiting.setdefault(service_id, {})
             _keep(groups, (task.spec_version, task.node_id, "" if service_id else task.id), task, sign)
             if not groups:
@@ -122,13 +126,8 @@ def _meet(one: str, other: str) -> bool:
     return not one or not other or one == other
 
 
-def _hold_alike(before: Task, after: Task) -> bool:
-    """Progress on the node: what it holds stays."""
-    return (
-        pb.TASK_ASSIGNED <= before.status.state <= pb.TASK_RUNNING
-        and pb.TASK_ASSIGNED <= after.status.state <= pb.TASK_RUNNING
-        and before.desired_state == after.desired_state
-    )
+def _is_placed(state: pb.TaskState.ValueType) -> bool:
+    return pb.TASK_ASSIGNED <= state <= pb.TASK_RUNNING
 
 
 def _count(counts: dict[K, int], key: K, by: int) -> None:

@@ -37,8 +37,8 @@ class Dirty:
 
     def note(self, events: Iterable[Event]) -> None:
         """Take in what one entry changed."""
-        for before, after in events:
-            self._note_one(before, after)
+        for event in events:
+            self._note_one(event)
 
     def touch(self, record: Record) -> None:
         """Have this object looked at again (its change was refused, say)."""
@@ -54,12 +54,12 @@ class Dirty:
             case Cluster():
                 self.everything = True
 
-    def _note_one(self, before: Record | None, after: Record | None) -> None:
+    def _note_one(self, event: Event) -> None:
+        before, after, old_state, new_state = event
         match before, after:
             case (Task() as old, Task() as new):
-                was, is_now = states.milestone(old), states.milestone(new)
-                self.freed |= was <= pb.TASK_RUNNING < is_now
-                if was != is_now or not _same_to_stages(old, new):
+                self.freed |= old_state <= pb.TASK_RUNNING < new_state
+                if states.milestone(old_state) != states.milestone(new_state) or not _same_to_stages(old, new):
                     self.services.add(new.service_id)
                 return
             case (Service() as old_service, Service() as new_service):

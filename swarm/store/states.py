@@ -72,9 +72,8 @@ def changed_at(task: Task) -> float:
     return task.status.applied_at or task.status.timestamp
 
 
-def milestone(task: Task) -> int:
+def milestone(state: pb.TaskState.ValueType) -> pb.TaskState.ValueType:
     """The observed state as coarsely as the stages distinguish it: what lies between ASSIGNED and RUNNING is one."""
-    state = task.status.state
     if pb.TASK_ASSIGNED <= state < pb.TASK_RUNNING:
         return pb.TASK_ASSIGNED
     return state

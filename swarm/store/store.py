@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
 
+from proto import objects_pb2 as objects
 from proto import store_pb2 as pb
 from proto.objects_pb2 import Cluster, Network, Node, Service, Task
 from swarm.store import states
@@ -35,10 +36,28 @@ _TABLE_NAMES = {
 
 
 class Event(NamedTuple):
-    """`before` is None for a creation, `after` is None for a removal."""
+    """`before` is None for a creation, `after` is None for a removal. The states are read once for all that listen."""
 
     before: Record | None
     after: Record | None
+    old_state: objects.TaskState.ValueType
+    new_state: objects.TaskState.ValueType
+    """Observed, of a task; NEW for what is none."""
+
+    @classmethod
+    def of(cls, before: Record | None, after: Record | None) -> Event:
+        return cls(before, after, _state(before), _state(after))
+
+    @property
+    def keeps_addresses(self) -> bool:
+        """What most changes are: a task got ahead, and holds what it held."""
+        before, after, old_state, new_state = self
+        return (
+            isinstance(before, Task)
+            and isinstance(after, Task)
+            and (old_state > objects.TASK_RUNNING) == (new_state > objects.TASK_RUNNING)
+            and before.networks == after.networks
+        )
 
     @property
     def record(self) -> Record:
@@ -196,7 +215,7 @@ class Store:
         before = table.get(change.id)
         table.discard(change.id)
         self.released.note(before, None)
-        return Event(before, None)
+        return Event.of(before, None)
 
     def _put(self, record: Record, at: float) -> Event:
         table = self._table(record)
@@ -205,8 +224,10 @@ class Store:
         meta.version, meta.updated_at = self.version, at
         meta.created_at = before.meta.created_at if before is not None else at
         table.put(record)
-        self.released.note(before, record)
-        return Event(before, record)
+        event = Event.of(before, record)
+        if not event.keeps_addresses:
+            self.released.note(before, record)
+        return event
 
     def _table_of(self, kind: pb.ObjectKind.ValueType) -> Table[Record]:
         table: Table[Record] = getattr(self, _TABLE_NAMES[kind])
@@ -253,6 +274,10 @@ class Store:
         """Equal on every manager that has applied the same entries; kept up to date, so that asking costs nothing."""
         tables = (getattr(self, name).digest for name in _TABLE_NAMES.values())
         return f"{(sum(tables) + self._verdicts_digest + self.version) % DIGEST_MODULUS:032x}"
+
+
+def _state(record: Record | None) -> objects.TaskState.ValueType:
+    return record.status.state if isinstance(record, Task) else objects.TASK_NEW
 
 
 def _task_keys(task: Task) -> Keys:
