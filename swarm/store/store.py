@@ -283,7 +283,7 @@ def _state(record: Record | None) -> objects.TaskState.ValueType:
 def _task_keys(task: Task) -> Keys:
     legs = task.networks
     networks: str | frozenset[str] = legs[0].network_id if legs else ""
-    if len(legs) > 1:
+    if len(legs) > 1:  # most tasks are on one, and a set takes more memory than all their keys
         networks = frozenset(leg.network_id for leg in legs)
     allocation = "waiting" if states.waiting_for(task) == "allocation" else ""
     return task.service_id, task.node_id, networks, allocation
