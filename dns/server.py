@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import signal
+from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,7 @@ class Server:
                 self._make_views()
             else:
                 self._forget(touched)
-            failed = await self._listen()
+            failed = await self._listen({box.task_id for box in changes.sandboxes} or self._listeners.keys())
             self._drop_unused()
             return self._zones.digest, _problem(failed)
 
@@ -79,11 +80,13 @@ class Server:
             self._responders[key] = Responder(view, self._budget, cookie_key=self._cookie_key)
         return self._responders[key]
 
-    async def _listen(self) -> list[str]:
-        """Sockets in exactly the wanted namespaces; returns what failed."""
+    async def _listen(self, suspects: Set[str]) -> list[str]:
+        """Sockets in exactly the wanted namespaces; returns what failed. `suspects`: tasks whose namespace may be
+        another one than it was; the agent's audits, which change nothing, suspect all."""
         zones, failed = self._zones, []
         for task_id, listener in list(self._listeners.items()):
-            if task_id not in zones.sandboxes or not listener.is_in(zones.sandboxes[task_id].netns_path):
+            box = zones.sandboxes.get(task_id)
+            if box is None or (task_id in suspects and not listener.is_in(box.netns_path)):
                 listener.close()
                 del self._listeners[task_id]
         for task_id in self._listeners:

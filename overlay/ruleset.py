@@ -10,6 +10,7 @@ import hashlib
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from overlay.addressing import leg_pattern
 from overlay.elements import AT, BACKENDS, GATEWAYS, HIDDEN, MARKS, PUBLISHED, REFUSED, VIPS
@@ -102,12 +103,13 @@ def _refusal(words: Words) -> Chain:
     return Chain("refusal", ("meta l4proto tcp reject with tcp reset", f"reject with {words.port_unreachable}"))
 
 
+@lru_cache(maxsize=64)
 def task_layouts(
-    balancer: Balancer, dns: tuple[str, int], families: Iterable[int], ways_out: tuple[str, ...]
+    balancer: Balancer, dns: tuple[str, int], families: tuple[int, ...], ways_out: tuple[str, ...]
 ) -> tuple[Layout, ...]:
     """In a task's namespace: its DNS server (address and port), the VIPs of its networks, and answers by the host that
     a published connection came through. `ways_out`: links that default routes lead to; none = the task has none, or
-    the kernel has no hook for this (then other hosts hide clients from the task)."""
+    the kernel has no hook for this (then other hosts hide clients from the task). Cached: tasks have one of a few."""
     layouts = [_task_layout(family, balancer, dns, bool(ways_out)) for family in families]
     chains = tuple(
         Chain(

@@ -14,7 +14,7 @@ from swarm.leader import Stage
 from swarm.store.changes import Change, Decision, Remove, Update
 from swarm.store.dirty import Dirty
 from swarm.store.store import Store
-from tests.sim.fleet import failures, quiet
+from tests.sim.fleet import failures, prepare
 from tests.sim.scenarios import SWARMS
 from tests.sim.swarm import Swarm, Trouble
 
@@ -23,7 +23,7 @@ ORCHESTRATE = partial(orchestrate.decide, fits=schedule.fits, surplus=schedule.s
 
 def found(**broken: Stage) -> str:
     """What the first of a few runs that fails says, where one stage is broken."""
-    quiet()
+    prepare()
     stages: list[tuple[str, Stage]] = [("allocate", allocate.decide), ("orchestrate", ORCHESTRATE)]
     stages += [("allocate", allocate.decide), ("schedule", schedule.decide)]
     size = replace(SWARMS["swarm-small"][0], faults_s=8.0)

@@ -49,11 +49,23 @@ BACKLOG = 4096
 HANG_S = 10.0
 
 LUA = """
-local targets, number = {}, 0
-for address in os.getenv("TARGETS"):gmatch("%S+") do targets[#targets + 1] = address end
+local addresses, page, turn = {}, nil, 0
+for address in os.getenv("TARGETS"):gmatch("%S+") do
+  addresses[#addresses + 1] = wrk.lookup(address, os.getenv("PORT"))[1]
+end
+local function next_address()
+  turn = turn % #addresses + 1
+  return addresses[turn]
+end
 function setup(thread)
-  thread.addr = wrk.lookup(targets[number % #targets + 1], os.getenv("PORT"))[1]
-  number = number + 1
+  thread.addr = next_address()
+end
+if os.getenv("KEEP") == "" then
+  function request()
+    wrk.thread.addr = next_address()
+    page = page or wrk.format()
+    return page
+  end
 end
 function done(summary, latency)
   local e = summary.errors
@@ -240,7 +252,7 @@ class Traffic:
         words += ["-d", f"{seconds}s", "--timeout", "5s", "-s", str(script)]
         words += [] if keep else ["-H", "Connection: close"]
         words.append(f"http://{targets[0]}:{port}/")
-        environment = {**os.environ, "TARGETS": " ".join(targets), "PORT": str(port)}
+        environment = {**os.environ, "TARGETS": " ".join(targets), "PORT": str(port), "KEEP": "keep" if keep else ""}
         before = self._cpu_s()
         try:
             done = _finished(words, environment, seconds + HANG_S)

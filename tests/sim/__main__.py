@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 
-from tests.sim.fleet import failures, quiet
+from tests.sim.fleet import FIXED, HASH_SEED, failures, prepare
 from tests.sim.scenarios import SCENARIOS, SWARMS, run
 
 
@@ -25,8 +26,8 @@ def main() -> int:
         parser.error("give one of --seed N and --seeds A..B")
     if arguments.seeds is not None:
         return many(arguments.seeds, arguments.scenario)
-    quiet()
-    result = run(arguments.seed, arguments.scenario, print)
+    prepare()
+    result = run(arguments.seed, arguments.scenario, partial(print, flush=True))
     if result.violation:
         print(f"VIOLATION: {result.violation}")
     print(result.summary)
@@ -43,8 +44,7 @@ def many(seeds: range, scenario: str) -> int:
 
 
 if __name__ == "__main__":
-    if os.environ.get("PYTHONHASHSEED") != "0":
-        # A manager's loops keep tasks and node IDs in sets: the order of these must not change from run to run.
-        os.environ["PYTHONHASHSEED"] = "0"
+    if os.environ.get(HASH_SEED) != FIXED:
+        os.environ[HASH_SEED] = FIXED
         os.execv(sys.executable, [sys.executable, "-m", "tests.sim", *sys.argv[1:]])
     sys.exit(main())

@@ -81,7 +81,7 @@ class Swarm:
         self.net.is_lazy = True
         self.net.on_death = self._died
         self._chance = self.net.generator("trouble")
-        self._users = Users(self.net.generator("users"), size.services)
+        self._users = Users(self.net.generator("users"), size.services, size.hosts)
         self.checks = Checks(self.net)
         self.managers: dict[str, SimManager] = {}
         self.hosts: dict[str, Host] = {}
@@ -201,10 +201,12 @@ class Swarm:
         await asyncio.sleep(0.1)  # else the agent before would still finish what it does at this instant
         for host in lacking:
             host.start()
-        for name in self.hosts:
-            await self._insist(lambda store, name=name: _activate(store, name))  # type: ignore[misc]
-        end_s = self.net.now_s + RECOVERY_S
+        await self._insist(_activate_all)
+        end_s, told = self.net.now_s + RECOVERY_S, ""
         while (why := self._unsettled()) and self.net.now_s < end_s:
+            if why != told:
+                self._tell(f"not yet: {why}")
+            told = why
             await asyncio.sleep(1.0)
         assert not why, f"{RECOVERY_S:g} s after the faults stopped: {why}"
         digests = {self.net.machines[name].digest() for name in self._names}
@@ -403,9 +405,8 @@ def _shall_run(task: pb.Task) -> bool:
     return task.desired_state in (pb.TASK_RUNNING, pb.TASK_COMPLETE) and not states.has_stopped(task)
 
 
-def _activate(store: Store, name: str) -> tuple[Change, ...]:
-    node = store.nodes.get(name)
-    assert node is not None
-    changed = copy_of(node)
-    changed.spec.availability = pb.ACTIVE
-    return (Update(changed),)
+def _activate_all(store: Store) -> tuple[Change, ...]:
+    changed = [copy_of(node) for node in store.nodes if node.spec.availability != pb.ACTIVE]
+    for node in changed:
+        node.spec.availability = pb.ACTIVE
+    return tuple(map(Update, changed))

@@ -41,10 +41,12 @@ def founding(hosts: list[str], networks: int) -> tuple[Change, ...]:
 class Users:
     """Draws one wish at a time; `wish` returns the change that states it, in terms of the store as it is now."""
 
-    def __init__(self, chance: random.Random, services_max: int) -> None:
+    def __init__(self, chance: random.Random, services_max: int, hosts: int) -> None:
         self._chance = chance
         self._services_max = services_max
         self._networks = networks_for(services_max)
+        self._stride = max(1, hosts // 50)
+        """Nobody updates a task on each of a thousand hosts one by one: that would not end in the time there is."""
         self._made = 0
 
     def wish(self, store: Store) -> tuple[str, Change] | None:
@@ -89,8 +91,9 @@ class Users:
             spec.endpoint.ports.add(target_port=80, published_port=8000 + self._made)
         if states.is_job(spec):
             return f"create job {service.id}", Create(service)
+        is_global = spec.WhichOneof("mode") == "global"
         for config in (spec.update, spec.rollback):
-            config.parallelism = chance.choice((0, 1, 2, 4))
+            config.parallelism = chance.choice((0, 1, 2, 4)) * (self._stride if is_global else 1)
             config.monitor_s = chance.choice((0.5, 5.0))
             config.order = chance.choice((pb.STOP_FIRST, pb.START_FIRST))
             config.failure_action = chance.choice((pb.PAUSE, pb.CONTINUE))
