@@ -25,7 +25,8 @@ def networks_for(services: int) -> int:
 
 def founding(hosts: list[str], networks: int) -> tuple[Change, ...]:
     """The objects of a new cluster."""
-    cluster = Cluster(id="cluster", default_addr_pool=["10.0.0.0/8"], subnet_size=22)
+    # Room for a few services with two tasks on each host at once, as updates that start first have.
+    cluster = Cluster(id="cluster", default_addr_pool=["10.0.0.0/8"], subnet_size=22 if len(hosts) <= 100 else 16)
     made: list[Change] = [Create(cluster)]
     for number in range(networks + 1):
         network = Network(id=f"net{number}")
