@@ -60,10 +60,11 @@ def applied(mirror: Mirror, message: Assignments) -> Mirror:
     else:
         items = dict(mirror.items)
     for change in message.changes:
-        if change.HasField("item") and change.item.WhichOneof("item"):
-            items[change.key] = change.item
+        key, item = change.key, change.item
+        if item.WhichOneof("item"):
+            items[key] = item
         else:
-            items.pop(change.key, None)
+            items.pop(key, None)
     return Mirror(known=True, sequence=message.result, items=items)
 
 

@@ -25,35 +25,35 @@ _sym_db = _symbol_database.Default()
 from proto import objects_pb2 as proto_dot_objects__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11proto/store.proto\x12\x07pyswarm\x1a\x13proto/objects.proto\"\xbd\x01\n\x06Object\x12#\n\x07\x63luster\x18\x01 \x01(\x0b\x32\x10.pyswarm.ClusterH\x00\x12\x1d\n\x04node\x18\x02 \x01(\x0b\x32\r.pyswarm.NodeH\x00\x12#\n\x07service\x18\x03 \x01(\x0b\x32\x10.pyswarm.ServiceH\x00\x12\x1d\n\x04task\x18\x04 \x01(\x0b\x32\r.pyswarm.TaskH\x00\x12#\n\x07network\x18\x05 \x01(\x0b\x32\x10.pyswarm.NetworkH\x00\x42\x06\n\x04kind\"\xbf\x01\n\x06\x43hange\x12&\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x16.pyswarm.Change.Action\x12\x1f\n\x06object\x18\x02 \x01(\x0b\x32\x0f.pyswarm.Object\x12!\n\x04kind\x18\x03 \x01(\x0e\x32\x13.pyswarm.ObjectKind\x12\n\n\x02id\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\x04\",\n\x06\x41\x63tion\x12\n\n\x06\x43REATE\x10\x00\x12\n\n\x06UPDATE\x10\x01\x12\n\n\x06REMOVE\x10\x02\"O\n\x0bTransaction\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\n\n\x02\x61t\x18\x02 \x01(\x01\x12 \n\x07\x63hanges\x18\x03 \x03(\x0b\x32\x0f.pyswarm.Change\"3\n\x05\x45ntry\x12*\n\x0ctransactions\x18\x01 \x03(\x0b\x32\x14.pyswarm.Transaction\"\xa6\x01\n\x07Verdict\x12#\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x15.pyswarm.Verdict.Code\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0f\n\x07message\x18\x03 \x01(\t\"T\n\x04\x43ode\x12\x06\n\x02OK\x10\x00\x12\x0c\n\x08\x43ONFLICT\x10\x01\x12\n\n\x06\x45XISTS\x10\x02\x12\x0e\n\nNAME_TAKEN\x10\x03\x12\r\n\tNOT_FOUND\x10\x04\x12\x0b\n\x07INVALID\x10\x05\"1\n\x0b\x45ntryResult\x12\"\n\x08verdicts\x18\x01 \x03(\x0b\x32\x10.pyswarm.Verdict\"\xef\x01\n\nDumpHeader\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x30\n\x08verdicts\x18\x02 \x03(\x0b\x32\x1e.pyswarm.DumpHeader.Remembered\x12.\n\x08released\x18\x03 \x03(\x0b\x32\x1c.pyswarm.DumpHeader.Released\x1a\x43\n\nRemembered\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x07verdict\x18\x02 \x01(\x0b\x32\x10.pyswarm.Verdict\x1a)\n\x08Released\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x0f\n\x07numbers\x18\x02 \x03(\r*`\n\nObjectKind\x12\x10\n\x0c\x43LUSTER_KIND\x10\x00\x12\r\n\tNODE_KIND\x10\x01\x12\x10\n\x0cSERVICE_KIND\x10\x02\x12\r\n\tTASK_KIND\x10\x03\x12\x10\n\x0cNETWORK_KIND\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11proto/store.proto\x12\x07pyswarm\x1a\x13proto/objects.proto\"\xbd\x01\n\x06Object\x12#\n\x07\x63luster\x18\x01 \x01(\x0b\x32\x10.pyswarm.ClusterH\x00\x12\x1d\n\x04node\x18\x02 \x01(\x0b\x32\r.pyswarm.NodeH\x00\x12#\n\x07service\x18\x03 \x01(\x0b\x32\x10.pyswarm.ServiceH\x00\x12\x1d\n\x04task\x18\x04 \x01(\x0b\x32\r.pyswarm.TaskH\x00\x12#\n\x07network\x18\x05 \x01(\x0b\x32\x10.pyswarm.NetworkH\x00\x42\x06\n\x04kind\"\xb4\x01\n\x06\x43hange\x12&\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x16.pyswarm.Change.Action\x12!\n\x04kind\x18\x03 \x01(\x0e\x32\x13.pyswarm.ObjectKind\x12\x0e\n\x06record\x18\x06 \x01(\x0c\x12\n\n\x02id\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\x04\",\n\x06\x41\x63tion\x12\n\n\x06\x43REATE\x10\x00\x12\n\n\x06UPDATE\x10\x01\x12\n\n\x06REMOVE\x10\x02J\x04\x08\x02\x10\x03\"O\n\x0bTransaction\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\n\n\x02\x61t\x18\x02 \x01(\x01\x12 \n\x07\x63hanges\x18\x03 \x03(\x0b\x32\x0f.pyswarm.Change\"3\n\x05\x45ntry\x12*\n\x0ctransactions\x18\x01 \x03(\x0b\x32\x14.pyswarm.Transaction\"\xa6\x01\n\x07Verdict\x12#\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x15.pyswarm.Verdict.Code\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0f\n\x07message\x18\x03 \x01(\t\"T\n\x04\x43ode\x12\x06\n\x02OK\x10\x00\x12\x0c\n\x08\x43ONFLICT\x10\x01\x12\n\n\x06\x45XISTS\x10\x02\x12\x0e\n\nNAME_TAKEN\x10\x03\x12\r\n\tNOT_FOUND\x10\x04\x12\x0b\n\x07INVALID\x10\x05\"1\n\x0b\x45ntryResult\x12\"\n\x08verdicts\x18\x01 \x03(\x0b\x32\x10.pyswarm.Verdict\"\xef\x01\n\nDumpHeader\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x30\n\x08verdicts\x18\x02 \x03(\x0b\x32\x1e.pyswarm.DumpHeader.Remembered\x12.\n\x08released\x18\x03 \x03(\x0b\x32\x1c.pyswarm.DumpHeader.Released\x1a\x43\n\nRemembered\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x07verdict\x18\x02 \x01(\x0b\x32\x10.pyswarm.Verdict\x1a)\n\x08Released\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x0f\n\x07numbers\x18\x02 \x03(\r*`\n\nObjectKind\x12\x10\n\x0c\x43LUSTER_KIND\x10\x00\x12\r\n\tNODE_KIND\x10\x01\x12\x10\n\x0cSERVICE_KIND\x10\x02\x12\r\n\tTASK_KIND\x10\x03\x12\x10\n\x0cNETWORK_KIND\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'proto.store_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OBJECTKIND']._serialized_start=1033
-  _globals['_OBJECTKIND']._serialized_end=1129
+  _globals['_OBJECTKIND']._serialized_start=1022
+  _globals['_OBJECTKIND']._serialized_end=1118
   _globals['_OBJECT']._serialized_start=52
   _globals['_OBJECT']._serialized_end=241
   _globals['_CHANGE']._serialized_start=244
-  _globals['_CHANGE']._serialized_end=435
-  _globals['_CHANGE_ACTION']._serialized_start=391
-  _globals['_CHANGE_ACTION']._serialized_end=435
-  _globals['_TRANSACTION']._serialized_start=437
-  _globals['_TRANSACTION']._serialized_end=516
-  _globals['_ENTRY']._serialized_start=518
-  _globals['_ENTRY']._serialized_end=569
-  _globals['_VERDICT']._serialized_start=572
-  _globals['_VERDICT']._serialized_end=738
-  _globals['_VERDICT_CODE']._serialized_start=654
-  _globals['_VERDICT_CODE']._serialized_end=738
-  _globals['_ENTRYRESULT']._serialized_start=740
-  _globals['_ENTRYRESULT']._serialized_end=789
-  _globals['_DUMPHEADER']._serialized_start=792
-  _globals['_DUMPHEADER']._serialized_end=1031
-  _globals['_DUMPHEADER_REMEMBERED']._serialized_start=921
-  _globals['_DUMPHEADER_REMEMBERED']._serialized_end=988
-  _globals['_DUMPHEADER_RELEASED']._serialized_start=990
-  _globals['_DUMPHEADER_RELEASED']._serialized_end=1031
+  _globals['_CHANGE']._serialized_end=424
+  _globals['_CHANGE_ACTION']._serialized_start=374
+  _globals['_CHANGE_ACTION']._serialized_end=418
+  _globals['_TRANSACTION']._serialized_start=426
+  _globals['_TRANSACTION']._serialized_end=505
+  _globals['_ENTRY']._serialized_start=507
+  _globals['_ENTRY']._serialized_end=558
+  _globals['_VERDICT']._serialized_start=561
+  _globals['_VERDICT']._serialized_end=727
+  _globals['_VERDICT_CODE']._serialized_start=643
+  _globals['_VERDICT_CODE']._serialized_end=727
+  _globals['_ENTRYRESULT']._serialized_start=729
+  _globals['_ENTRYRESULT']._serialized_end=778
+  _globals['_DUMPHEADER']._serialized_start=781
+  _globals['_DUMPHEADER']._serialized_end=1020
+  _globals['_DUMPHEADER_REMEMBERED']._serialized_start=910
+  _globals['_DUMPHEADER_REMEMBERED']._serialized_end=977
+  _globals['_DUMPHEADER_RELEASED']._serialized_start=979
+  _globals['_DUMPHEADER_RELEASED']._serialized_end=1020
 # @@protoc_insertion_point(module_scope)

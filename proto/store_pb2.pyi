@@ -99,33 +99,30 @@ class Change(_message.Message):
     REMOVE: Change.Action.ValueType  # 2
 
     ACTION_FIELD_NUMBER: _builtins.int
-    OBJECT_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
+    RECORD_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     action: Global___Change.Action.ValueType
     kind: Global___ObjectKind.ValueType
-    """REMOVE"""
+    record: _builtins.bytes
+    """CREATE, UPDATE: the whole object, encoded; its meta.version is the version that was read"""
     id: _builtins.str
     """REMOVE"""
     version: _builtins.int
     """REMOVE: version that was read; 0 = whatever it is"""
-    @_builtins.property
-    def object(self) -> Global___Object:
-        """CREATE, UPDATE: the whole object; its meta.version is the version that was read"""
-
     def __init__(
         self,
         *,
         action: Global___Change.Action.ValueType = ...,
-        object: Global___Object | None = ...,
         kind: Global___ObjectKind.ValueType = ...,
+        record: _builtins.bytes = ...,
         id: _builtins.str = ...,
         version: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["object", b"object"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "id", b"id", "kind", b"kind", "object", b"object", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "id", b"id", "kind", b"kind", "record", b"record", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,7 +55,8 @@ def explain_task(store: Store, task: Task, now: float) -> Explanation:
         made.findings.add(subject="reason", summary=task.reason)
     if task.node_id:
         made.findings.add(subject="node", summary=_where(store, task))
-    earlier = [other for other in store.tasks.where("slot", states.slot_of(task)) if other.id != task.id]
+    slot, others = states.slot_of(task), store.tasks.where("service", task.service_id)
+    earlier = [other for other in others if states.slot_of(other) == slot and other.id != task.id]
     earlier.sort(key=lambda other: -other.meta.created_at)
     for other in earlier[:HISTORY_MAX]:
         details = [other.reason] if other.reason else []

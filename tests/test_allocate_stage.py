@@ -354,3 +354,17 @@ def test_the_legs_range_is_never_given_to_a_network() -> None:
     made = decide(store, 0.0, str, Dirty()).groups[0][0].record
     assert isinstance(made, pb.Network)
     assert made.allocation_error
+
+
+def test_the_reason_why_a_service_waits_is_the_present_one() -> None:
+    """Found by the machine: its address is not there yet, and meanwhile a younger service takes its port, too."""
+    sim = Simulation(node("n1"), network("tiny", subnet="10.0.9.0/29"), service("full", 5, ["tiny"]))
+    sim.settle()
+    for name, joins in (("s0", ["tiny"]), ("s1", [])):
+        made = service(name, 1, joins)
+        made.spec.endpoint.ports.add(target_port=80, published_port=8080)
+        sim.create(made)
+        sim.settle()
+    assert sim.service("s1").allocation_error == ""
+    assert "8080" in sim.service("s0").allocation_error
+    assert sim.overlooked() == []

@@ -45,7 +45,7 @@ def copy_of(record: R, **fields: Any) -> R:
 
 def told(before: Record | None, after: Record | None) -> list[tuple[str, str, dict[str, str]]]:
     store = Store.of(a_node("n1", "box"))
-    return [(e.type, e.action, dict(e.attributes)) for e in events_of(Seen(1.0, Change(before, after)), store)]
+    return [(e.type, e.action, dict(e.attributes)) for e in events_of(Seen(1.0, Change.of(before, after)), store)]
 
 
 def test_services() -> None:
@@ -103,7 +103,7 @@ def test_every_step_of_a_task() -> None:
 
 
 def test_conditions() -> None:
-    [event] = events_of(Seen(1.0, Change(None, a_task())), Store.of(a_node("n1", "box")))
+    [event] = events_of(Seen(1.0, Change.of(None, a_task())), Store.of(a_node("n1", "box")))
     good: tuple[dict[str, Any], ...] = (
         {},
         {"types": ["task", "node"]},
@@ -151,7 +151,7 @@ async def test_a_replaced_state_and_a_slow_reader_are_told() -> None:
     await until(lambda: log._readers)
     log._note([])
     assert (await first).action == "resync"
-    log._note([Change(None, a_service())] * (QUEUE_MAX + 1))
+    log._note([Change.of(None, a_service())] * (QUEUE_MAX + 1))
     with pytest.raises(Busy, match="some are lost"):
         await anext(reading)
     assert not log._readers

@@ -114,10 +114,10 @@ def test_a_reader_that_falls_behind_gets_a_snapshot_instead_of_a_queue() -> None
     store = Store.of(a_service(), *tasks)
     changes = Changes("s1")
     changes.take(store)
-    assert changes.note([Event(None, tasks[0])])
+    assert changes.note([Event.of(None, tasks[0])])
     assert not changes.take(store).snapshot
     for task in tasks:
-        changes.note([Event(None, task)])
+        changes.note([Event.of(None, task)])
     event = changes.take(store)
     assert event.snapshot
     assert len(event.tasks) == len(tasks)

@@ -241,7 +241,7 @@ def test_dirty_takes_note_of_what_concerns_stages_only() -> None:
         old, new = copy_of(task), copy_of(task)
         old.status.state, new.status.state = before, state
         dirty = Dirty()
-        dirty.note([Event(old, new)])
+        dirty.note([Event.of(old, new)])
         return dirty
 
     assert not after(pb.TASK_STARTING, pb.TASK_PREPARING)

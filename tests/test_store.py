@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proto import store_pb2 as pb
-from proto.objects_pb2 import Network, Service, Task
+from proto.objects_pb2 import Network, NetworkAttachment, Service, Task
 from swarm.store.changes import Create, Group, Remove, Update, transaction
 from swarm.store.store import OBJECT_BYTES_MAX, Store
 from swarm.store.table import Table
@@ -127,7 +127,7 @@ _STEPS = st.lists(
         st.sampled_from(["create", "update", "remove"]),
         st.sampled_from([Service, Task]),
         _IDS,
-        st.sampled_from(["", "x", "y"]),  # name of a service; node of a task
+        st.sampled_from(["", "x", "y"]),  # name of a service; node of a task, and how many networks it is on
         st.sampled_from(["", "r1", "r2"]),  # request
     ),
     max_size=25,
@@ -135,7 +135,10 @@ _STEPS = st.lists(
 
 
 def _made(kind: type[Service] | type[Task], object_id: str, word: str) -> Service | Task:
-    return service(object_id, word) if kind is Service else Task(id=object_id, service_id="s", node_id=word)
+    if kind is Service:
+        return service(object_id, word)
+    legs = [NetworkAttachment(network_id=each) for each in {"": (), "x": ("n1",), "y": ("n1", "n2")}[word]]
+    return Task(id=object_id, service_id="s", node_id=word, networks=legs)
 
 
 def _indexes(store: Store) -> list[dict[str, dict[str, set[str]]]]:
@@ -187,4 +190,16 @@ def test_an_object_that_is_too_large_is_refused_and_changes_nothing() -> None:
     large = changed(read, "web")
     large.spec.annotations.labels["x"] = "x" * OBJECT_BYTES_MAX
     assert apply(store, (Update(large),)) == [pb.Verdict.INVALID]
+    assert store.digest() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"), [(pb.TASK_KIND, b""), (pb.TASK_KIND, b"\xff"), (7, Task(id="t1").SerializeToString())]
+)
+def test_an_object_that_cannot_be_read_is_refused_and_changes_nothing(kind: Any, record: bytes) -> None:
+    store = Store()
+    before = store.digest()
+    broken = pb.Transaction(changes=[pb.Change(action=pb.Change.CREATE, kind=kind, record=record)])
+    result = pb.EntryResult.FromString(store.apply(pb.Entry(transactions=[broken]).SerializeToString()))
+    assert [verdict.code for verdict in result.verdicts] == [pb.Verdict.INVALID]
     assert store.digest() == before

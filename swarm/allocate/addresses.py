@@ -31,10 +31,9 @@ class AddressBook:
 
     def note(self, events: Sequence[Event]) -> None:
         for event in events:
-            before, after = event.before, event.after
-            if isinstance(event.record, Task | Service) and not _hold_alike(before, after):
-                self._file(before, -1)
-                self._file(after, 1)
+            if not event.keeps_addresses:
+                self._file(event.after, 1)
+                self._file(event.before, -1)
 
     def _file(self, record: object, sign: int) -> None:
         for network_id, address, _ in held(record):
@@ -59,12 +58,6 @@ def held(record: object) -> Iterator[tuple[str, str, str]]:
         case Service():
             for vip in record.endpoint.virtual_ips:
                 yield vip.network_id, vip.address, vip.address6
-
-
-def _hold_alike(before: object, after: object) -> bool:
-    if isinstance(before, Task) and isinstance(after, Task):
-        return states.has_stopped(before) == states.has_stopped(after) and before.networks == after.networks
-    return isinstance(before, Service) and isinstance(after, Service) and before.endpoint == after.endpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,11 +124,10 @@ def is_allocated(store: Store, service: Service) -> bool:
 
 def _allocate_services(taken: Pass, dirty: Dirty) -> Iterator[Group]:
     store = taken.store
-    if dirty.everything or dirty.networks or dirty.freed:
-        candidates = list(store.services)
-    else:
-        named = (store.services.get(service_id) for service_id in dirty.services)
-        candidates = [service for service in named if service is not None]
+    candidates = list(store.services) if dirty.everything or dirty.networks or dirty.freed else []
+    if dirty.services and not candidates:
+        # What one was given may be why another waits now: its reason is to be that.
+        candidates = [each for each in store.services if each.allocation_error or each.id in dirty.services]
     lacking = [each for each in candidates if not each.pending_delete and not is_allocated(store, each)]
     lacking.sort(key=lambda service: (service.meta.created_at, service.id))
     for service in lacking:

@@ -11,6 +11,7 @@ from swarm.api import find
 from swarm.api.backend import Backend
 from swarm.errors import Invalid, NotFound
 from swarm.explain import explain_node, explain_service, explain_task
+from swarm.store.states import slot_of
 from swarm.store.store import Store
 
 T = TypeVar("T")
@@ -46,5 +47,5 @@ def _newest(store: Store, ref: str) -> Task | None:
     if named is None:
         return None
     service, slot = named
-    tasks = store.tasks.where("slot", f"{service.id}/{slot}")
+    tasks = (task for task in store.tasks.where("service", service.id) if slot_of(task) == f"{service.id}/{slot}")
     return max(tasks, key=lambda task: (task.meta.created_at, task.id), default=None)

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from proto.dispatch_pb2 import AssignmentChange, Assignments, Item
+from proto.dispatch_pb2 import Assignments
 from proto.objects_pb2 import Network, Node, Service, Task
 from swarm.dispatch.items import (
     EVERYWHERE,
     Scoped,
+    Told,
+    encoded,
     ingress_network_of,
     is_down,
     is_live,
@@ -43,8 +45,8 @@ class View:
         self.node_id = node_id
         self.scopes: set[str] = set()
         self._own_peer = f"peer/{node_id}"
-        self._sent: dict[str, Item] = {}
-        self._pending: dict[str, Item | None] = {}
+        self._sent: dict[str, bytes] = {}
+        self._pending: dict[str, bytes | None] = {}
         self._snapshot_due = True
         self._sequence = 0
         self._leaving: list[str] = []
@@ -56,10 +58,10 @@ class View:
     def is_dirty(self) -> bool:
         return self._snapshot_due or bool(self._pending or self._leaving)
 
-    def note(self, key: str, item: Item | None) -> None:
-        """The item is this from now on; None: not seen any more."""
+    def note(self, key: str, change: bytes | None) -> None:
+        """This change (`items.encoded`) tells what the item is from now on; None: not seen any more."""
         if key != self._own_peer:
-            self._pending[key] = item
+            self._pending[key] = change
 
     def leaves(self, task_id: str) -> None:
         """The task leaves this node's balancers by the changes noted now."""
@@ -84,17 +86,19 @@ class View:
             result=self._sequence + 1,
             confirm=bool(self._leaving),
         )
-        for key, item in self._pending.items():
+        changes = []
+        for key, change in self._pending.items():
             known = self._sent.get(key)
-            if item is None:
+            if change is None:
                 if known is not None:
                     del self._sent[key]
-                    message.changes.append(AssignmentChange(key=key))
-            elif known is not item:
-                self._sent[key] = item
-                message.changes.append(AssignmentChange(key=key, item=item))
+                    changes.append(encoded(key, None))
+            elif known != change:
+                self._sent[key] = change
+                changes.append(change)
         self._pending.clear()
-        if not message.changes and not self._snapshot_due and not self._leaving:
+        message.MergeFromString(b"".join(changes))
+        if not changes and not self._snapshot_due and not self._leaving:
             return None
         self._snapshot_due = False
         self._sequence += 1
@@ -115,7 +119,7 @@ class AssignmentIndex:
         self._rebuild()
 
     def _clear(self) -> None:
-        self._items: dict[str, Scoped] = {}
+        self._items: dict[str, Told] = {}
         self._keys_by_scope: dict[str, dict[str, None]] = {}
         self._task_keys: dict[str, tuple[str, ...]] = {}
         self._task_networks: dict[str, tuple[str, frozenset[str]]] = {}
@@ -170,7 +174,7 @@ class AssignmentIndex:
         for scope in (EVERYWHERE, node_scope(view.node_id), *map(network_scope, sorted(networks))):
             self._enter(view, scope)
             for key in self._keys_by_scope.get(scope, ()):
-                view.note(key, self._items[key].item)
+                view.note(key, self._items[key].change)
 
     # ---- events
 
@@ -322,10 +326,11 @@ class AssignmentIndex:
 
     def _set(self, key: str, scoped: Scoped | None) -> None:
         old = self._items.get(key)
-        if old == scoped:
+        new = Told(encoded(key, scoped.item), scoped.scopes) if scoped is not None else None
+        if old == new:
             return
         old_scopes = old.scopes if old is not None else frozenset()
-        new_scopes = scoped.scopes if scoped is not None else frozenset()
+        new_scopes = new.scopes if new is not None else frozenset()
         for scope in old_scopes - new_scopes:
             keys = self._keys_by_scope[scope]
             del keys[key]
@@ -333,15 +338,15 @@ class AssignmentIndex:
                 del self._keys_by_scope[scope]
         for scope in new_scopes - old_scopes:
             self._keys_by_scope.setdefault(scope, {})[key] = None
-        if scoped is None:
+        if new is None:
             del self._items[key]
         else:
-            self._items[key] = scoped
+            self._items[key] = new
         seen_by = {node_id for scope in old_scopes | new_scopes for node_id in self._nodes_by_scope.get(scope, ())}
         for node_id in seen_by:
             view = self._views[node_id]
-            visible = scoped is not None and not new_scopes.isdisjoint(view.scopes)
-            self._note(view, key, scoped.item if scoped is not None and visible else None)
+            visible = new is not None and not new_scopes.isdisjoint(view.scopes)
+            self._note(view, key, new.change if new is not None and visible else None)
 
     def _rescope(self, view: View, network_ids: Iterable[str]) -> None:
         """Enter or leave the scopes of these networks, as their use now says."""
@@ -356,8 +361,8 @@ class AssignmentIndex:
             else:
                 self._leave(view, scope)
             for key in self._keys_by_scope.get(scope, ()):
-                scoped = self._items[key]
-                self._note(view, key, None if scoped.scopes.isdisjoint(view.scopes) else scoped.item)
+                told = self._items[key]
+                self._note(view, key, None if told.scopes.isdisjoint(view.scopes) else told.change)
 
     def _enter(self, view: View, scope: str) -> None:
         view.scopes.add(scope)
@@ -370,8 +375,8 @@ class AssignmentIndex:
         if not nodes:
             self._nodes_by_scope.pop(scope, None)
 
-    def _note(self, view: View, key: str, item: Item | None) -> None:
-        view.note(key, item)
+    def _note(self, view: View, key: str, change: bytes | None) -> None:
+        view.note(key, change)
         self._dirty.add(view.node_id)
 
 

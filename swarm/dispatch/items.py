@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from proto.dispatch_pb2 import Item, NetworkEndpoint, NetworkPeer, NetworkService
+from proto.dispatch_pb2 import Assignments, Item, NetworkEndpoint, NetworkPeer, NetworkService
 from proto.objects_pb2 import (
     INGRESS,
     TASK_ASSIGNED,
@@ -34,6 +34,26 @@ NODE_LABELS = "node.labels."
 class Scoped:
     item: Item
     scopes: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    change: bytes
+    """Encoded once for all nodes that see the item."""
+    scopes: frozenset[str]
+
+    @property
+    def item(self) -> Item:
+        return Assignments.FromString(self.change).changes[0].item
+
+
+def encoded(key: str, item: Item | None) -> bytes:
+    """A message with this change alone: put one after the other, such are a message with all of them."""
+    message = Assignments()
+    change = message.changes.add(key=key)
+    if item is not None:
+        change.item.CopyFrom(item)
+    return message.SerializeToString(deterministic=True)
 
 
 def node_scope(node_id: str) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from proto.objects_pb2 import GenericResource, Node, Task, TaskSpec
+from proto.objects_pb2 import GenericResource, Node, Platform, Task, TaskSpec
 from swarm.errors import Invalid
 from swarm.schedule import generic
 from swarm.schedule.constraints import machine, parse_constraint
@@ -66,6 +66,8 @@ class Need:
     generic: tuple[GenericResource, ...]
     host_ports: frozenset[HostPort]
     max_per_node: int
+    constraints: tuple[str, ...]
+    platforms: tuple[Platform, ...]
     is_plain: bool
     """Nothing of this counts: a node that takes one takes any number."""
     encrypted: bool
@@ -74,17 +76,18 @@ class Need:
     @classmethod
     def of(cls, task: Task, store: Store) -> Need:
         spec = task.spec
-        reserved = spec.resources.reservations
+        placement, reserved = spec.placement, spec.resources.reservations
         counted = (
             reserved.nano_cpus,
             reserved.memory_bytes,
             tuple(reserved.generic),
             host_ports_of(task),
-            spec.placement.max_replicas_per_node,
+            placement.max_replicas_per_node,
         )
+        asked = tuple(placement.constraints), tuple(placement.platforms)
         networks = (store.networks.get(attachment.network_id) for attachment in task.networks)
         encrypted = any(network is not None and states.is_encrypted(network) for network in networks)
-        return cls(task.service_id, spec, *counted, is_plain=not any(counted), encrypted=encrypted)
+        return cls(task.service_id, spec, *counted, *asked, is_plain=not any(counted), encrypted=encrypted)
 
     @property
     def shape(self) -> tuple[bytes, bytes, frozenset[HostPort], bool]:
@@ -114,11 +117,11 @@ def _has_resources(need: Need, load: Load) -> bool:
 
 
 def _satisfies_constraints(need: Need, load: Load) -> bool:
-    return satisfies(load.node, need.spec)
+    return satisfies(load.node, need.constraints)
 
 
 def _has_platform(need: Need, load: Load) -> bool:
-    return runs_platform(load.node, need.spec)
+    return runs_platform(load.node, need.platforms)
 
 
 def _encrypts(need: Need, load: Load) -> bool:
@@ -187,7 +190,7 @@ def explain(refusals: Iterable[str]) -> str:
 
 def fits(node: Node, spec: TaskSpec) -> bool:
     """The node satisfies the constraints and platforms of `spec`, whatever its state and load are now."""
-    return satisfies(node, spec) and runs_platform(node, spec)
+    return satisfies(node, spec.placement.constraints) and runs_platform(node, spec.placement.platforms)
 
 
 def surplus(store: Store, node: Node) -> frozenset[str]:
@@ -215,8 +218,8 @@ def _is_exceeded(node: Node, account: Account) -> bool:
     return min(generic.left_of(node.description.generic, account.generic).values()) < 0
 
 
-def satisfies(node: Node, spec: TaskSpec) -> bool:
-    for text in spec.placement.constraints:
+def satisfies(node: Node, constraints: Iterable[str]) -> bool:
+    for text in constraints:
         try:
             if not parse_constraint(text).matches(node):
                 return False
@@ -225,9 +228,8 @@ def satisfies(node: Node, spec: TaskSpec) -> bool:
     return True
 
 
-def runs_platform(node: Node, spec: TaskSpec) -> bool:
+def runs_platform(node: Node, wanted: Collection[Platform]) -> bool:
     """One of the wanted platforms is the node's; a part left empty on either side matches any."""
-    wanted = spec.placement.platforms
     if not wanted:
         return True
     has = node.description.platform

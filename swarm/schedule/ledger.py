@@ -56,7 +56,7 @@ class Ledger:
         self.waiting: dict[str, dict[Alike, dict[str, Task]]] = {}
         """Tasks without a node by service, longest waiting first."""
         for task in store.tasks:
-            self._file(task, 1)
+            self._file(task, task.status.state, 1)
 
     def account(self, node_id: str) -> Account:
         """Not to be changed."""
@@ -71,31 +71,32 @@ class Ledger:
         return list(self._failed.get(service_id, {}).values())
 
     def note(self, events: Sequence[Event]) -> None:
-        for event in events:
-            before = event.before if isinstance(event.before, Task) else None
-            after = event.after if isinstance(event.after, Task) else None
-            if before is not None and after is not None and _hold_alike(before, after):
-                continue
-            if before is not None:
-                self._file(before, -1)
-            if after is not None:
-                self._file(after, 1)
+        for before, after, old_state, new_state in events:
+            if (
+                (isinstance(before, Task) and isinstance(after, Task))
+                and (_is_placed(old_state) and _is_placed(new_state))
+                and before.desired_state == after.desired_state
+            ):
+                continue  # progress on the node: what it holds stays
+            if isinstance(before, Task):
+                self._file(before, old_state, -1)
+            if isinstance(after, Task):
+                self._file(after, new_state, 1)
 
-    def _file(self, task: Task, sign: int) -> None:
+    def _file(self, task: Task, state: pb.TaskState.ValueType, sign: int) -> None:
         """Enter the task (1), or strike it out (-1)."""
-        state = task.status.state
-        if pb.TASK_ASSIGNED <= state <= pb.TASK_RUNNING:
-            self._charge(task, sign)
+        service_id = task.service_id
+        if _is_placed(state):
+            self._charge(task, service_id, sign)
         elif state in (pb.TASK_FAILED, pb.TASK_REJECTED):
-            _keep(self._failed, task.service_id, task, sign)
-        elif states.waiting_for(task) == "node":
-            alike = (task.spec_version, task.node_id, "" if task.service_id else task.id)
-            groups = self.waiting.setdefault(task.service_id, {})
-            _keep(groups, alike, task, sign)
+            _keep(self._failed, service_id, task, sign)
+        elif pb.TASK_NEW < state < pb.TASK_ASSIGNED and states.is_runnable(task):
+            groups = self.waiting.setdefault(service_id, {})
+            _keep(groups, (task.spec_version, task.node_id, "" if service_id else task.id), task, sign)
             if not groups:
-                del self.waiting[task.service_id]
+                del self.waiting[service_id]
 
-    def _charge(self, task: Task, sign: int) -> None:
+    def _charge(self, task: Task, service_id: str, sign: int) -> None:
         node_id = task.node_id
         account = self._accounts.get(node_id)
         if account is None:
@@ -103,9 +104,10 @@ class Ledger:
         account.holding += sign
         if states.is_runnable(task):
             account.tasks += sign
-            _count(self._tasks_on.setdefault(task.service_id, {}), node_id, sign)
-            if not self._tasks_on[task.service_id]:
-                del self._tasks_on[task.service_id]
+            counts = self._tasks_on.setdefault(service_id, {})
+            _count(counts, node_id, sign)
+            if not counts:
+                del self._tasks_on[service_id]
         account.reserve(task, sign)
         if not account.holding:
             del self._accounts[node_id]
@@ -124,13 +126,8 @@ def _meet(one: str, other: str) -> bool:
     return not one or not other or one == other
 
 
-def _hold_alike(before: Task, after: Task) -> bool:
-    """Progress on the node: what it holds stays."""
-    return (
-        pb.TASK_ASSIGNED <= before.status.state <= pb.TASK_RUNNING
-        and pb.TASK_ASSIGNED <= after.status.state <= pb.TASK_RUNNING
-        and before.desired_state == after.desired_state
-    )
+def _is_placed(state: pb.TaskState.ValueType) -> bool:
+    return pb.TASK_ASSIGNED <= state <= pb.TASK_RUNNING
 
 
 def _count(counts: dict[K, int], key: K, by: int) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from proto.objects_pb2 import ContainerSpec, Task
 from swarm.schedule.constraints import read_key
-from swarm.schedule.filters import Load, Need, has_room, refusing, still_accepts
+from swarm.schedule.filters import Load, Need, has_room, still_accepts
 from swarm.store import states
 
 FAULTS_MAX = 5
@@ -50,6 +50,7 @@ class Pool:
     def __init__(self, loads: Iterable[Load]) -> None:
         self._heap = [(load.tasks, load.node_id, load) for load in loads]
         heapq.heapify(self._heap)
+        self.node_ids = frozenset(node_id for _, node_id, _ in self._heap)
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -100,7 +101,7 @@ class _Leaf:
         self._faults = faults
         self._known = {load.node_id for load in special}
         self._lent: list[Load] = []
-        accepting = [load for load in special if refusing(need, load) is None]
+        accepting = [load for load in special if load.node_id in pool.node_ids and still_accepts(need, load)]
         self.count = sum(load.service_tasks.get(need.service_id, 0) for load in accepting)
         self._special = [(self._score(load), load.node_id, load) for load in accepting]
         heapq.heapify(self._special)

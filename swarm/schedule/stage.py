@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 
 from proto import objects_pb2 as pb
-from proto.objects_pb2 import Node, Task
+from proto.objects_pb2 import Node, Task, TaskStatus
 from swarm.schedule.filters import Load, Need, accepts_any, explain, refusing
 from swarm.schedule.ledger import Ledger
 from swarm.schedule.spread import Faults, Grove, Placer, Pool, plant
@@ -59,6 +59,9 @@ class Board:
     def __init__(self, store: Store, now: float) -> None:
         self._store = store
         self._now = now
+        self._assigned = TaskStatus(
+            state=pb.TASK_ASSIGNED, timestamp=now, applied_at=now, message="scheduler assigned task to node"
+        )
         self._ledger = store.view(Ledger)
         self._loads: dict[str, Load] = {}
         self._grounds: dict[object, Pool | Grove] = {}
@@ -103,26 +106,22 @@ class Board:
         spread = "".join(f", evenly over {key}" for key in need.spec.placement.spread)
         why_here = f"fewest tasks of {len(ground)} nodes that may take it (of {len(self._store.nodes)}){spread}"
         placer = Placer(need, ground, self._special(need, carriers, faults), faults)
-        placed = set()
-        together: list[Update] = []
+        assigned: list[Update] = []
         for task in batch:
             load = placer.place_one()
             if load is None:
                 break
             carriers[load.node_id] = load
-            placed.add(task.id)
-            together.append(self._assign(task, load, why_here))
-            if len(together) == TOGETHER:
-                yield tuple(together)
-                together = []
+            assigned.append(self._assign(task, load, why_here))
         placer.close()
-        if together:
-            yield tuple(together)
-        if len(placed) == len(batch):
+        for start in range(0, len(assigned), TOGETHER):
+            yield tuple(assigned[start : start + TOGETHER])
+        if len(assigned) == len(batch):
             self.was_cut = len(batch) < len(tasks)
         else:
             self._looks += len(self._store.nodes)
             why = explain(text for load in self.loads(need) if (text := refusing(need, load)) is not None)
+            placed = {update.record.id for update in assigned}
             for task in tasks:
                 if task.id not in placed:
                     yield from self._refuse(task, why)
@@ -176,12 +175,9 @@ class Board:
         placed = copy_of(task)
         placed.node_id = load.node_id
         placed.placement_reason = reason
-        placed.assigned_generic.extend(load.given)
-        status = placed.status
-        status.Clear()
-        status.state = pb.TASK_ASSIGNED
-        status.timestamp = status.applied_at = self._now
-        status.message = "scheduler assigned task to node"
+        if load.given:
+            placed.assigned_generic.extend(load.given)
+        placed.status.CopyFrom(self._assigned)
         return Update(placed)
 
     def _refuse(self, task: Task, why: str) -> Iterable[Group]:

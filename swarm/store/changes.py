@@ -59,24 +59,26 @@ class Decision:
     notes: tuple[str, ...] = ()
 
 
-_KINDS: dict[type, tuple[str, pb.ObjectKind.ValueType]] = {
+_KINDS: dict[type[Record], tuple[str, pb.ObjectKind.ValueType]] = {
     Cluster: ("cluster", pb.CLUSTER_KIND),
     Node: ("node", pb.NODE_KIND),
     Service: ("service", pb.SERVICE_KIND),
     Task: ("task", pb.TASK_KIND),
     Network: ("network", pb.NETWORK_KIND),
 }
+RECORD_TYPES = {kind: record_type for record_type, (_, kind) in _KINDS.items()}
+_ACTIONS: dict[type, pb.Change.Action.ValueType] = {
+    Create: pb.Change.CREATE,
+    Update: pb.Change.UPDATE,
+    Remove: pb.Change.REMOVE,
+}
 
 
 def wrap(record: Record) -> pb.Object:
     """The record inside the union message."""
     wrapped = pb.Object()
-    _set(wrapped, record)
-    return wrapped
-
-
-def _set(wrapped: pb.Object, record: Record) -> None:
     getattr(wrapped, _KINDS[type(record)][0]).CopyFrom(record)
+    return wrapped
 
 
 def unwrap(wrapped: pb.Object) -> Record:
@@ -98,11 +100,9 @@ def fill(message: pb.Transaction, changes: Iterable[Change], at: float, request_
     """The same, in an empty message that is part of an entry."""
     message.request_id, message.at = request_id, at
     for change in changes:
-        match change:
-            case Create(record) | Update(record):
-                action = pb.Change.CREATE if isinstance(change, Create) else pb.Change.UPDATE
-                _set(message.changes.add(action=action).object, record)
-            case Remove(record):
-                message.changes.add(
-                    action=pb.Change.REMOVE, kind=_KINDS[type(record)][1], id=record.id, version=record.meta.version
-                )
+        record, added = change.record, message.changes.add()
+        added.action, added.kind = _ACTIONS[type(change)], _KINDS[type(record)][1]
+        if isinstance(change, Remove):
+            added.id, added.version = record.id, record.meta.version
+        else:
+            added.record = record.SerializeToString()

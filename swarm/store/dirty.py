@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from proto import objects_pb2 as pb
 from proto.objects_pb2 import Cluster, Network, Node, Service, Task
 from swarm.store import states
 from swarm.store.changes import Record
@@ -37,7 +38,7 @@ class Dirty:
     def note(self, events: Iterable[Event]) -> None:
         """Take in what one entry changed."""
         for event in events:
-            self._note_one(event.before, event.after)
+            self._note_one(event)
 
     def touch(self, record: Record) -> None:
         """Have this object looked at again (its change was refused, say)."""
@@ -53,12 +54,12 @@ class Dirty:
             case Cluster():
                 self.everything = True
 
-    def _note_one(self, before: Record | None, after: Record | None) -> None:
+    def _note_one(self, event: Event) -> None:
+        before, after, old_state, new_state = event
         match before, after:
             case (Task() as old, Task() as new):
-                if states.has_stopped(new) and not states.has_stopped(old):
-                    self.freed = True
-                if not _same_to_stages(old, new):
+                self.freed |= old_state <= pb.TASK_RUNNING < new_state
+                if states.milestone(old_state) != states.milestone(new_state) or not _same_to_stages(old, new):
                     self.services.add(new.service_id)
                 return
             case (Service() as old_service, Service() as new_service):
@@ -79,13 +80,8 @@ class Dirty:
 
 
 def _same_to_stages(old: Task, new: Task) -> bool:
-    """Progress between ASSIGNED and RUNNING and messages about it decide nothing."""
-    return (
-        states.milestone(old) == states.milestone(new)
-        and old.desired_state == new.desired_state
-        and old.node_id == new.node_id
-        and old.running_at == new.running_at
-    )
+    """Of one milestone: progress between ASSIGNED and RUNNING and messages about it decide nothing."""
+    return old.desired_state == new.desired_state and old.node_id == new.node_id and old.running_at == new.running_at
 
 
 def _held(service: Service) -> set[tuple[str, str] | tuple[int, int]]:

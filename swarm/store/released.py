@@ -18,7 +18,7 @@ VNIS = "vni"
 
 
 class Released:
-    """Fed by `apply` alone, with each change in order: the same on every manager."""
+    """Fed by `apply` alone, with each change of what is held in order: the same on every manager."""
 
     def __init__(self) -> None:
         self._pools: dict[str, dict[int, None]] = {}
@@ -28,8 +28,6 @@ class Released:
         return list(self._pools.get(pool, ()))
 
     def note(self, before: Record | None, after: Record | None) -> None:
-        if isinstance(before, Task) and isinstance(after, Task) and _progressed(before, after):
-            return
         had, has = list(_held(before)), list(_held(after))
         for pool, number in has:
             self._pools.get(pool, {}).pop(number, None)
@@ -52,11 +50,6 @@ class Released:
 
     def load(self, pools: Iterable[pb.DumpHeader.Released]) -> None:
         self._pools = {each.pool: dict.fromkeys(each.numbers) for each in pools}
-
-
-def _progressed(before: Task, after: Task) -> bool:
-    """What most changes are: the task got ahead, and holds what it held."""
-    return states.has_stopped(before) == states.has_stopped(after) and before.networks == after.networks
 
 
 def _held(record: Record | None) -> Iterator[tuple[str, int]]:

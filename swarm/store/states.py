@@ -17,7 +17,8 @@ def is_encrypted(network: Network) -> bool:
 def slot_of(task: Task) -> str:
     """The place that it shares with its predecessors and successors: a replica's number, a global service's node.
     "" = it belongs to no service."""
-    return f"{task.service_id}/{task.slot or task.node_id}" if task.service_id else ""
+    service_id = task.service_id
+    return f"{service_id}/{task.slot or task.node_id}" if service_id else ""
 
 
 def is_runnable(task: Task) -> bool:
@@ -42,9 +43,10 @@ def has_stopped(task: Task) -> bool:
 
 def waiting_for(task: Task) -> str:
     """What a task that shall run still lacks: "allocation", "node" or "" (it has both)."""
-    if task.status.state >= pb.TASK_ASSIGNED or not is_runnable(task):
+    state = task.status.state
+    if state >= pb.TASK_ASSIGNED or not is_runnable(task):
         return ""
-    return "allocation" if task.status.state == pb.TASK_NEW else "node"
+    return "allocation" if state == pb.TASK_NEW else "node"
 
 
 def reserves(task: Task) -> bool:
@@ -70,9 +72,8 @@ def changed_at(task: Task) -> float:
     return task.status.applied_at or task.status.timestamp
 
 
-def milestone(task: Task) -> int:
+def milestone(state: pb.TaskState.ValueType) -> pb.TaskState.ValueType:
     """The observed state as coarsely as the stages distinguish it: what lies between ASSIGNED and RUNNING is one."""
-    state = task.status.state
     if pb.TASK_ASSIGNED <= state < pb.TASK_RUNNING:
         return pb.TASK_ASSIGNED
     return state

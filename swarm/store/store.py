@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError
 
+from proto import objects_pb2 as objects
 from proto import store_pb2 as pb
 from proto.objects_pb2 import Cluster, Network, Node, Service, Task
 from swarm.store import states
-from swarm.store.changes import Record, copy_of, unwrap, wrap
+from swarm.store.changes import RECORD_TYPES, Record, unwrap, wrap
 from swarm.store.released import Released
 from swarm.store.table import DIGEST_MODULUS, Keys, Table, digest_of
 
@@ -35,12 +35,29 @@ _TABLE_NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """`before` is None for a creation, `after` is None for a removal."""
+class Event(NamedTuple):
+    """`before` is None for a creation, `after` is None for a removal. The states are read once for all that listen."""
 
     before: Record | None
     after: Record | None
+    old_state: objects.TaskState.ValueType
+    new_state: objects.TaskState.ValueType
+    """Observed, of a task; NEW for what is none."""
+
+    @classmethod
+    def of(cls, before: Record | None, after: Record | None) -> Event:
+        return cls(before, after, _state(before), _state(after))
+
+    @property
+    def keeps_addresses(self) -> bool:
+        """What most changes are: a task got ahead, and holds what it held."""
+        before, after, old_state, new_state = self
+        return (
+            isinstance(before, Task)
+            and isinstance(after, Task)
+            and (old_state > objects.TASK_RUNNING) == (new_state > objects.TASK_RUNNING)
+            and before.networks == after.networks
+        )
 
     @property
     def record(self) -> Record:
@@ -76,9 +93,7 @@ class Store:
         self.nodes: Table[Node] = Table()
         self.services: Table[Service] = Table(name_of=lambda s: s.spec.annotations.name)
         self.networks: Table[Network] = Table(name_of=lambda n: n.spec.annotations.name)
-        self.tasks: Table[Task] = Table(
-            indexes=("service", "slot", "node", "network", "allocation"), keys_of=_task_keys
-        )
+        self.tasks: Table[Task] = Table(indexes=("service", "node", "network", "allocation"), keys_of=_task_keys)
         self._tables: dict[type, Table[Any]] = {
             Cluster: self.clusters,
             Node: self.nodes,
@@ -136,19 +151,18 @@ class Store:
         except DecodeError as error:
             result.verdicts.add(code=pb.Verdict.INVALID, message=f"undecodable entry: {error}")
             transactions = ()
-        sized = len(entry) > OBJECT_BYTES_MAX  # else no object in it can be too large
         for transaction in transactions:
-            result.verdicts.append(self._apply_once(transaction, sized, events))
+            result.verdicts.append(self._apply_once(transaction, events))
         if events:
             self._notify(events)
         return result.SerializeToString(deterministic=True)
 
-    def _apply_once(self, transaction: pb.Transaction, sized: bool, events: list[Event]) -> pb.Verdict:
+    def _apply_once(self, transaction: pb.Transaction, events: list[Event]) -> pb.Verdict:
         known = self._verdicts.get(transaction.request_id) if transaction.request_id else None
         if known is not None:
             return known
         changes = [(change, _record_of(change)) for change in transaction.changes]
-        verdict = self._check(changes, sized)
+        verdict = self._check(changes)
         if verdict.code == pb.Verdict.OK:
             self.version += 1
             verdict.version, at = self.version, transaction.at
@@ -163,8 +177,8 @@ class Store:
         while len(self._verdicts) > DEDUPE_LIMIT:
             self._verdicts_digest -= _digest_of_verdict(*self._verdicts.popitem(last=False))
 
-    def _check(self, changes: Sequence[tuple[pb.Change, Record | None]], sized: bool) -> pb.Verdict:
-        """The first reason why the changes cannot be applied, or OK. `sized`: some may be too large."""
+    def _check(self, changes: Sequence[tuple[pb.Change, Record | None]]) -> pb.Verdict:
+        """The first reason why the changes cannot be applied, or OK."""
         names: set[tuple[str, str]] = set()
         for change, record in changes:
             action = change.action
@@ -175,20 +189,20 @@ class Store:
                 if change.version and existing.meta.version != change.version:
                     return pb.Verdict(code=pb.Verdict.CONFLICT, message=change.id)
                 continue
-            if record is None or (sized and record.ByteSize() > OBJECT_BYTES_MAX):
+            if record is None:
                 return pb.Verdict(
-                    code=pb.Verdict.INVALID, message=f"object empty or larger than {OBJECT_BYTES_MAX} bytes"
+                    code=pb.Verdict.INVALID, message=f"object empty, broken or larger than {OBJECT_BYTES_MAX} bytes"
                 )
-            table = self._table(record)
-            existing = table.get(record.id)
+            table, object_id = self._table(record), record.id
+            existing = table.get(object_id)
             if action == pb.Change.CREATE and existing is not None:
-                return pb.Verdict(code=pb.Verdict.EXISTS, message=record.id)
+                return pb.Verdict(code=pb.Verdict.EXISTS, message=object_id)
             if action == pb.Change.UPDATE:
                 if existing is None:
-                    return pb.Verdict(code=pb.Verdict.NOT_FOUND, message=record.id)
+                    return pb.Verdict(code=pb.Verdict.NOT_FOUND, message=object_id)
                 if existing.meta.version != record.meta.version:
-                    return pb.Verdict(code=pb.Verdict.CONFLICT, message=record.id)
-            if isinstance(record, Service | Network):
+                    return pb.Verdict(code=pb.Verdict.CONFLICT, message=object_id)
+            if isinstance(record, (Service, Network)):
                 name = record.spec.annotations.name
                 key = (type(record).__name__, name.lower())
                 if table.name_owner(record) is not None or (name and key in names):
@@ -201,18 +215,19 @@ class Store:
         before = table.get(change.id)
         table.discard(change.id)
         self.released.note(before, None)
-        return Event(before, None)
+        return Event.of(before, None)
 
-    def _put(self, decoded: Record, at: float) -> Event:
-        record = copy_of(decoded)  # in its own memory: as a part of the entry it would keep all of that
+    def _put(self, record: Record, at: float) -> Event:
         table = self._table(record)
         before = table.get(record.id)
         meta = record.meta
         meta.version, meta.updated_at = self.version, at
         meta.created_at = before.meta.created_at if before is not None else at
         table.put(record)
-        self.released.note(before, record)
-        return Event(before, record)
+        event = Event.of(before, record)
+        if not event.keeps_addresses:
+            self.released.note(before, record)
+        return event
 
     def _table_of(self, kind: pb.ObjectKind.ValueType) -> Table[Record]:
         table: Table[Record] = getattr(self, _TABLE_NAMES[kind])
@@ -261,15 +276,28 @@ class Store:
         return f"{(sum(tables) + self._verdicts_digest + self.version) % DIGEST_MODULUS:032x}"
 
 
+def _state(record: Record | None) -> objects.TaskState.ValueType:
+    return record.status.state if isinstance(record, Task) else objects.TASK_NEW
+
+
 def _task_keys(task: Task) -> Keys:
-    networks = frozenset(leg.network_id for leg in task.networks) if task.networks else ""
+    legs = task.networks
+    networks: str | frozenset[str] = legs[0].network_id if legs else ""
+    if len(legs) > 1:  # most tasks are on one, and a set takes more memory than all their keys
+        networks = frozenset(leg.network_id for leg in legs)
     allocation = "waiting" if states.waiting_for(task) == "allocation" else ""
-    return task.service_id, states.slot_of(task), task.node_id, networks, allocation
+    return task.service_id, task.node_id, networks, allocation
 
 
 def _record_of(change: pb.Change) -> Record | None:
-    """What the change stores; None for a removal, and for one that names no object."""
-    return unwrap(change.object) if change.object.WhichOneof("kind") is not None else None
+    """What the change stores, in memory of its own; None for a removal, and for one that cannot be stored."""
+    raw, kind = change.record, change.kind
+    if not 0 < len(raw) <= OBJECT_BYTES_MAX or kind not in RECORD_TYPES:
+        return None
+    try:
+        return RECORD_TYPES[kind].FromString(raw)
+    except DecodeError:
+        return None
 
 
 def _digest_of_verdict(request_id: str, verdict: pb.Verdict) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
@@ -21,6 +22,16 @@ KeysOf = Callable[[T], Keys]
 NO_KEYS: Keys = ()
 
 
+@dataclass(slots=True)
+class _Row(Generic[T]):
+    """Mutable, and the same for as long as the object exists. Making digest and keys anew for what an update replaces
+    would double its cost."""
+
+    record: T
+    digest: int
+    keys: Keys
+
+
 class Table(Generic[T]):
     """Objects are never mutated by readers: copy, change the copy, and commit that."""
 
@@ -31,37 +42,36 @@ class Table(Generic[T]):
         keys_of: KeysOf[T] = lambda record: NO_KEYS,
     ) -> None:
         """`keys_of` gives one entry for each of `indexes`, in their order."""
-        self._rows: dict[str, T] = {}
-        self._kept: dict[str, tuple[int, Keys]] = {}
-        """Digest and keys of each row: making them anew for what an update replaces would double its cost."""
+        self._rows: dict[str, _Row[T]] = {}
         self._name_of = name_of
         self._ids_by_name: dict[str, str] = {}
         self.digest = 0
         """Sum of the objects' digests: equal wherever the objects are equal."""
         self._keys_of = keys_of
-        self._indexes: dict[str, dict[str, dict[str, None]]] = {name: {} for name in indexes}
-        """IDs only: an object that stays under its key costs nothing when it changes."""
+        self._indexes: dict[str, dict[str, dict[str, _Row[T]]]] = {name: {} for name in indexes}
+        """By key and ID: an object that stays under its key costs nothing when it changes."""
+        self._unfiled: Keys = ("",) * len(indexes)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[T]:
-        return iter(list(self._rows.values()))
+        return iter([row.record for row in self._rows.values()])
 
     def __contains__(self, object_id: str) -> bool:
         return object_id in self._rows
 
     def get(self, object_id: str) -> T | None:
-        return self._rows.get(object_id)
+        row = self._rows.get(object_id)
+        return row.record if row is not None else None
 
     def by_name(self, name: str) -> T | None:
         """Names are unique per table, without regard to case."""
-        return self._rows.get(self._ids_by_name.get(name.lower(), ""))
+        return self.get(self._ids_by_name.get(name.lower(), ""))
 
     def where(self, index: str, key: str) -> list[T]:
         """All objects whose indexed key equals `key`, in the order they were stored."""
-        rows = self._rows
-        return [rows[object_id] for object_id in self._indexes[index].get(key, ())]
+        return [row.record for row in self._indexes[index].get(key, {}).values()]
 
     def count(self, index: str, key: str) -> int:
         return len(self._indexes[index].get(key, ()))
@@ -82,35 +92,37 @@ class Table(Generic[T]):
 
     def put(self, record: T) -> None:
         object_id = record.id  # one string for all places: each reading of the field makes another
+        row = self._rows.get(object_id)
         if self._name_of is not None:
-            self._name(self._rows.get(object_id), record)
-        self._rows[object_id] = record
-        digest, keys = digest_of(record), self._keys_of(record)
-        old_digest, old_keys = self._kept.get(object_id, (0, NO_KEYS))
-        self._kept[object_id] = digest, old_keys if keys == old_keys else self._refile(object_id, old_keys, keys)
-        self.digest = (self.digest + digest - old_digest) % DIGEST_MODULUS
+            self._name(row, record)
+        if row is None:
+            row = self._rows[object_id] = _Row(record, 0, self._unfiled)
+        digest = digest_of(record)
+        self.digest += digest - row.digest
+        row.record, row.digest = record, digest
+        keys = self._keys_of(record)
+        if keys != row.keys:
+            self._refile(object_id, row, keys)
 
     def discard(self, object_id: str) -> None:
-        before = self._rows.pop(object_id, None)
-        if before is None:
+        row = self._rows.pop(object_id, None)
+        if row is None:
             return
         if self._name_of is not None:
-            self._name(before, None)
-        digest, keys = self._kept.pop(object_id)
-        self._refile(object_id, keys, NO_KEYS)
-        self.digest = (self.digest - digest) % DIGEST_MODULUS
+            self._name(row, None)
+        self._refile(object_id, row, self._unfiled)
+        self.digest -= row.digest
 
-    def _name(self, before: T | None, after: T | None) -> None:
+    def _name(self, before: _Row[T] | None, after: T | None) -> None:
         assert self._name_of is not None
         if before is not None:
-            self._ids_by_name.pop(self._name_of(before).lower(), None)
+            self._ids_by_name.pop(self._name_of(before.record).lower(), None)
         if after is not None and (name := self._name_of(after)):
             self._ids_by_name[name.lower()] = after.id
 
-    def _refile(self, object_id: str, old: Keys, new: Keys) -> Keys:
+    def _refile(self, object_id: str, row: _Row[T], keys: Keys) -> None:
         """File an object under its new keys only; where a key stays, so does its place in the order."""
-        for number, filed in enumerate(self._indexes.values()):
-            before, after = old[number] if old else "", new[number] if new else ""
+        for filed, before, after in zip(self._indexes.values(), row.keys, keys, strict=True):
             if before == after:
                 continue
             for key in _several(before):
@@ -119,8 +131,8 @@ class Table(Generic[T]):
                     if not filed[key]:
                         del filed[key]
             for key in _several(after):
-                filed.setdefault(key, {})[object_id] = None
-        return new
+                filed.setdefault(key, {})[object_id] = row
+        row.keys = keys
 
 
 def digest_of(message: Message) -> int:

@@ -120,10 +120,7 @@ class Finish:
         self.reached = asyncio.Event()
 
     def note(self, events: Sequence[Event]) -> None:
-        for event in events:
-            after = event.after
-            if isinstance(after, Task) and after.status.state == pb.TASK_ASSIGNED:
-                self._left -= 1
+        self._left -= sum(event.new_state == pb.TASK_ASSIGNED for event in events)
         if self._left == 0:
             self.reached.set()
 
