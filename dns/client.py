@@ -64,7 +64,9 @@ class _Connection:
 class NameServerProcess:
     """Implements `NameServer`. One agent speaks to it at a time; calls are served in order."""
 
-    def __init__(self, run_dir: Path, log_path: Path) -> None:
+    def __init__(self, run_dir: Path, log_path: Path, on_start: Callable[[int], None] = lambda pid: None) -> None:
+        """`on_start` is told the process ID of each server that is started."""
+        self._on_start = on_start
         self._socket_path = run_dir / "dns.sock"
         self._log_path = log_path
         self._connection: _Connection | None = None
@@ -170,13 +172,15 @@ class NameServerProcess:
     def _spawn(self) -> subprocess.Popen[bytes]:
         """In a session of its own, so that it outlives the agent."""
         with open(self._log_path, "ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "dns.server", "--socket", str(self._socket_path)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
+        self._on_start(process.pid)
+        return process
 
     def _forget(self) -> None:
         if self._connection is not None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from node import priority
 from node.interface import Runtime, RuntimeFault
 from proto.dispatch_pb2 import ExecInput, ExecOutput, ExecStart
 
@@ -191,13 +192,14 @@ class _Command:
 
 @asynccontextmanager
 async def _on_pipes(argv: list[str], stdin: bool) -> AsyncIterator[_Pipes]:
-    process = await asyncio.create_subprocess_exec(
-        *argv,
-        stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,
-    )
+    with priority.ordinary():
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
     assert process.stdout is not None
     assert process.stderr is not None
     async with _ending(process):
@@ -214,9 +216,10 @@ async def _on_terminal(argv: list[str], size: tuple[int, int]) -> AsyncIterator[
         tty.setraw(slave)
         if all(size):
             termios.tcsetwinsize(slave, size)
-        process = await asyncio.create_subprocess_exec(
-            *argv, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
-        )
+        with priority.ordinary():
+            process = await asyncio.create_subprocess_exec(
+                *argv, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+            )
     except BaseException:
         os.close(master)
         raise

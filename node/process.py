@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from node import priority
+
 OUTPUT_BYTES_MAX = 4_000_000
 """Kept of each stream; the rest is read and dropped, so that a talkative child cannot fill our memory."""
 _READ_BYTES = 65_536
@@ -87,16 +89,17 @@ class _Child:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         try:
-            self._popen = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if errors_to is None else subprocess.DEVNULL,
-                stderr=subprocess.PIPE if errors_to is None else errors_to,
-                env=None if env is None else dict(env),
-                cwd=cwd,
-                pass_fds=pass_fds,
-                start_new_session=True,  # so that a kill reaches its own children too
-            )
+            with priority.ordinary():
+                self._popen = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE if errors_to is None else subprocess.DEVNULL,
+                    stderr=subprocess.PIPE if errors_to is None else errors_to,
+                    env=None if env is None else dict(env),
+                    cwd=cwd,
+                    pass_fds=pass_fds,
+                    start_new_session=True,  # so that a kill reaches its own children too
+                )
         except FileNotFoundError:
             raise CommandMissing(f"{argv[0]} is not installed on this host: install it and retry") from None
         self._pidfd = os.pidfd_open(self._popen.pid)

@@ -19,6 +19,7 @@ import structlog
 
 from dns.client import NameServerProcess
 from dns.interface import LISTEN_PORT
+from node import priority
 from node.agent import Agent
 from node.conmon import ConmonRuntime
 from node.description import describe
@@ -139,9 +140,9 @@ class Daemon:
             frozenset(config.insecure_registries),
         )
         self._runtime = ConmonRuntime(paths.state, paths.run, config.cgroup_parent, runtime=config.runtime)
-        self._names = NameServerProcess(paths.run, paths.dns_log)
+        self._names = NameServerProcess(paths.run, paths.dns_log, priority.prefer)
         self._agent: Agent | None = None
-        self._host = HostMembership(config, paths, self._make_agent)
+        self._host = HostMembership(config, paths, self._make_agent, priority.prefer)
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT; containers, names and networks go on without us."""
@@ -227,6 +228,7 @@ def run(config: DaemonConfig) -> None:
         balancer = probe.choose_balancer(config.balancer, probe.has_ipvs())
     except NetworkError as error:
         sys.exit(str(error))
+    priority.prefer_this()
     prepare_mount_namespace(config.run_dir, config.runtime)
     # A task costs a few descriptors (pidfd, netlink, log): the usual soft limit of 1,024 would hold some 200.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -77,7 +77,10 @@ MakeAgent = Callable[[Membership, NodeCredentials, "HostMembership"], RunningAge
 
 
 class HostMembership:
-    def __init__(self, config: DaemonConfig, paths: HostPaths, make_agent: MakeAgent) -> None:
+    def __init__(
+        self, config: DaemonConfig, paths: HostPaths, make_agent: MakeAgent, on_start: Callable[[int], None]
+    ) -> None:
+        """`on_start` is told the process ID of each manager that is started."""
         self._config = config
         self._paths = paths
         self._make_agent = make_agent
@@ -97,6 +100,7 @@ class HostMembership:
             paths.run / "manager.lock",
             paths.manager_log,
             self._lock.manager_input,
+            on_start=on_start,
         )
 
     # ---- life of the daemon

@@ -65,12 +65,15 @@ class Supervisor:
         lock_path: Path,
         log_path: Path,
         each_input: Callable[[], bytes | None] = lambda: b"",
+        *,
+        on_start: Callable[[int], None] = lambda pid: None,
     ) -> None:
         self._name = name
         self._argv = list(argv)
         self._lock_path = lock_path
         self._log_path = log_path
         self._each_input = each_input
+        self._on_start = on_start
         self._woken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._child = 0
@@ -136,6 +139,7 @@ class Supervisor:
             child = subprocess.Popen(
                 self._argv, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
             )
+        self._on_start(child.pid)
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             child.stdin.write(first_input)

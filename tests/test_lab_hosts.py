@@ -5,6 +5,7 @@ The first half is about single tasks (mounts, limits, isolation, endings, logs),
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from node.priority import NICENESS
 from overlay import xfrm
 from proto.control_pb2 import ClusterRequest, RotateTokenRequest
 from proto.control_pb2_grpc import ControlStub
@@ -171,6 +173,9 @@ def test_a_task_is_confined(cluster: Lab, web_image: str) -> None:
         now = status(pid)
         assert {int(now[key], 16) for key in ("CapEff", "CapPrm", "CapBnd")} == {DEFAULT_CAPABILITIES}
         assert (now["Seccomp"], now["NoNewPrivs"]) == ("2", "0")
+        assert os.getpriority(os.PRIO_PROCESS, pid) == 0
+        ours = hosts.daemon_pids(cluster.host(plain["Node"]))
+        assert {os.getpriority(os.PRIO_PROCESS, each) for each in ours} == {NICENESS}
         assert int(status(pid_of(cluster, bent))["CapEff"], 16) == DEFAULT_CAPABILITIES & ~CHOWN | NET_ADMIN
         for kind in ("pid", "mnt", "uts", "ipc", "net"):
             seen = {Path(f"/proc/{some}/ns/{kind}").readlink() for some in ("self", pid, pid_of(cluster, bent))}
