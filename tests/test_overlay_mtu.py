@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overlay.interface import HostState
-from overlay.pathmtu import ATTEMPTS, FLOOR_BYTES, PROBE_PERIOD_S, STEP_BYTES, checksum, search
+from overlay.pathmtu import ATTEMPTS, FLOOR_BYTES, PROBE_PERIOD_S, STEP_BYTES, PathProbe, checksum, search
 from tests.overlay_lab import NET, OverlayLab, ip_batch
 from tests.waiting import until
 
@@ -152,3 +152,19 @@ async def test_large_transfers_work_over_a_hop_that_takes_less_than_the_links(la
     await apply(lab)
     await until(lambda: (mtu(lab, "a1"), mtu(lab, "a3")) == (1450, 1450), what="the links' own MTU")
     assert echoed(lab, connection)
+
+
+@pytest.mark.root
+async def test_a_path_that_is_cut_for_a_moment_does_not_look_smaller(lab: OverlayLab) -> None:
+    h1, h2, _ = lab.hosts
+    whole = "table ip cut { chain c { type filter hook prerouting priority -450; ip protocol icmp counter drop; }; }"
+    assert lab.sockets.run(h2.netns, "nft", whole).returncode == 0
+    probe = lab.sockets.inside(h1.netns, lambda: PathProbe(7))
+    measuring = asyncio.get_running_loop().run_in_executor(None, probe.measure, ["192.168.99.2"], 1500)
+    try:
+        dropped = f"packets {ATTEMPTS} "  # all those of the link's size
+        await until(lambda: dropped in lab.sockets.run(h2.netns, "nft", "list", "table", "ip", "cut").stdout)
+    finally:
+        lab.sockets.run(h2.netns, "nft", "delete", "table", "ip", "cut")
+    assert await measuring == {"192.168.99.2": 1500}
+    probe.close()
