@@ -1,8 +1,8 @@
 """The session with the leader: one stream that is opened again for as long as the agent lives.
 
 Any manager is asked, in random order; one that does not lead says who does and is followed at once. While nobody
-leads, attempts back off to RETRY_MAX_S with jitter, so that a cluster's agents do not all ask at the same
-moment. A leader that falls silent is left after SILENT_TICKS_MAX half-periods. Nothing here touches a task: tasks
+leads, attempts back off to a heartbeat's period (RETRY_MAX_S at the most) with jitter, so that a cluster's agents do
+not all ask at the same moment. A leader that falls silent is left after SILENT_TICKS_MAX half-periods. Nothing here touches a task: tasks
 live on without any session.
 """
 
@@ -100,9 +100,10 @@ class Ended:
     stable: bool = False
 
 
-def backoff_s(attempt: int, uniform: float) -> float:
-    """Pause before the attempt after `attempt` failures (0 = the first failure), in s; uniform in 0..1."""
-    return min(RETRY_MAX_S, RETRY_MIN_S * 2.0 ** min(attempt, 10)) * (0.5 + uniform / 2)
+def backoff_s(attempt: int, uniform: float, period_s: float) -> float:
+    """Pause before the attempt after `attempt` failures (0 = the first failure), in s; uniform in 0..1. `period_s`: of
+    heartbeats, which grows with the cluster."""
+    return min(RETRY_MAX_S, period_s, RETRY_MIN_S * 2.0 ** min(attempt, 10)) * (0.5 + uniform / 2)
 
 
 def tick_s(period_s: float, uniform: float) -> float:
@@ -158,7 +159,7 @@ class Session:
                 continue
             redirects = 0
             attempt = 0 if ended.stable else attempt
-            await asyncio.sleep(backoff_s(attempt, self._rng.random()))
+            await asyncio.sleep(backoff_s(attempt, self._rng.random(), self._period_s))
             attempt += 1
 
     def _shuffled(self) -> list[str]:

@@ -33,9 +33,9 @@ async def managers() -> AsyncIterator[list[Manager]]:
         yield made
 
 
-@given(st.integers(0, 10_000), st.floats(0, 1))
-def test_backoff_stays_within_its_bounds(attempt: int, uniform: float) -> None:
-    assert 0.05 <= backoff_s(attempt, uniform) <= RETRY_MAX_S
+@given(st.integers(0, 10_000), st.floats(0, 1), st.floats(0.1, 3_600))
+def test_backoff_stays_within_its_bounds(attempt: int, uniform: float, period_s: float) -> None:
+    assert 0.05 <= backoff_s(attempt, uniform, period_s) <= min(period_s, RETRY_MAX_S)
 
 
 async def test_a_follower_redirects_to_the_leader_at_once(host: Host, managers: list[Manager]) -> None:
