@@ -2,8 +2,8 @@
 
 Any manager is asked, in random order; one that does not lead says who does and is followed at once. While nobody
 leads, attempts back off to a heartbeat's period (RETRY_MAX_S at the most) with jitter, so that a cluster's agents do
-not all ask at the same moment. A leader that falls silent is left after SILENT_TICKS_MAX half-periods. Nothing here touches a task: tasks
-live on without any session.
+not all ask at the same moment. A leader that falls silent is left after SILENT_TICKS_MAX half-periods. Nothing here
+touches a task: tasks live on without any session.
 """
 
 from __future__ import annotations
