@@ -2,15 +2,18 @@
 
 Between the decision to stop a task and its stop signal lie two waits: for no new connection, then for no open one.
 The managers say when every balancer has let the task go (`Releases`); then open connections get a while to end by
-themselves, seen in the kernel's tables of the task's network namespace.
+themselves, seen in the kernel's tables of the task's network namespace (`overlay/sockdiag.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+
+from overlay.interface import HostNetwork, NetworkError
+from overlay.sockdiag import TcpSockets
 
 RELEASE_MAX_S = 3.0
 """How long to wait for the managers' word. It takes some hundredths of a second; nobody says it after a change of
@@ -18,15 +21,13 @@ leader in that moment, or without a session."""
 CONNECTIONS_MAX_S = 5.0
 """How long open connections may keep a task from its stop signal. Requests end sooner; connections that are kept
 open for hours would not end at all, and have the grace period as everywhere."""
-POLL_S = 0.025
+POLL_S, POLL_MAX_S = 0.025, 0.2
+"""Between two looks; it doubles, since a hundred tasks may wait at once."""
 QUIET_POLLS = 2
 """One look could fall between two requests of a connection that has just been accepted elsewhere."""
 LISTEN_MAX_S = 5.0
 """A task without health check is running when its published ports listen, at the latest after this time: what takes
 longer to start needs a health check."""
-_LISTEN = "0A"
-_OPEN = ("01", "03")
-"""States of include/net/tcp_states.h: ESTABLISHED, SYN_RECV."""
 
 
 class Releases:
@@ -49,44 +50,26 @@ class Releases:
             await self._changed.wait()
 
 
-def _rows(tables: Iterable[str]) -> list[tuple[int, str]]:
-    """(local port, state) of each socket in texts like /proc/net/tcp."""
-    rows = (line.split(maxsplit=4) for table in tables for line in table.splitlines()[1:])
-    return [(int(row[1].rpartition(":")[2], 16), row[3]) for row in rows]
+async def quiet(network: HostNetwork, task_id: str) -> None:
+    """Return once no connection to what listens in the task's network namespace ("": in the host's) is open, or when
+    it cannot be looked into."""
+    with contextlib.suppress(OSError, NetworkError):
+        sockets = await network.inside(task_id, TcpSockets)
+        with contextlib.closing(sockets):
+            calm, pause_s = 0, POLL_S
+            while (calm := 0 if sockets.open_connections() else calm + 1) < QUIET_POLLS:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, POLL_MAX_S)
 
 
-def listening(tables: Iterable[str]) -> set[int]:
-    """Ports on which something listens."""
-    return {port for port, state in _rows(tables) if state == _LISTEN}
-
-
-def open_connections(tables: Sequence[str]) -> int:
-    """Connections to ports on which something listens."""
-    served = listening(tables)
-    return sum(state in _OPEN and port in served for port, state in _rows(tables))
-
-
-def _tables(pid: int) -> list[str]:
-    """Of the process's network namespace; none when it has ended."""
-    with contextlib.suppress(OSError):
-        return [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
-    return []
-
-
-async def quiet(pid: int) -> None:
-    """Return once no connection to the network namespace of this process is open."""
-    calm = 0
-    while calm < QUIET_POLLS and (tables := _tables(pid)):
-        calm = 0 if open_connections(tables) else calm + 1
-        await asyncio.sleep(POLL_S)
-
-
-async def listens(pid: int, ports: frozenset[int]) -> None:
-    """Return once something listens on all these TCP ports in the network namespace of this process, which serves no
-    request before; or when the process has ended, or after LISTEN_MAX_S."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LISTEN_MAX_S):
-            while tables := _tables(pid):
-                if ports <= listening(tables):
-                    return
-                await asyncio.sleep(POLL_S)
+async def listens(network: HostNetwork, task_id: str, ports: frozenset[int], pid: int) -> None:
+    """Return once something listens there on all these TCP ports, before which no request is served; or when the
+    process has ended, after LISTEN_MAX_S, or when it cannot be looked into."""
+    with contextlib.suppress(TimeoutError, OSError, NetworkError):
+        sockets = await network.inside(task_id, TcpSockets)
+        with contextlib.closing(sockets):
+            pause_s = POLL_S
+            async with asyncio.timeout(LISTEN_MAX_S):
+                while not ports <= sockets.listening() and Path(f"/proc/{pid}").exists():
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, POLL_MAX_S)

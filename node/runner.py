@@ -48,7 +48,7 @@ class TaskRunner:
         self.phase = phase
         self._shell = shell
         self._attached = attached
-        self._netns: Path | None = None
+        self._home = ""  # the task in whose network namespace it lives, which is itself; "" = in the host's
         self._changed = asyncio.Event()
         self._ending = asyncio.Event()
         self._adoption: asyncio.Task[None] | None = None
@@ -228,7 +228,8 @@ class TaskRunner:
         self._attached = True
         if attachment is None:
             return None
-        self._netns = await _within(shell.network.attach(attachment), limits.ATTACH_DEADLINE_S, "attaching to networks")
+        netns = await _within(shell.network.attach(attachment), limits.ATTACH_DEADLINE_S, "attaching to networks")
+        self._home = self.task.id
         if not all(interface.address for interface in attachment.interfaces):
             world.given[self.task.id] = await _within(
                 shell.network.given_address(self.task.id), limits.ATTACH_DEADLINE_S, "asking for the task's address"
@@ -236,8 +237,8 @@ class TaskRunner:
             shell.networks.poke()
         if attachment.interfaces:
             search = search_domains(self.task.spec.container.dns_search)
-            world.sandboxes[self.task.id] = inputs.sandbox(self.task, self._netns, attachment, search)
-        return self._netns
+            world.sandboxes[self.task.id] = inputs.sandbox(self.task, netns, attachment, search)
+        return netns
 
     async def _wire_in_slot(self) -> Path | None:
         await self._shell.networks_ready(inputs.network_ids(self.task))
@@ -304,7 +305,7 @@ class TaskRunner:
                 return
             health = turned.status
         elif ports := inputs.published_tcp_ports(self.task):
-            await self._unless_ending(drain.listens(status.pid, ports))
+            await self._unless_ending(drain.listens(self._shell.network, self._home, ports, status.pid))
         self._enter(Outcome(TASK_RUNNING), pid=status.pid, health=health)
 
     async def _turned(self, check: Check, health: Health) -> Health | None:
@@ -362,7 +363,7 @@ class TaskRunner:
         status = await _within(runtime.status(self.task.id), limits.STATUS_DEADLINE_S, "reading the container's status")
         if status is not None and status.phase is Phase.RUNNING:
             if drain and self.status.state == TASK_RUNNING:
-                await self._drain(status.pid)
+                await self._drain()
             grace_s = inputs.stop_grace_s(self.task)
             status = await _within(
                 runtime.stop(self.task.id, "", grace_s), grace_s + limits.STOP_MARGIN_S, "stopping the container"
@@ -374,7 +375,7 @@ class TaskRunner:
         self.phase = status.phase if status is not None else None
         return status
 
-    async def _drain(self, pid: int) -> None:
+    async def _drain(self) -> None:
         """Out of every balancer, then until open connections have ended; see node/drain.py. Skipped when this host
         leaves the swarm (nobody would notice), and its first half when the managers forgot the task."""
         shell = self._shell
@@ -385,7 +386,7 @@ class TaskRunner:
             if self.assigned:
                 await _either(exited, shell.releases.wait(self.task.id), drain.RELEASE_MAX_S)
             if not exited.done():
-                await _either(exited, drain.quiet(pid), drain.CONNECTIONS_MAX_S)
+                await _either(exited, drain.quiet(shell.network, self._home), drain.CONNECTIONS_MAX_S)
         finally:
             exited.cancel()
             await asyncio.gather(exited, return_exceptions=True)
@@ -399,7 +400,7 @@ class TaskRunner:
         if self._attached:
             await _within(self._shell.network.detach(self.task.id), limits.ATTACH_DEADLINE_S, "detaching from networks")
         self._attached = False
-        self._netns = None
+        self._home = ""
 
     async def _unless_ending(self, awaitable: Awaitable[T]) -> T:
         """The result, unless the task is to end before there is one: then `_Ending`."""

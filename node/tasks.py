@@ -42,12 +42,11 @@ class TaskSet:
             self._attached = set(await self._shell.network.attached())
         self._found = {status.task_id: status for status in found}
         self.adopted = True
-        for record in self._shell.files.load():
+        records = self._shell.files.load()
+        log.info("tasks are taken over", tasks=len(records), containers=len(found), namespaces=len(self._attached))
+        for record in records:
             runner = self._start(record)
             self._shell.statuses.record(record.task.id, runner.status)
-        log.info(
-            "tasks taken over", tasks=len(self._runners), containers=len(self._found), namespaces=len(self._attached)
-        )
 
     def follow(self, mirror: Mirror, touched: Iterable[str], complete: bool) -> None:
         """Start, change or withdraw the touched tasks. `complete`: the mirror comes from a snapshot, so whatever it

@@ -119,7 +119,7 @@ class KernelNetwork:
             with self._thread.inside(path):
                 return function()
 
-        return await self._thread.run(run)
+        return await self._thread.run(run, urgent=True)
 
     async def teardown(self) -> None:
         try:

@@ -1,51 +1,101 @@
-"""What counts as an open connection of a task that is to stop."""
+"""What counts as an open connection of a task that is to stop, and when a new one serves."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import TypeVar, cast
 
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest
 
-from node.drain import POLL_S, Releases, listening, listens, open_connections
-from tests.fakes import NO_PID
+from node.drain import Releases, listens, quiet
+from overlay.interface import NetworkError
+from overlay.sockdiag import TcpSockets
+from tests.fakes import NO_PID, FakeNetwork
 
-HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n"
-
-
-def row(port: int, state: str, peer: int = 0) -> str:
-    return f"   0: 0200000A:{port:04X} 0300000A:{peer:04X} {state} 00000000:00000000 00:00000000 00000000     0\n"
-
-
-def test_only_connections_to_a_listening_port_count() -> None:
-    table = HEAD + row(80, "0A") + row(80, "01", 4000) + row(80, "03", 4001) + row(80, "06", 4002) + row(5000, "01", 80)
-    assert open_connections([table, HEAD]) == 2
-    assert open_connections([HEAD + row(80, "01"), HEAD + row(80, "0A")]) == 1, "IPv6 sockets serve IPv4 too"
-    assert open_connections([]) == 0
+T = TypeVar("T")
 
 
-def test_ports_that_listen() -> None:
-    assert listening([HEAD + row(80, "0A") + row(81, "01"), HEAD + row(443, "0A")]) == {80, 443}
+class Here(FakeNetwork):
+    """The namespace of this process is that of the one task there is."""
+
+    async def inside(self, task_id: str, function: Callable[[], T]) -> T:
+        if task_id != "t1":
+            raise NetworkError(f"no {task_id}")
+        return function()
 
 
-async def test_waiting_for_a_listener_in_the_namespace_of_a_process() -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-        waiting = asyncio.create_task(listens(os.getpid(), frozenset({port})))
-        await asyncio.wait({waiting}, timeout=3 * POLL_S)
-        assert not waiting.done()
-        server.listen()
-        await waiting
-    await listens(NO_PID, frozenset({1}))
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as made:
+        yield made
 
 
-@given(st.lists(st.tuples(st.integers(1, 5), st.sampled_from(["01", "03", "06", "08", "0A"]))))
-def test_never_more_than_the_rows(rows: list[tuple[int, str]]) -> None:
-    table = HEAD + "".join(row(*each) for each in rows)
-    assert 0 <= open_connections([table]) <= len(rows)
+def server(stack: ExitStack, family: int = socket.AF_INET) -> socket.socket:
+    made = stack.enter_context(socket.socket(family))
+    made.bind(("", 0))
+    return made
+
+
+def client(stack: ExitStack, to: socket.socket) -> socket.socket:
+    return stack.enter_context(socket.create_connection(("127.0.0.1", to.getsockname()[1])))
+
+
+def sockets(stack: ExitStack) -> TcpSockets:
+    made = TcpSockets()
+    stack.callback(made.close)
+    return made
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_only_connections_to_a_listening_port_count(stack: ExitStack, family: int) -> None:
+    """An IPv6 socket serves IPv4 too."""
+    seen = sockets(stack)
+    serving = server(stack, family)
+    port = serving.getsockname()[1]
+    assert port not in seen.listening()
+    serving.listen()
+    assert port in seen.listening()
+    before = seen.open_connections()
+    asked = client(stack, serving)
+    accepted = stack.enter_context(serving.accept()[0])
+    assert seen.open_connections() == before + 1
+    serving.close()
+    assert seen.open_connections() == before, "what it still sends and receives is its own business"
+    asked.close()
+    accepted.close()
+
+
+async def test_a_task_is_quiet_when_two_looks_saw_no_connection() -> None:
+    seen = [2, 1, 0, 1, 0, 0]
+
+    class Counted(FakeNetwork):
+        async def inside(self, task_id: str, function: Callable[[], T]) -> T:
+            found = SimpleNamespace(open_connections=lambda: seen.pop(0), close=lambda: seen.append(-1))
+            return cast("T", found)
+
+    await quiet(Counted(), "t1")
+    assert seen == [-1], "all looks were taken, and the socket is closed"
+
+
+async def test_a_task_serves_when_its_ports_listen(stack: ExitStack) -> None:
+    serving = server(stack)
+    ports = frozenset({serving.getsockname()[1]})
+    waiting = asyncio.create_task(listens(Here(), "t1", ports, os.getpid()))
+    await asyncio.wait({waiting}, timeout=0.1)
+    assert not waiting.done()
+    serving.listen()
+    await waiting
+
+
+async def test_nothing_is_waited_for_where_nobody_can_look() -> None:
+    await listens(Here(), "t1", frozenset({1}), NO_PID)
+    await listens(Here(), "gone", frozenset({1}), os.getpid())
+    await quiet(Here(), "gone")
 
 
 async def test_a_word_that_came_early_is_remembered_until_the_task_is_gone() -> None:

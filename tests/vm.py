@@ -53,6 +53,7 @@ GUEST_MODULES = (
     "ip_vs_wlc",
     "ip_vs_sh",
     "sctp",
+    "tcp_diag",
 )
 MEMORY_MIB = 3072
 TIMEOUT_S = 1200
