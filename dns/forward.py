@@ -68,10 +68,10 @@ class _Port:
         except OSError:
             self.socket.close()
             raise
-        resolver.loop.add_reader(self.socket, self._readable)
+        resolver.loop.add_reader(self.socket.fileno(), self._readable)
 
     def close(self) -> None:
-        self._resolver.loop.remove_reader(self.socket)
+        self._resolver.loop.remove_reader(self.socket.fileno())
         self.socket.close()
         pending, self.pending = self.pending, {}
         for flight, timer in pending.values():

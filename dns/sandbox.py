@@ -108,7 +108,8 @@ class SandboxListener:
 
     async def open(self, sockets: Sockets) -> None:
         self._udp, tcp, self._inode = sockets
-        asyncio.get_running_loop().add_reader(self._udp, self._readable)
+        # By its number: asyncio would first make a KeyError with the socket's description, for 50 us.
+        asyncio.get_running_loop().add_reader(self._udp.fileno(), self._readable)
         self._server = await asyncio.start_server(self._serve_tcp, sock=tcp)
 
     def is_in(self, netns_path: str) -> bool:
@@ -120,7 +121,7 @@ class SandboxListener:
 
     def close(self) -> None:
         if self._udp is not None:
-            asyncio.get_running_loop().remove_reader(self._udp)
+            asyncio.get_running_loop().remove_reader(self._udp.fileno())
             self._udp.close()
             self._udp = None
         if self._server is not None:

@@ -49,12 +49,16 @@ class Server:
         """(digest of what it answers by now, what failed: sandboxes that could not be listened in are tried again
         at the next call). The names change at once, for all. Raises OutOfStep, ValueError."""
         async with self._applying:
+            upstreams = self._zones.upstreams
             touched = self._zones.apply(changes)
             if touched is None:
                 self._make_views()
             else:
                 self._forget(touched)
-            failed = await self._listen({box.task_id for box in changes.sandboxes} or self._listeners.keys())
+            suspects = {box.task_id for box in changes.sandboxes}
+            if not suspects or upstreams != changes.upstreams:
+                suspects = set(self._zones.sandboxes)
+            failed = await self._listen(suspects)
             self._drop_unused()
             return self._zones.digest, _problem(failed)
 
@@ -81,17 +85,17 @@ class Server:
         return self._responders[key]
 
     async def _listen(self, suspects: Set[str]) -> list[str]:
-        """Sockets in exactly the wanted namespaces; returns what failed. `suspects`: tasks whose namespace may be
-        another one than it was; the agent's audits, which change nothing, suspect all."""
-        zones, failed = self._zones, []
-        for task_id, listener in list(self._listeners.items()):
-            box = zones.sandboxes.get(task_id)
-            if box is None or (task_id in suspects and not listener.is_in(box.netns_path)):
-                listener.close()
-                del self._listeners[task_id]
-        for task_id in self._listeners:
-            self._listener(zones.sandboxes[task_id])
-        missing = [sandbox for task_id, sandbox in zones.sandboxes.items() if task_id not in self._listeners]
+        """Sockets in exactly the wanted namespaces; returns what failed. `suspects`: tasks of which anything may be
+        another than it was; the agent's audits, which change nothing, suspect all."""
+        wanted, failed = self._zones.sandboxes, []
+        for task_id in self._listeners.keys() - wanted.keys():
+            self._listeners.pop(task_id).close()
+        for task_id in self._listeners.keys() & suspects:
+            if self._listeners[task_id].is_in(wanted[task_id].netns_path):
+                self._listener(wanted[task_id])
+            else:
+                self._listeners.pop(task_id).close()
+        missing = [wanted[task_id] for task_id in wanted.keys() - self._listeners.keys()]
         paths = [sandbox.netns_path for sandbox in missing]
         opened = await asyncio.get_running_loop().run_in_executor(self._hopper, sockets_in_each, paths)
         for sandbox, sockets in zip(missing, opened, strict=True):
