@@ -17,7 +17,7 @@ import structlog
 
 from swarm import allocate, orchestrate, schedule
 from swarm.allocate import keys
-from swarm.errors import Busy, NoLeader, OutcomeUnknown, SwarmError
+from swarm.errors import Busy, Invalid, NoLeader, OutcomeUnknown, SwarmError
 from swarm.store.changes import Decision, Group, Remove
 from swarm.store.dirty import Dirty
 from swarm.store.store import Event, Store
@@ -198,5 +198,8 @@ class LeaderLoop:
         if isinstance(error, NoLeader | Busy | OutcomeUnknown):
             log.warning("leader.commit_failed", stage=stage, error=str(error))
             return False
+        if isinstance(error, Invalid):  # not what others changed meanwhile: it fails the next time as well
+            log.warning("leader.refused", stage=stage, error=str(error))
+            return True
         log.debug("leader.conflict", stage=stage, error=str(error))
         return True

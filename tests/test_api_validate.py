@@ -174,6 +174,7 @@ BAD: list[tuple[Change, str]] = [
     (lambda s: s.task.container.dns_search.append("a b"), "dns search 'a b' is not a domain"),
     (lambda s: s.task.container.dns_options.append("a b"), "dns option 'a b': write one option"),
     (global_with_a_budget, "for replicated services only"),
+    (lambda s: s.task.container.env.append("A=" + "x" * 400_000), "specification has 40.... bytes: use at most"),
     (lambda s: setattr(s, "max_unavailable", 10**9), "max unavailable 1000000000"),
 ]
 

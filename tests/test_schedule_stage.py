@@ -8,7 +8,9 @@ import pytest
 
 from proto import objects_pb2 as pb
 from proto.objects_pb2 import NodeStatus, Service
+from swarm.consensus.config import PROPOSAL_BYTES_MAX
 from swarm.schedule import decide, why_pending
+from swarm.store.changes import Change
 from swarm.store.dirty import Dirty
 from tests.simulated import Simulation, node, service
 
@@ -209,3 +211,22 @@ def test_what_another_image_did_on_a_node_says_nothing_of_the_new_one(image: str
     sim.scale("web", 5)
     sim.settle()
     assert {task.node_id for task in sim.runnable("web") if task.slot > 1} == nodes
+
+
+class Weighed(Simulation):
+    largest_bytes = 0
+
+    def commit(self, *groups: tuple[Change, ...]) -> None:
+        sizes = [sum(change.record.ByteSize() for change in group) for group in groups]
+        self.largest_bytes = max(self.largest_bytes, *sizes)
+        super().commit(*groups)
+
+
+def test_large_tasks_are_stored_a_few_at_a_time() -> None:
+    """An entry of the log holds less than 2 MB: twenty of these at once would never be stored."""
+    web = service("web", 30)
+    web.spec.task.container.env.append("LARGE=" + "x" * 300_000)
+    sim = Weighed(node("n1"), web)
+    sim.settle()
+    assert spread_of(sim, "web") == {"n1": 30}
+    assert sim.largest_bytes < PROPOSAL_BYTES_MAX

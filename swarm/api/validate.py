@@ -45,7 +45,9 @@ HEALTH_RETRIES_MAX = 10_000
 SWAPPINESS_MAX = 100
 PORT_MAX = 65_535
 LIST_MAX = 1_000
-"""Entries of one list of a spec; the whole object must stay below 1 MB."""
+"""Entries of one list of a spec."""
+SPEC_BYTES_MAX = 400_000
+"""Of a whole service: it is stored beside the one before it (for a rollback) in one entry of the log."""
 
 _ENV_NAME = re.compile(r"[^=\x00]+(=[^\x00]*)?")
 _IMAGE = re.compile(r"[^\s\x00]+")
@@ -65,6 +67,11 @@ _DOMAIN = re.compile(r"(?!-)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?", re.IGNORE
 
 def service_spec(spec: ServiceSpec) -> None:
     """Raises Invalid for the first thing that is wrong."""
+    if (size := spec.ByteSize()) > SPEC_BYTES_MAX:
+        raise Invalid(
+            f"the service's specification has {size} bytes: use at most {SPEC_BYTES_MAX}, and hand large values"
+            " to its tasks by a file of their image or of a volume"
+        )
     check.name("service", spec.annotations.name)
     check.labels("labels", spec.annotations.labels)
     if spec.WhichOneof("mode") == "replicated" and spec.replicated.replicas > REPLICAS_MAX:

@@ -23,6 +23,8 @@ TASKS_MAX = 4_000
 at once, however many: only then is their group done."""
 TOGETHER = 20
 """Tasks of one group stored as one change: cheaper than each for itself, and few to decide anew if one has changed."""
+TOGETHER_BYTES_MAX = 500_000
+"""Fewer of large ones: a third of what an entry of the log may hold."""
 LOOKS_MAX = 100_000
 """Nodes asked whether they would take a task in one pass: as long again, where every service asks for something else.
 The first look at all nodes does not count, and the group that reaches the limit is decided to its end."""
@@ -114,8 +116,9 @@ class Board:
             carriers[load.node_id] = load
             assigned.append(self._assign(task, load, why_here))
         placer.close()
-        for start in range(0, len(assigned), TOGETHER):
-            yield tuple(assigned[start : start + TOGETHER])
+        together = max(1, min(TOGETHER, TOGETHER_BYTES_MAX // max(1, batch[0].ByteSize())))
+        for start in range(0, len(assigned), together):
+            yield tuple(assigned[start : start + together])
         if len(assigned) == len(batch):
             self.was_cut = len(batch) < len(tasks)
         else:
