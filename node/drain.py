@@ -66,10 +66,10 @@ async def listens(network: HostNetwork, task_id: str, ports: frozenset[int], pid
     """Return once something listens there on all these TCP ports, before which no request is served; or when the
     process has ended, after LISTEN_MAX_S, or when it cannot be looked into."""
     with contextlib.suppress(TimeoutError, OSError, NetworkError):
-        sockets = await network.inside(task_id, TcpSockets)
-        with contextlib.closing(sockets):
-            pause_s = POLL_S
-            async with asyncio.timeout(LISTEN_MAX_S):
+        async with asyncio.timeout(LISTEN_MAX_S):
+            sockets = await network.inside(task_id, TcpSockets)
+            with contextlib.closing(sockets):
+                pause_s = POLL_S
                 while not ports <= sockets.listening() and Path(f"/proc/{pid}").exists():
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, POLL_MAX_S)

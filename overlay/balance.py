@@ -236,8 +236,8 @@ def audit(balance: TaskBalance, layouts: tuple[Layout, ...], wanted: Wanted) -> 
 def _forget_missed(balance: TaskBalance, asked_only: bool) -> None:
     """Flows to backends that went while the agent was away, and those that began while the tables were not there, which
     are translated by nobody. Runs inside the namespace."""
-    backends = {address: vip.backends for vips in balance.given.values() for address, vip in vips.items()}
     if conntrack.any_flows():
+        backends = {address: vip.backends for vips in balance.given.values() for address, vip in vips.items()}
         forget_task_flows(balance.netlink, balance.tables, backends, asked_only)
 
 

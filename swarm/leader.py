@@ -189,6 +189,10 @@ class LeaderLoop:
 
     def _refused(self, stage: str, group: Group, error: SwarmError) -> bool:
         """Have the group's objects looked at again; True when the round may go on meanwhile."""
+        if isinstance(error, Invalid):
+            # It fails the next time as well: decided anew when one of its objects changes, or by the next leader.
+            log.warning("leader.refused", stage=stage, objects=[change.record.id for change in group], error=str(error))
+            return True
         for change in group:
             self._dirty.touch(change.record)
             if isinstance(change, Remove):
@@ -198,8 +202,5 @@ class LeaderLoop:
         if isinstance(error, NoLeader | Busy | OutcomeUnknown):
             log.warning("leader.commit_failed", stage=stage, error=str(error))
             return False
-        if isinstance(error, Invalid):  # not what others changed meanwhile: it fails the next time as well
-            log.warning("leader.refused", stage=stage, error=str(error))
-            return True
         log.debug("leader.conflict", stage=stage, error=str(error))
         return True

@@ -17,7 +17,7 @@ from swarm.ids import random_id
 from swarm.leader import STAGES, LeaderLoop, Stage
 from swarm.store.changes import Create, Decision, Group, Update, copy_of, transaction
 from swarm.store.dirty import Dirty
-from swarm.store.store import Event, Store
+from swarm.store.store import OBJECT_BYTES_MAX, Event, Store
 from swarm.store.writer import Writer
 from tests.fakes_consensus import FakeGroup
 from tests.simulated import network, node, service
@@ -172,6 +172,29 @@ async def test_a_refused_group_is_decided_anew() -> None:
     async with lead.running():
         await until(lambda: any(s.allocation_error == "done" for s in lead.store.services))
     assert len(seen) == 2
+
+
+async def test_a_group_that_can_never_be_stored_is_not_decided_again_and_again() -> None:
+    lead = Leading()
+    await lead.create(service("web", 0))
+    decided: list[str] = []
+
+    def impossible(store: Store, now: float, new_id: Callable[[], str], dirty: Dirty) -> Decision:
+        names = {"web"} if dirty.everything else dirty.services
+        decided.extend(names)
+        found = store.services.get("web")
+        assert found is not None
+        changed = copy_of(found)
+        changed.spec.task.container.env.append("x" * OBJECT_BYTES_MAX)
+        return Decision(((Update(changed),),) if "web" in names else ())
+
+    lead.loop = LeaderLoop(lead.store, lead.writer, random_id, time.time, (("impossible", impossible),))
+    async with lead.running():
+        for name in ("a", "b"):
+            await until(lambda: "web" in decided)
+            await lead.create(service(name, 0))
+            await until(lambda name=name: name in decided)  # type: ignore[misc]
+    assert decided == ["web", "a", "b"]
 
 
 class Unsure:
