@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections import Counter
 
 from overlay.netlink import Netlink
 
@@ -32,11 +33,11 @@ class TcpSockets:
         """Ports."""
         return {port for port, _ in self._read(_LISTEN)}
 
-    def open_connections(self) -> int:
-        """Those to ports that listen, whoever opened them."""
+    def open_connections(self) -> Counter[int]:
+        """Port that listens -> how many there are to it."""
         found = self._read(_LISTEN, _ESTABLISHED, _SYN_RECV)
         served = {port for port, state in found if state == _LISTEN}
-        return sum(state != _LISTEN and port in served for port, state in found)
+        return Counter(port for port, state in found if state != _LISTEN and port in served)
 
     def _read(self, *states: int) -> list[tuple[int, int]]:
         """(local port, state) of each socket."""
