@@ -14,13 +14,14 @@ import structlog
 from dns.interface import DnsError
 from node import drain, inputs, steps
 from node import shell as limits
+from node.awaiting import both, either, within
 from node.health import HEALTHY, UNHEALTHY, Check, Health, check_of, complaint, merged
 from node.interface import ContainerStatus, ImageFault, Phase, RuntimeFault
 from node.prober import Prober
 from node.resolvers import search_domains
 from node.shell import Shell
 from node.steps import Action, Facts, Outcome
-from overlay.interface import NetworkError
+from overlay.interface import Attachment, NetworkError
 from proto.agent_pb2 import TaskRecord
 from proto.objects_pb2 import HOST, TASK_FAILED, TASK_READY, TASK_RUNNING, TASK_SHUTDOWN, Task, TaskStatus
 
@@ -79,12 +80,14 @@ class TaskRunner:
             if not steps.ended(self.status.state):
                 self._save()
         self._note_ending()
+        self._keep_names()
         self._changed.set()
 
     def withdraw(self) -> None:
         """The managers took the task away: stop it and reclaim everything."""
         self.assigned = False
         self._note_ending()
+        self._keep_names()
         self._changed.set()
 
     def _note_ending(self) -> None:
@@ -198,24 +201,36 @@ class TaskRunner:
     def _adopt(self) -> None:
         """Take over the namespace of a container that exists, beside whatever the next step is."""
         if self.phase in (Phase.CREATED, Phase.RUNNING) and self._attached and not steps.ended(self.status.state):
-            self._shell.adopting.add(self.task.id)
             self._adoption = asyncio.create_task(self._adopt_namespace())
+            self._keep_names()
+
+    def _keep_names(self) -> None:
+        """The name server serves the namespace from before: the pictures that it gets while hundreds of namespaces
+        are taken over, which takes seconds, have it too."""
+        adoption, world = self._adoption, self._shell.world
+        if adoption is None or adoption.done() or adoption.cancelling() or not world.mirror.known:
+            return
+        attachment = world.attachment(self.task)
+        if attachment is not None:
+            self._name(self._shell.network.namespace(self.task.id), attachment)
+            self._shell.names.poke()
+
+    def _name(self, netns: Path, attachment: Attachment) -> None:
+        if attachment.interfaces:
+            search = search_domains(self.task.spec.container.dns_search)
+            self._shell.world.sandboxes[self.task.id] = inputs.sandbox(self.task, netns, attachment, search)
 
     async def _adopt_namespace(self) -> None:
         attempts = 0
-        try:
-            while True:
-                try:
-                    await self._wire()
-                except (NetworkError, OSError) as error:
-                    log.warning("namespace not taken over yet", task=self.task.id, reason=str(error))
-                    self._shell.adopted(self.task.id)
-                    attempts += 1
-                    await asyncio.sleep(steps.retry_delay_s(attempts))
-                else:
-                    return
-        finally:
-            self._shell.adopted(self.task.id)
+        while True:
+            try:
+                await self._wire()
+            except (NetworkError, OSError, RuntimeFault) as error:
+                log.warning("namespace not taken over yet", task=self.task.id, reason=str(error))
+                attempts += 1
+                await asyncio.sleep(steps.retry_delay_s(attempts))
+            else:
+                return
 
     # ------------------------------------------------------------ the actions
 
@@ -228,16 +243,14 @@ class TaskRunner:
         self._attached = True
         if attachment is None:
             return None
-        netns = await _within(shell.network.attach(attachment), limits.ATTACH_DEADLINE_S, "attaching to networks")
+        netns = await within(shell.network.attach(attachment), limits.ATTACH_DEADLINE_S, "attaching to networks")
         self._home = self.task.id
         if not all(interface.address for interface in attachment.interfaces):
-            world.given[self.task.id] = await _within(
+            world.given[self.task.id] = await within(
                 shell.network.given_address(self.task.id), limits.ATTACH_DEADLINE_S, "asking for the task's address"
             )
             shell.networks.poke()
-        if attachment.interfaces:
-            search = search_domains(self.task.spec.container.dns_search)
-            world.sandboxes[self.task.id] = inputs.sandbox(self.task, netns, attachment, search)
+        self._name(netns, attachment)
         return netns
 
     async def _wire_in_slot(self) -> Path | None:
@@ -250,10 +263,10 @@ class TaskRunner:
         it must answer there before the first process asks."""
         shell, spec = self._shell, self.task.spec.container
         if self.phase is Phase.EXITED:  # its monitor died before it ever ran
-            await _within(shell.runtime.remove(self.task.id), limits.REMOVE_DEADLINE_S, "removing the container")
+            await within(shell.runtime.remove(self.task.id), limits.REMOVE_DEADLINE_S, "removing the container")
             self.phase = None
         netns, image = await self._unless_ending(
-            _both(self._wire_in_slot(), shell.image(spec.image, spec.registry_auth))
+            both(self._wire_in_slot(), shell.image(spec.image, spec.registry_auth))
         )
         self.image_id = image.image_id
         self._health = merged(spec.health, image.config.health)
@@ -267,7 +280,7 @@ class TaskRunner:
             if self._ending.is_set():
                 raise _Ending
             self.phase = Phase.CREATED
-            await _within(shell.runtime.create(request), limits.CREATE_DEADLINE_S, "creating the container")
+            await within(shell.runtime.create(request), limits.CREATE_DEADLINE_S, "creating the container")
         await self._unless_ending(self._names_settled(named))
         if self.status.state < TASK_READY:
             self._enter(Outcome(TASK_READY))
@@ -288,7 +301,7 @@ class TaskRunner:
         async with self._shell.slots:
             if self._ending.is_set():
                 return
-            status = await _within(
+            status = await within(
                 self._shell.runtime.start(self.task.id), limits.START_DEADLINE_S, "starting the container"
             )
         self.phase = status.phase
@@ -348,7 +361,7 @@ class TaskRunner:
 
     async def _remove(self) -> None:
         await self._halt()
-        await _within(self._shell.runtime.remove(self.task.id), limits.REMOVE_DEADLINE_S, "removing the container")
+        await within(self._shell.runtime.remove(self.task.id), limits.REMOVE_DEADLINE_S, "removing the container")
         self.phase = None
         await self._release()
         if self.assigned:
@@ -360,17 +373,17 @@ class TaskRunner:
     async def _halt(self, drain: bool = True) -> ContainerStatus | None:
         """Drain, then end the container however far it is. Returns what is left of it."""
         runtime = self._shell.runtime
-        status = await _within(runtime.status(self.task.id), limits.STATUS_DEADLINE_S, "reading the container's status")
+        status = await within(runtime.status(self.task.id), limits.STATUS_DEADLINE_S, "reading the container's status")
         if status is not None and status.phase is Phase.RUNNING:
             if drain and self.status.state == TASK_RUNNING:
                 await self._drain()
             grace_s = inputs.stop_grace_s(self.task)
-            status = await _within(
+            status = await within(
                 runtime.stop(self.task.id, "", grace_s), grace_s + limits.STOP_MARGIN_S, "stopping the container"
             )
         elif status is not None and status.phase is Phase.CREATED:
             # It never ran: there is nothing to end gracefully and no log to keep.
-            await _within(runtime.remove(self.task.id), limits.REMOVE_DEADLINE_S, "removing the container")
+            await within(runtime.remove(self.task.id), limits.REMOVE_DEADLINE_S, "removing the container")
             status = None
         self.phase = status.phase if status is not None else None
         return status
@@ -384,9 +397,9 @@ class TaskRunner:
         exited = asyncio.create_task(shell.runtime.wait(self.task.id))
         try:
             if self.assigned:
-                await _either(exited, shell.releases.wait(self.task.id), drain.RELEASE_MAX_S)
+                await either(exited, shell.releases.wait(self.task.id), drain.RELEASE_MAX_S)
             if not exited.done():
-                await _either(exited, drain.quiet(shell.network, self._home), drain.CONNECTIONS_MAX_S)
+                await either(exited, drain.quiet(shell.network, self._home), drain.CONNECTIONS_MAX_S)
         finally:
             exited.cancel()
             await asyncio.gather(exited, return_exceptions=True)
@@ -398,7 +411,7 @@ class TaskRunner:
         self._shell.world.given.pop(self.task.id, None)
         self._shell.names.poke()
         if self._attached:
-            await _within(self._shell.network.detach(self.task.id), limits.ATTACH_DEADLINE_S, "detaching from networks")
+            await within(self._shell.network.detach(self.task.id), limits.ATTACH_DEADLINE_S, "detaching from networks")
         self._attached = False
         self._home = ""
 
@@ -417,34 +430,3 @@ class TaskRunner:
             if not work.done():
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
-
-
-async def _both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, U]) -> tuple[T, U]:
-    """Both results; when one fails the other is ended first, so that nothing goes on behind the caller's back."""
-    one, two = asyncio.create_task(first), asyncio.create_task(second)
-    try:
-        return await asyncio.gather(one, two)
-    finally:
-        one.cancel()
-        two.cancel()
-        await asyncio.gather(one, two, return_exceptions=True)
-
-
-async def _either(exited: asyncio.Task[Any], wanted: Coroutine[Any, Any, None], timeout_s: float) -> None:
-    """Until one of the two is done, or the time is over."""
-    waiting = asyncio.create_task(wanted)
-    try:
-        watched: set[asyncio.Task[Any]] = {exited, waiting}
-        await asyncio.wait(watched, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-
-
-async def _within(awaitable: Awaitable[T], deadline_s: float, what: str) -> T:
-    """The result, or a temporary RuntimeFault that names what took too long."""
-    try:
-        async with asyncio.timeout(deadline_s):
-            return await awaitable
-    except TimeoutError:
-        raise RuntimeFault(f"{what} was not done within {deadline_s:g} s", permanent=False) from None

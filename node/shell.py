@@ -61,25 +61,15 @@ class Shell:
         self.now = now
         self.slots = asyncio.Semaphore(SLOTS)
         self.probes = asyncio.Semaphore(PROBES)
-        self.adopting: set[str] = set()
-        """Tasks whose namespaces are being taken over from an earlier process: until that is done the name
-        server keeps the picture that it has, else their names would be gone for a moment."""
         self.releases = Releases()
         self.leaving = False
         self.networks: Applier[HostState] = Applier(
             "the host's networks", world.host_state, network.apply, NETWORK_APPLY_DEADLINE_S
         )
-        self.names: Applier[Picture] = Applier("the names", self._picture, names.apply, NAMES_APPLY_DEADLINE_S)
+        self.names: Applier[Picture] = Applier("the names", world.picture, names.apply, NAMES_APPLY_DEADLINE_S)
         self._images = images
         self._flights: dict[tuple[str, str], asyncio.Task[ResolvedImage]] = {}
         self._report = report
-
-    def _picture(self) -> Picture | None:
-        return None if self.adopting else self.world.picture()
-
-    def adopted(self, task_id: str) -> None:
-        self.adopting.discard(task_id)
-        self.names.poke()
 
     def observed(self, task_id: str, status: TaskStatus, has_host_ports: bool) -> None:
         """A task of this host has a new status: remember it for the balancers, queue it for the managers."""

@@ -64,7 +64,8 @@ class World:
         return self._pictures.draw(self.mirror, self.local(), self.sandboxes.values(), self._upstreams())
 
     def attachment(self, task: Task) -> Attachment | None:
-        return drivers.attachment(task, self.mirror.networks())
+        found = (self.mirror.network(net.network_id) for net in task.networks)
+        return drivers.attachment(task, [network for network in found if network is not None])
 
     def networks_without_links(self) -> frozenset[str]:
         return frozenset(n.id for n in self.mirror.networks() if drivers.driver(n) in (drivers.HOST, drivers.NONE))

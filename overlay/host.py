@@ -80,6 +80,9 @@ class KernelNetwork:
     async def attach(self, attachment: Attachment) -> Path:
         return await self._thread.run(lambda: self._reconciler.attach(attachment))
 
+    def namespace(self, task_id: str) -> Path:
+        return self._kernel.task_path(task_id)
+
     async def given_address(self, task_id: str) -> str:
         return await self._thread.run(lambda: self._reconciler.given_address(task_id))
 

@@ -222,6 +222,10 @@ class HostNetwork(Protocol):
         The networks must be in the last applied state. Idempotent. Raises NetworkError."""
         ...
 
+    def namespace(self, task_id: str) -> Path:
+        """Where the task's network namespace is as long as it is attached: what `attach` returns."""
+        ...
+
     async def given_address(self, task_id: str) -> str:
         """The address (no prefix length) that this host gave the attached task on a BridgeNetwork; "" = none."""
         ...

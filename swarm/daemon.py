@@ -63,7 +63,6 @@ LINK_PREFIX = "pys"
 """Of the overlays' links on the host: their addresses are not the machine's own."""
 TAG_CHARS = 5
 """Of the node ID, in names of links: with the prefix and a number they must fit 15 characters."""
-
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -215,7 +214,8 @@ class Daemon:
 
 
 def run(config: DaemonConfig) -> None:
-    """The daemon's life, from `pyswarm daemon`. Exits with status 1 and a reason if it cannot start."""
+    """The daemon's life, from `pyswarm daemon`, in a process that is preferred (node/priority.py). Exits with status 1
+    and a reason if it cannot start."""
     configure(config.log_level)
     paths = HostPaths(config.state_dir, config.run_dir)
     if os.geteuid() != 0:
@@ -228,7 +228,6 @@ def run(config: DaemonConfig) -> None:
         balancer = probe.choose_balancer(config.balancer, probe.has_ipvs())
     except NetworkError as error:
         sys.exit(str(error))
-    priority.prefer_this()
     prepare_mount_namespace(config.run_dir, config.runtime)
     # A task costs a few descriptors (pidfd, netlink, log): the usual soft limit of 1,024 would hold some 200.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -278,7 +278,10 @@ class FakeNetwork:
             raise NetworkError(f"networks {sorted(missing)} are not in the last applied state")
         self.spaces[attachment.task_id] = attachment
         await self.gate.at("attach:after")
-        return Path(f"/run/fake/netns/{attachment.task_id}")
+        return self.namespace(attachment.task_id)
+
+    def namespace(self, task_id: str) -> Path:
+        return Path(f"/run/fake/netns/{task_id}")
 
     async def given_address(self, task_id: str) -> str:
         legs = self.spaces[task_id].interfaces if task_id in self.spaces else ()

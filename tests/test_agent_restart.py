@@ -16,7 +16,7 @@ from proto.objects_pb2 import (
     TASK_RUNNING,
     TASK_SHUTDOWN,
 )
-from tests.fakes_dispatcher import Host, Manager, host_on, serving, standing, task
+from tests.fakes_dispatcher import Host, Manager, endpoint, host_on, serving, standing, task
 from tests.waiting import until
 
 
@@ -124,6 +124,22 @@ async def test_a_restart_touches_no_container_network_or_name(host: Host, manage
         assert host.gate.passed[f"{call}:after"] == passed[f"{call}:after"]
     assert agent.running_count() == 2
     assert agent.image_ids() == {"sha256:web"}, "images of adopted containers stay in use"
+
+
+async def test_names_change_while_namespaces_are_still_taken_over(host: Host, manager: Manager) -> None:
+    manager.put(task(), task("t2", slot=2))
+    host.run(manager.addr)
+    await manager.reported("t1", TASK_RUNNING)
+    await manager.reported("t2", TASK_RUNNING)
+    await host.abandon()
+    pictures = len(host.names.pictures)
+
+    host.gate.close("attach:before")
+    host.run(manager.addr)
+    await host.gate.reached.wait()
+    manager.put(items=endpoint(task("t3", slot=3), node_id="n2"))
+    await until(lambda: "10.0.1.4" in str(host.names.pictures[-1].networks), what="the name of a task elsewhere")
+    assert all(len(picture.sandboxes) == 2 for picture in host.names.pictures[pictures:]), "no name went away"
 
 
 async def test_without_a_manager_what_runs_is_kept_and_an_exit_is_reported_later(host: Host, manager: Manager) -> None:

@@ -71,6 +71,9 @@ def daemon(
     Example:
       pyswarm daemon --state-dir /srv/pyswarm --log-level debug
     """
+    from node.priority import prefer_this
+
+    prefer_this()  # the imports below take half a second of the processor, on a busy host many seconds without this
     from swarm.cli.generic import parse_offered
     from swarm.cli.spec import parse_pairs
 
