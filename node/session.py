@@ -97,7 +97,8 @@ class Handler(Protocol):
 class Ended:
     reason: str
     leader_addr: str = ""
-    stable: bool = False
+    lasted_s: float = 0.0
+    """0: there was no session."""
 
 
 def backoff_s(attempt: int, uniform: float, period_s: float) -> float:
@@ -137,11 +138,11 @@ class Session:
 
     async def run(self) -> None:
         """For ever."""
-        attempt, redirects, follow, last_reason = 0, 0, "", ""
+        attempt, redirects, follow, last_reason, lost = 0, 0, "", "", ""
         queue: list[str] = []
         while True:
             if not follow and not queue:
-                queue = self._shuffled()
+                queue = self._shuffled(lost)
             if not follow and not queue:
                 reason = "no manager is known"
                 ended = Ended(reason)
@@ -150,6 +151,8 @@ class Session:
                 ended = await self._attempt(addr)
                 _end_if_cancelled()
                 reason = f"{addr}: {ended.reason}"
+                if ended.lasted_s:
+                    lost, queue = addr, []
             if reason != last_reason:
                 log.info("no session with the managers", reason=reason, leader=ended.leader_addr)
                 last_reason = reason
@@ -158,14 +161,15 @@ class Session:
                 redirects += 1
                 continue
             redirects = 0
-            attempt = 0 if ended.stable else attempt
+            attempt = 0 if ended.lasted_s > STABLE_S else attempt
             await asyncio.sleep(backoff_s(attempt, self._rng.random(), self._period_s))
             attempt += 1
 
-    def _shuffled(self) -> list[str]:
-        addrs = list(dict.fromkeys(self.managers))
+    def _shuffled(self, lost: str) -> list[str]:
+        """To be popped from. The manager that was lost is tried last: if it is cut off, that takes seconds."""
+        addrs = [addr for addr in dict.fromkeys(self.managers) if addr != lost]
         self._rng.shuffle(addrs)
-        return addrs
+        return [lost, *addrs] if lost in self.managers else addrs
 
     async def _attempt(self, addr: str) -> Ended:
         """One session from hello to its end."""
@@ -194,8 +198,7 @@ class Session:
                 self.connected_to = ""
                 self._handler.on_lost()
             self._outbox.session_lost()
-        stable = welcomed_at is not None and loop.time() - welcomed_at > STABLE_S
-        return Ended(reason, leader, stable)
+        return Ended(reason, leader, loop.time() - welcomed_at if welcomed_at is not None else 0.0)
 
     @contextlib.asynccontextmanager
     async def _stream(self, addr: str) -> AsyncIterator[Stream]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,21 @@ async def test_a_silent_leader_is_left(host: Host, managers: list[Manager]) -> N
     host.run(manager.addr)
     await until(lambda: manager.calls >= 2, what="a second session")
     assert manager.heartbeats >= 2
+
+
+async def test_the_manager_that_was_lost_is_asked_last(host: Host, managers: list[Manager]) -> None:
+    lost, *others = managers
+    for follower in others:
+        follower.leads = False
+    agent = host.run(*(manager.addr for manager in managers))
+    for _ in range(4):  # in whatever order they are tried
+        lost.leads = True
+        await until(lambda: agent.manager == lost.addr)
+        asked = [manager.calls for manager in managers]
+        lost.leads = False
+        lost.end_session()
+        await until(partial(lambda calls: lost.calls > calls, asked[0]))
+        assert all(other.calls > before for other, before in zip(others, asked[1:], strict=True))
 
 
 async def test_heartbeats_go_on_while_the_leader_answers(host: Host, managers: list[Manager]) -> None:
