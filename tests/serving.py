@@ -161,6 +161,10 @@ class Spans:
             self.ended.append((self.since, time.time()))
             self.since = None
 
+    def drop(self) -> None:
+        """What is the case now was nothing."""
+        self.since = None
+
 
 class Watcher(threading.Thread):
     """Looks at one host again and again and remembers what changed. `names`: which names to resolve each time."""
@@ -174,7 +178,7 @@ class Watcher(threading.Thread):
         self.blind = Spans()
         """No task to look from."""
         self.silent = Spans()
-        """The name server did not answer."""
+        """The name server did not answer, and then did."""
         self.failure = ""
         """Of the last look; "" = it could see everything."""
         self._names = names
@@ -200,6 +204,7 @@ class Watcher(threading.Thread):
         self._note("published", self.view.published())
         self.blind.note(not self.view.is_inside())
         if not self.view.is_inside():
+            self.silent.drop()  # in a namespace on its way out
             return
         self._note("vip", self.view.vips())
         found: dict[Key, Addresses] = {}
