@@ -47,6 +47,7 @@ IPERF_PORT = 5201
 START_TIMEOUT_S = 10.0
 BACKLOG = 4096
 HANG_S = 10.0
+TRIES = 5
 
 LUA = """
 local addresses, page, turn = {}, nil, 0
@@ -253,12 +254,15 @@ class Traffic:
         words += [] if keep else ["-H", "Connection: close"]
         words.append(f"http://{targets[0]}:{port}/")
         environment = {**os.environ, "TARGETS": " ".join(targets), "PORT": str(port), "KEEP": "keep" if keep else ""}
-        before = self._cpu_s()
-        try:
-            done = _finished(words, environment, seconds + HANG_S)
-        except subprocess.TimeoutExpired:  # wrk itself hangs at its end now and then, whomever it asks
+        for left in reversed(range(TRIES)):  # wrk itself hangs at its end now and then, whomever it asks
             before = self._cpu_s()
-            done = _finished(words, environment, seconds + HANG_S)
+            try:
+                done = _finished(words, environment, seconds + HANG_S)
+            except subprocess.TimeoutExpired:
+                if not left:
+                    raise
+            else:
+                break
         found = json.loads(done.stdout.splitlines()[-1])
         requests = max(1, found["requests"])
         cpu_us = (self._cpu_s() - before) / requests * 1e6
