@@ -16,7 +16,6 @@ from dns.ask import NoAnswer, ask
 from node.hostfacts import Unreadable, firewall_drops, listeners
 from node.shell import Shell
 from node.world import World
-from overlay.addressing import VXLAN_OVERHEAD_BYTES
 from overlay.foreign import Packet, packets_of
 from overlay.interface import HostNetwork, HostState, Inspection, NetworkError
 from overlay.reachability import connect, outcome_of, ping
@@ -92,7 +91,7 @@ class Examiner:
             async with asyncio.timeout(EXAM_S):
                 inspection = await self._network.inspect()
                 last.facts.CopyFrom(await self._facts(inspection))
-                full_bytes = max((each.mtu_bytes for each in inspection.networks), default=0) + VXLAN_OVERHEAD_BYTES
+                full_bytes = max((each.full_bytes for each in inspection.networks), default=0)
                 turn = asyncio.Semaphore(PROBES_AT_ONCE)
                 await asyncio.gather(*(self._try(probe, full_bytes, turn, ready) for probe in message.probes))
         except TimeoutError:
@@ -132,6 +131,8 @@ class Examiner:
 
         match probe.WhichOneof("what"):
             case "ping":
+                if not probe.task_id and not full_bytes:  # it has no overlay that a path could be too narrow for
+                    probe.ping.full = False
                 return await ping(probe.ping, open_socket, 0 if probe.task_id else full_bytes)
             case "connect":
                 return await connect(probe.connect, open_socket)

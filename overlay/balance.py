@@ -213,12 +213,14 @@ def give(balance: TaskBalance, wanted: Wanted, networks: Iterable[str], changes:
     return True
 
 
-def adopt(balance: TaskBalance, layouts: tuple[Layout, ...], wanted: Wanted, networks: Iterable[str]) -> None:
-    """Whatever stands, make it as wanted. Runs inside the namespace."""
+def adopt(
+    balance: TaskBalance, layouts: tuple[Layout, ...], wanted: Wanted, networks: Iterable[str], elements: Elements
+) -> None:
+    """Whatever stands, make it as wanted, of which `elements` follow. Runs inside the namespace."""
     vips = wanted.on(networks)
     if balance.ipvs is not None:
         balance.ipvs.adopt(wanted_services(balance.scheme, vips), wanted.alive)
-    differed = balance.tables.adopt(balance.netlink, layouts, wanted_elements(balance.scheme, vips))
+    differed = balance.tables.adopt(balance.netlink, layouts, elements)
     balance.given = vips
     _forget_missed(balance, asked_only=not differed)
 

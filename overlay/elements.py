@@ -87,6 +87,7 @@ def chain_name(balance: Balance, slot_count: int, lane: int, at: str = "") -> st
     return f"sh{slot_count}{at}" if balance == "sh" else f"rr{slot_count}_{lane % LANES}{at}"
 
 
+@lru_cache(maxsize=4096)
 def balancing(chain: str) -> Balancing | None:
     """None: any other chain."""
     found = re.fullmatch(rf"(?:rr(\d+)_\d+|sh(\d+))({AT})?", chain)

@@ -39,6 +39,8 @@ ICV_BYTES = 16
 (NIST SP 800-38D, appendix C); 8 bytes per packet are all that this would save."""
 ESP_BYTES = 8 + 8
 """SPI and sequence number (RFC 4303), initialisation vector (RFC 4106)."""
+INSIDE_BYTES = 14 + 8 + 8 + 2
+"""Ethernet, VXLAN and UDP headers, and the two bytes of ESP's own before its tag."""
 SENDING = 1
 """Place in the ring of the key to send with: the second newest, which each host has by now if its managers do not
 rotate faster than hosts hear of it."""
@@ -61,10 +63,13 @@ MARKING_RULES = {"marking": 1}
 
 
 def encrypted_mtu(underlay_mtu_bytes: int) -> int:
-    """What an encrypted network carries, in bytes. ESP pads its contents, two bytes of its own included, to a multiple
-    of 4; inside are UDP (8), VXLAN (8) and Ethernet (14)."""
-    contents = (underlay_mtu_bytes - 20 - ESP_BYTES - ICV_BYTES) // 4 * 4
-    return contents - 2 - 8 - 8 - 14
+    """What an encrypted network carries, in bytes. ESP pads its contents to a multiple of 4."""
+    return (underlay_mtu_bytes - 20 - ESP_BYTES - ICV_BYTES) // 4 * 4 - INSIDE_BYTES
+
+
+def encrypted_size(mtu_bytes: int) -> int:
+    """What a packet that fills such a network takes on the underlay, in bytes."""
+    return -(-(mtu_bytes + INSIDE_BYTES) // 4) * 4 + 20 + ESP_BYTES + ICV_BYTES
 
 
 def guard(table: str, vxlan_port: int) -> Layout:

@@ -14,7 +14,7 @@ from overlay.addressing import host_table
 from overlay.hostkernel import read_host
 from overlay.interface import HostState, Inspection, NetworkDrift
 from overlay.netlink import NETLINK_NETFILTER, Netlink
-from overlay.plan import Leg, Sandbox, Vxlan
+from overlay.plan import Leg, Sandbox, Vxlan, underlay_size
 from overlay.ruleset import TASK_TABLE
 
 HOST = "host"
@@ -68,11 +68,12 @@ def _has_table(name: str) -> bool:
 
 def _network(kernel: NamespaceKernel, network_id: str, wanted: Sandbox, legs: Mapping[str, Leg]) -> NetworkDrift:
     mtu_bytes = wanted.vxlan.mtu_bytes if wanted.vxlan else 0
+    sizes = network_id, mtu_bytes, underlay_size(wanted)
     if not namespaces.exists(kernel.network_path(network_id)):
-        return NetworkDrift(network_id, mtu_bytes, missing=("its namespace",))
+        return NetworkDrift(*sizes, missing=("its namespace",))
     actual = kernel.read_sandbox(network_id).picture
     missing, foreign = compared(wanted, actual, legs.get(wanted.leg.name) if wanted.leg else None)
-    return NetworkDrift(network_id, mtu_bytes, missing, foreign)
+    return NetworkDrift(*sizes, missing, foreign)
 
 
 def compared(wanted: Sandbox, actual: Sandbox, leg: Leg | None) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -189,6 +189,8 @@ class NetworkDrift:
 
     network_id: str
     mtu_bytes: int
+    full_bytes: int
+    """What its largest packets take on the underlay; 0 = none leave this host."""
     missing: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
 

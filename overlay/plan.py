@@ -23,7 +23,7 @@ from overlay.addressing import (
     port_name,
     task_mac,
 )
-from overlay.esp import encrypted_mtu
+from overlay.esp import encrypted_mtu, encrypted_size
 from overlay.interface import (
     Attachment,
     HostState,
@@ -151,6 +151,14 @@ def mtu_left(network: OverlayNetwork, underlay_mtu_bytes: int) -> int:
     if network.encrypted:
         return encrypted_mtu(underlay_mtu_bytes)
     return underlay_mtu_bytes - (VXLAN_OVERHEAD_BYTES if network.vni else 0)
+
+
+def underlay_size(sandbox: Sandbox) -> int:
+    """What the network's largest packets take on the underlay, in bytes; 0 = they stay on this host."""
+    if sandbox.vxlan is None:
+        return 0
+    mtu = sandbox.vxlan.mtu_bytes
+    return encrypted_size(mtu) if sandbox.encrypted else mtu + VXLAN_OVERHEAD_BYTES
 
 
 def network_mtu(network: TaskNetwork, underlay_mtu_bytes: int) -> int:

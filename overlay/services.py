@@ -7,8 +7,17 @@ from collections.abc import Callable, Iterable
 
 from overlay import balance, ipvs
 from overlay.addressing import host_table, node_address, node_address6
-from overlay.balance import Changes, HostBalance, TaskBalance, Wanted, host_picture, vips_by_network, wanted_chains
-from overlay.elements import packed
+from overlay.balance import (
+    Changes,
+    HostBalance,
+    TaskBalance,
+    Wanted,
+    host_picture,
+    vips_by_network,
+    wanted_chains,
+    wanted_elements,
+)
+from overlay.elements import Elements, packed
 from overlay.interface import Balancer, HostState, Interface
 from overlay.ipvs import VirtualServices
 from overlay.netlink import NETLINK_NETFILTER, Netlink
@@ -30,6 +39,8 @@ class ServiceBalancer:
         """Shared by all tasks between two changes of VIPs."""
         self._chains: dict[tuple[str, ...], Chains] = {}
         """Networks of a task -> balancing chains that their services use; valid as long."""
+        self._elements: dict[tuple[str, ...], Elements] = {}
+        """And all their elements, as long."""
 
     # --- the host: to be called in its namespace ---
 
@@ -78,7 +89,7 @@ class ServiceBalancer:
             remote = (item for end in state.endpoints for item in (end.address, end.address6) if item)
             alive = frozenset(packed(address) for address in (*remote, *local_addresses))
         if vips.keys() != old.keys() or any(vips[key] is not old[key] for key in old):
-            self._loads, self._chains = Changes(self._scheme), {}
+            self._loads, self._chains, self._elements = Changes(self._scheme), {}, {}
         self._wanted = Wanted(vips, alive)
 
     def audit_host(self) -> bool:
@@ -118,7 +129,9 @@ class ServiceBalancer:
         task.tables.load(task.netlink, {}, fresh=True)
 
     def adopt(self, task: TaskBalance, layouts: tuple[Layout, ...], networks: tuple[str, ...]) -> None:
-        balance.adopt(task, layouts, self._wanted, networks)
+        if networks not in self._elements:
+            self._elements[networks] = wanted_elements(self._scheme, self._wanted.on(networks))
+        balance.adopt(task, layouts, self._wanted, networks, self._elements[networks])
 
     def audit(self, task: TaskBalance, layouts: tuple[Layout, ...], networks: tuple[str, ...]) -> bool:
         """In the task's namespace; True when something had to be repaired."""

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from overlay import nfnl
-from overlay.elements import Element, ElementChange, Elements, Value, balancing, element_change
+from overlay.elements import Element, ElementChange, Elements, Value, element_change
 from overlay.netlink import Message, Netlink, NetlinkError
 from overlay.ruleset import NETDEV, Layout
-from overlay.template import stands, template
+from overlay.template import balancing_chains, template
 
 UNKNOWN = -1
 """A generation that the kernel never has: the tables must be read."""
@@ -109,16 +109,10 @@ class Tables:
 
     def _standing(self, netlink: Netlink) -> Elements | None:
         """Elements that stand; None when a fixed part is not as it should be."""
-        if not stands(netlink, self.layouts):
+        found = balancing_chains(netlink, self.layouts)
+        if found is None or any(count != self.chain_rules for count in found.values()):
             return None
-        found: set[tuple[int, str]] = set()
-        for layout in self.layouts:
-            counts = nfnl.rule_counts(netlink, self.name, layout.family)
-            balancers = {chain: count for chain, count in counts.items() if balancing(chain)}
-            if any(count != self.chain_rules for count in balancers.values()):
-                return None
-            found |= {(layout.family, chain) for chain in balancers}
-        self.chains = found
+        self.chains = set(found)
         elements: Elements = {}
         for layout in self.layouts:
             elements |= nfnl.elements(netlink, layout.family, self.name, layout.element_sets())

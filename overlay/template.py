@@ -9,6 +9,7 @@ transaction with the elements, so that a table is never seen without.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -90,37 +91,50 @@ def _read(netlink: Netlink, layouts: Iterable[Layout]) -> Template:
     for number, layout in enumerate(layouts):
         table = attribute(_TABLE, layout.table)
         out.append(_made(NEWTABLE, layout, table))
-        out += [_made(NEWCHAIN, layout, _only(_CHAIN_KEPT, answer)) for answer in _dump(netlink, GETCHAIN, layout)]
-        for index, answer in enumerate(_dump(netlink, GETSET, layout)):
+        chains, sets, rules = (
+            [list(attribute_list(answer, 4)) for answer in _dump(netlink, kind, layout)]
+            for kind in (GETCHAIN, GETSET, GETRULE)
+        )
+        out += [_made(NEWCHAIN, layout, _only(_CHAIN_KEPT, answer)) for answer in chains]
+        for index, answer in enumerate(sets):
             # Rules find sets without a name only in the transaction that makes both.
             assert not struct.unpack(">I", dict(answer).get(_SET_FLAGS, bytes(4)))[0] & _SET_ANONYMOUS
             kept = b"".join(attribute(kind, value) for kind, value in answer if kind not in _SET_DROPPED)
             out.append(_made(NEWSET, layout, kept + attribute(_SET_ID, struct.pack(">I", number << 8 | index + 1))))
-        out += [_made(NEWRULE, layout, _only(_RULE_KEPT, answer)) for answer in _dump(netlink, GETRULE, layout)]
+        out += [_made(NEWRULE, layout, _only(_RULE_KEPT, answer)) for answer in rules]
     return tuple(out)
 
 
-def stands(netlink: Netlink, layouts: tuple[Layout, ...]) -> bool:
-    """Whether the tables have the chains and rules of these layouts, one for one; balancing chains aside."""
-    found = [
-        _made(kind, layout, _only(kept, answer))
-        for layout in layouts
-        for kind, kept, name, asked in ((NEWCHAIN, _CHAIN_KEPT, 3, GETCHAIN), (NEWRULE, _RULE_KEPT, 2, GETRULE))
-        for answer in _dump(netlink, asked, layout)
-        if balancing(text(dict(answer)[name])) is None
-    ]
-    return found == [message for message in template(layouts) if message.kind & 0xFF in (NEWCHAIN, NEWRULE)]
+def balancing_chains(netlink: Netlink, layouts: tuple[Layout, ...]) -> Counter[tuple[int, str]] | None:
+    """(family, balancing chain) -> its number of rules. None: the other chains and rules of the tables are not those of
+    these layouts, one for one."""
+    fixed: list[Message] = []
+    counts = Counter[tuple[int, str]]()
+    for layout in layouts:
+        for kind, kept, name, asked in ((NEWCHAIN, _CHAIN_KEPT, 3, GETCHAIN), (NEWRULE, _RULE_KEPT, 2, GETRULE)):
+            for answer in _dump(netlink, asked, layout):
+                chain = text(_first(answer, name))
+                if balancing(chain) is None:
+                    fixed.append(_made(kind, layout, _only(kept, attribute_list(answer, 4))))
+                else:
+                    counts[layout.family, chain] += kind == NEWRULE
+    wanted = [message for message in template(layouts) if message.kind & 0xFF in (NEWCHAIN, NEWRULE)]
+    return counts if fixed == wanted else None
 
 
-def _dump(netlink: Netlink, kind: int, layout: Layout) -> list[Sequence[tuple[int, bytes]]]:
-    """The attributes of each answer that is about the layout's table."""
+def _dump(netlink: Netlink, kind: int, layout: Layout) -> list[bytes]:
+    """The answers that are about the layout's table."""
     body = header(layout.family) + attribute(_TABLE, layout.table)
     answers = netlink.dump(NFT_SUBSYSTEM << 8 | kind, body, f"read table {layout.table}")
-    found = [list(attribute_list(answer, 4)) for answer in answers]
-    return [answer for answer in found if text(dict(answer)[_TABLE]) == layout.table]
+    return [answer for answer in answers if text(_first(answer, _TABLE)) == layout.table]
 
 
-def _only(kinds: Iterable[int], answer: Sequence[tuple[int, bytes]]) -> bytes:
+def _first(answer: bytes, wanted: int) -> bytes:
+    """The value of that attribute, which comes early."""
+    return next(value for kind, value in attribute_list(answer, 4) if kind == wanted)
+
+
+def _only(kinds: Iterable[int], answer: Iterable[tuple[int, bytes]]) -> bytes:
     return b"".join(attribute(kind, value) for kind, value in answer if kind in kinds)
 
 

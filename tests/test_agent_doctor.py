@@ -45,7 +45,7 @@ class OwnNetwork(FakeNetwork):
         await self.may_answer.wait()
         if self.fault:
             raise NetworkError(self.fault)
-        return Inspection(networks=(NetworkDrift("net", 1450, missing=("the bridge",)),), underlay_link="eth0")
+        return Inspection(networks=(NetworkDrift("net", 1450, 1500, missing=("the bridge",)),), underlay_link="eth0")
 
 
 class World:

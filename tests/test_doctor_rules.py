@@ -129,6 +129,15 @@ def test_a_path_that_carries_less_is_broken_when_full_packets_get_lost(lost: boo
     assert "com.docker.network.driver.mtu=1350" in one.remedy
 
 
+def test_a_path_too_narrow_for_an_encrypted_network_is_told_the_mtu_that_fits() -> None:
+    small = ProbeResult(sizes=[84, 1400], full_size=FULL_BYTES)
+    facts = good_facts()
+    facts.networks[0].mtu_bytes = 1416
+    swarm = {"n1": facts, "n2": facts}
+    [one] = examined(a_swarm(), between(small, Kind.PATH), swarm).diagnoses
+    assert "com.docker.network.driver.mtu=1316" in one.remedy
+
+
 def test_vxlan_that_does_not_pass_names_the_foreign_rule_for_that_pair_only() -> None:
     guilty = with_drop("vxlan", vtep("n1"))
     guilty.drops.add(table="inet else", chain="input", rule="policy drop", traffic="vxlan", address=vtep("n3"))

@@ -14,7 +14,7 @@ import pytest
 
 from proto.join_pb2 import IssueRequest, RenewRequest
 from proto.join_pb2_grpc import CertificatesStub, JoinStub, add_JoinServicer_to_server
-from proto.objects_pb2 import DRAINED, MANAGER, WORKER, Cluster, Node, NodeRole
+from proto.objects_pb2 import DRAINED, MANAGER, WORKER, Cluster, Node, NodeRole, NodeStatus
 from swarm.api.join import JoinService, new_node
 from swarm.errors import Denied, Invalid, NoLeader, SwarmError, Unreachable
 from swarm.security import tokens
@@ -123,6 +123,20 @@ async def test_what_a_stranger_says_about_its_address_is_not_believed(cluster: S
     async with secure_channel(cluster.leader.join_addr, trusted, CA_NAME) as channel:
         reply = await JoinStub(channel).Issue(request, timeout=CALL_TIMEOUT_S)
     assert reply.advertise_host == "127.0.0.1"
+
+
+async def test_an_address_of_the_data_path_that_a_running_node_has_is_refused(cluster: SecuredCluster) -> None:
+    joined = await join_cluster(cluster.leader.join_addr, token_of(cluster), data_path_addr="10.9.0.1")
+    await join_cluster(cluster.leader.join_addr, token_of(cluster), data_path_addr="10.9.0.1")  # the first is not up
+    running = Node()
+    running.CopyFrom(node_of(cluster, joined.node_id))
+    running.status.state, running.description.hostname = NodeStatus.READY, "host-a"
+    cluster.store.nodes.put(running)
+    nodes = len(cluster.store.nodes)
+    with pytest.raises(Invalid, match=r"10\.9\.0\.1 is that of node host-a .* give this host another --data-path-addr"):
+        await join_cluster(cluster.leader.join_addr, token_of(cluster), data_path_addr="10.9.0.1")
+    assert len(cluster.store.nodes) == nodes, "a refused join must change nothing"
+    await join_cluster(cluster.leader.join_addr, token_of(cluster), data_path_addr="10.9.0.2")
 
 
 # ---- refused tokens

@@ -19,6 +19,7 @@ from overlay.esp import (
     association,
     changes,
     encrypted_mtu,
+    encrypted_size,
     kept,
     lost,
     plan_encryption,
@@ -193,6 +194,7 @@ def test_the_mtu_fills_the_underlay_and_never_exceeds_it(underlay_bytes: int) ->
 
     mtu = encrypted_mtu(underlay_bytes)
     assert on_the_wire(mtu) <= underlay_bytes < on_the_wire(mtu + 1)
+    assert encrypted_size(mtu) == on_the_wire(mtu)
 
 
 def test_the_mtu_of_an_ethernet_is_that_of_the_measurement() -> None:

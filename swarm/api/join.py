@@ -43,6 +43,8 @@ FORWARD_TIMEOUT_S = 5.0
 COMMIT_TIMEOUT_S = 4.0
 """Less than a call, so that the one who passed it on hears the outcome."""
 BARRIER_TIMEOUT_S = 2.0
+SHARED_WAIT_S = 2.5
+"""Until a node that left is declared down (`swarm/dispatch/liveness.py`; later where heartbeats are slower)."""
 HOSTNAME_CHARS_MAX = 253
 """As long as a DNS name may be."""
 _TRY_AGAIN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.ABORTED)
@@ -150,6 +152,7 @@ class CertificatesService(CertificatesServicer):
         wanted = new_node(request, role)
         if wanted.id in cluster.blocked_certificates:
             raise Denied(f"node {wanted.id} was removed from this swarm: join with a new key")
+        await self._data_path_alone(wanted)
         try:
             await self._writer.commit((Create(wanted),), timeout_s=COMMIT_TIMEOUT_S)
             log.info("node joined", node=wanted.id, role=NodeRole.Name(role), addr=wanted.advertise_host)
@@ -162,6 +165,19 @@ class CertificatesService(CertificatesServicer):
         reply.certificate_pem = self._sign(cluster, request.csr_pem, node)
         reply.manager_addrs.extend(self._manager_addrs())
         return reply
+
+    async def _data_path_alone(self, wanted: Node) -> None:
+        """Neither of two hosts with one such address could be told from the other: both would stop following changes of
+        the networks. The other may be this very host, which has just left: then it is down in a moment. Raises
+        Invalid."""
+        deadline = time.monotonic() + SHARED_WAIT_S
+        while (other := next((node for node in self._store.nodes if _share_data_path(node, wanted)), None)) is not None:
+            if time.monotonic() > deadline:
+                raise Invalid(
+                    f"data path address {wanted.data_path_addr} is that of node {other.description.hostname}"
+                    f" ({other.id}), which is up: give this host another --data-path-addr or --advertise-addr"
+                )
+            await asyncio.sleep(LEADER_POLL_S)
 
     async def _renew_here(self, request: RenewRequest) -> RenewReply:
         self._cluster()
@@ -216,6 +232,11 @@ def new_node(request: IssueRequest, role: NodeRole.ValueType) -> Node:
     node.status.message = "joined, has not opened a session yet"
     node.status.addr = request.seen_addr
     return node
+
+
+def _share_data_path(node: Node, wanted: Node) -> bool:
+    ready = node.status.state == NodeStatus.READY
+    return ready and node.id != wanted.id and node.data_path_addr == wanted.data_path_addr
 
 
 def _address(what: str, text: str) -> str:

@@ -140,7 +140,9 @@ def path_mtu(evidence: Evidence, remaining: Checks) -> Iterator[Claim]:
         ]
         what = f"packets of more than {carried} bytes do not pass; a full one of the overlays has {wanted}"
         why = "; ".join(small) or "something between the hosts carries only smaller ones"
-        fitting = carried - causes.OVERHEAD_BYTES
+        facts_of = [evidence.facts[node_id] for node_id in pair if node_id in evidence.facts]
+        widest = max((each.mtu_bytes for facts in facts_of for each in facts.networks), default=0)
+        fitting = carried - (wanted - widest if widest else causes.OVERHEAD_BYTES)
         remedy = (
             f"raise the MTU of the path to {wanted} (`ip link set dev ... mtu {wanted}`), or make the networks anew"
             f" with --opt {causes.MTU_OPTION}={fitting}"
