@@ -3,12 +3,16 @@ agent that was killed at any instant resumes the step or cleans up after it.
 
 No fdatasync: a killed process loses nothing that it wrote, and after a power cut every container is dead
 anyway; a file lost or torn then is treated as unknown, and the managers' snapshot says what remains to
-be done. Saving therefore costs microseconds, on which the start of 100 tasks depends."""
+be done. And written in place, behind a checksum, which takes 5 us: replacing a file takes ext4 a quarter of a
+millisecond, for it makes an inode and begins to write it out at once (auto_da_alloc, ext4(5)). On that the start of a
+hundred tasks depends."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import structlog
@@ -19,6 +23,8 @@ from proto.agent_pb2 import TaskRecord
 log = structlog.get_logger()
 
 _SUFFIX = ".pb"
+_HEADER = struct.Struct("<II")
+"""Length and CRC-32 of the record that follows. What follows that is left of a longer one before."""
 
 
 class TaskFiles:
@@ -28,18 +34,17 @@ class TaskFiles:
         self._dir.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def save(self, record: TaskRecord) -> None:
-        """Replace the task's file atomically. Raises OSError (disk full, read-only file system)."""
+        """The task's file is this, or unreadable. Raises OSError (disk full, read-only file system)."""
         path = self._dir / (record.task.id + _SUFFIX)
-        temporary = path.with_suffix(".tmp")
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        data = record.SerializeToString()
+        framed = _HEADER.pack(len(data), zlib.crc32(data)) + data
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            data = record.SerializeToString()
-            written = os.write(handle, data)
-            if written != len(data):
-                raise OSError(f"{temporary}: only {written} of {len(data)} bytes written, the disk is full")
+            written = os.write(handle, framed)
+            if written != len(framed):
+                raise OSError(f"{path}: only {written} of {len(framed)} bytes written, the disk is full")
         finally:
             os.close(handle)
-        temporary.replace(path)
 
     def load(self) -> list[TaskRecord]:
         """All readable records, by task ID. Unreadable files are removed: their tasks count as unknown."""
@@ -61,8 +66,15 @@ class TaskFiles:
 
 
 def _read(path: Path) -> TaskRecord | None:
+    raw = path.read_bytes()
+    if len(raw) < _HEADER.size:
+        return None
+    length, checksum = _HEADER.unpack_from(raw)
+    data = raw[_HEADER.size : _HEADER.size + length]
+    if len(data) != length or zlib.crc32(data) != checksum:
+        return None
     try:
-        record = TaskRecord.FromString(path.read_bytes())
+        record = TaskRecord.FromString(data)
     except DecodeError:
         return None
     return record if record.task.id == path.stem else None

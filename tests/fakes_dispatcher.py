@@ -12,6 +12,8 @@ from typing import TypeAlias
 import grpc
 
 from node.agent import Agent
+from node.taskfiles import TaskFiles
+from proto.agent_pb2 import TaskRecord
 from proto.dispatch_pb2 import (
     AgentHello,
     AgentMessage,
@@ -245,6 +247,10 @@ class Host:
 
     def files(self) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted(self.state_dir.rglob("*")) if path.is_file()}
+
+    def record(self, task_id: str) -> TaskRecord:
+        """What the next agent will know of the task."""
+        return next(found for found in TaskFiles(self.state_dir).load() if found.task.id == task_id)
 
     def nothing_left(self) -> bool:
         return not self.runtime.made and not self.network.spaces and not self.files()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -191,13 +192,33 @@ def test_task_files_survive_and_only_the_owner_can_read_them(tmp_path: Path) -> 
     assert files.load() == []
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xff\xff", TaskRecord(task=Task(id="other")).SerializeToString()])
-def test_an_unreadable_file_is_dropped(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_the_tasks_is_dropped(tmp_path: Path) -> None:
     files = TaskFiles(tmp_path)
+    files.save(TaskRecord(task=Task(id="other")))
     path = tmp_path / "agent" / "tasks" / "t1.pb"
-    path.write_bytes(content)
+    path.with_name("other.pb").rename(path)
     assert files.load() == []
     assert not path.exists()
+
+
+@given(st.data())
+def test_a_save_that_was_cut_short_leaves_the_record_or_none(data: st.DataObject) -> None:
+    """The file is written in place: what is new of it ends anywhere."""
+    before, after = (
+        TaskRecord(task=Task(id="t1"), image_id=data.draw(st.text(max_size=40), label=label))
+        for label in ("before", "after")
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        files = TaskFiles(Path(directory))
+        path = Path(directory) / "agent" / "tasks" / "t1.pb"
+        files.save(before)
+        old = path.read_bytes()
+        files.save(after)
+        assert files.load() == [after]
+        new = path.read_bytes()
+        cut = data.draw(st.integers(0, len(new)), label="cut")
+        path.write_bytes(new[:cut] + old[cut:])
+        assert files.load() in ([], [before], [after])
 
 
 # ---------------------------------------------------------------- description

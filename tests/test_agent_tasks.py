@@ -9,7 +9,6 @@ import pytest
 
 from node.interface import ImageFault, Phase, RuntimeFault
 from overlay.interface import NetworkError
-from proto.agent_pb2 import TaskRecord
 from proto.dispatch_pb2 import Item, ManagerMessage, Released
 from proto.objects_pb2 import (
     TASK_COMPLETE,
@@ -272,7 +271,7 @@ async def test_an_ended_task_is_reported_only_after_its_address_is_free(host: Ho
     host.gate.close("detach:before")
     host.runtime.exit("t1", 1)
     await host.gate.reached.wait()
-    assert TaskRecord.FromString(host.files()["t1.pb"]).task.status.state == TASK_RUNNING
+    assert host.record("t1").task.status.state == TASK_RUNNING
     host.gate.open()
     await manager.reported("t1", TASK_FAILED)
 
@@ -362,7 +361,7 @@ async def test_the_state_is_on_disk_before_its_step(host: Host, manager: Manager
     manager.put(task())
     host.run(manager.addr)
     await host.gate.reached.wait()
-    assert TaskRecord.FromString(host.files()["t1.pb"]).task.status.state == state
+    assert host.record("t1").task.status.state == state
     host.gate.open()
     await manager.reported("t1", TASK_RUNNING)
 
