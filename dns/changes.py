@@ -101,7 +101,10 @@ def difference(before: Picture, after: Picture, digest: int) -> Changes:
             networks.append(NetworkChange(network.network_id, changed, gone_services, gone_tasks))
     for network in known.values():
         gone += _all_hashes(network)
-    sandboxes = tuple(box for box in after.sandboxes if boxes.get(box.task_id) != box)
+    # Identity first: comparing hundreds of boxes that are the same would take most of the time.
+    sandboxes = tuple(
+        box for box in after.sandboxes if (old_box := boxes.get(box.task_id)) is not box and old_box != box
+    )
     left = boxes.keys() - {box.task_id for box in after.sandboxes}
     come += map(hash_of, sandboxes)
     gone += (hash_of(boxes[task_id]) for task_id in left | (boxes.keys() & {box.task_id for box in sandboxes}))

@@ -58,8 +58,10 @@ class Server:
             suspects = {box.task_id for box in changes.sandboxes}
             if not suspects or upstreams != changes.upstreams:
                 suspects = set(self._zones.sandboxes)
+            only_new = not changes.gone_sandboxes and suspects.isdisjoint(self._listeners)
             failed = await self._listen(suspects)
-            self._drop_unused()
+            if not only_new:
+                self._drop_unused()
             return self._zones.digest, _problem(failed)
 
     def _forget(self, network_ids: frozenset[str]) -> None:

@@ -39,16 +39,22 @@ class Pictures:
         self._on: dict[str, tuple[str, ...]] = {}
         """Service ID -> IDs of the networks on which it has names."""
         self._drawn: dict[str, NetworkNames] = {}
+        self._boxes: dict[str, tuple[Sandbox, Sandbox]] = {}
+        """Task ID -> its sandbox and how it was drawn."""
 
     def draw(self, mirror: Mirror, local: Local, sandboxes: Iterable[Sandbox], upstreams: tuple[str, ...]) -> Picture:
         """Names for the networks that local tasks see."""
         self._follow(mirror.items, frozenset(task_id for task_id in local.states if local.has_ended(task_id)))
-        boxes = tuple(
-            replace(box, network_ids=tuple(each for each in box.network_ids if each in self._named))
-            for box in sorted(sandboxes, key=lambda box: box.task_id)
-        )
+        self._boxes = {box.task_id: (box, self._box(box)) for box in sorted(sandboxes, key=lambda box: box.task_id)}
+        boxes = tuple(drawn for _, drawn in self._boxes.values())
         seen = sorted({network_id for box in boxes for network_id in box.network_ids})
         return Picture(tuple(self._network(each) for each in seen), boxes, upstreams)
+
+    def _box(self, box: Sandbox) -> Sandbox:
+        """The same object as long as nothing about it changes."""
+        before, drawn = self._boxes.get(box.task_id, (None, box))
+        network_ids = tuple(each for each in box.network_ids if each in self._named)
+        return drawn if before is box and drawn.network_ids == network_ids else replace(box, network_ids=network_ids)
 
     def _network(self, network_id: str) -> NetworkNames:
         drawn = self._drawn.get(network_id)

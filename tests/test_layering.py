@@ -17,7 +17,7 @@ ALLOWED = {
     "node": {"proto", "overlay", "dns"},
     "swarm": {"proto"},
 }
-SEES_BOTH = ("swarm/daemon.py", "swarm/lab/")
+SEES_BOTH = ("swarm/start.py", "swarm/daemon.py", "swarm/lab/")
 PURE = ("swarm/orchestrate", "swarm/schedule", "swarm/allocate")
 PURE_MAY_IMPORT = ("swarm.store", "swarm.errors")
 PURE_MAY_NOT_IMPORT = ("swarm.store.writer",)

@@ -71,9 +71,6 @@ def daemon(
     Example:
       pyswarm daemon --state-dir /srv/pyswarm --log-level debug
     """
-    from node.priority import prefer_this
-
-    prefer_this()  # the imports below take half a second of the processor, on a busy host many seconds without this
     from swarm.cli.generic import parse_offered
     from swarm.cli.spec import parse_pairs
 
@@ -90,9 +87,9 @@ def daemon(
         balancer=lb,
         log_level=log_level,
     )
-    from swarm.daemon import run
+    from swarm.start import start
 
-    run(config)
+    start(config)
 
 
 @click.command(cls=GoCommand)

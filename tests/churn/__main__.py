@@ -25,6 +25,7 @@ def main() -> int:
     parser.add_argument("--tasks", type=int, default=10, help="of each service at the beginning")
     parser.add_argument("--hosts", type=int, default=5, help=f"{MANAGERS} of them managers")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end at the first pause after so long")
+    parser.add_argument("--verbose", action="store_true", help="tell each step")
     chosen = parser.parse_args()
     if chosen.hosts < MANAGERS:
         parser.error(f"--hosts {chosen.hosts}: at least {MANAGERS}, so that one manager can be cut off")
@@ -39,7 +40,7 @@ def main() -> int:
     with lab_up("churn", MANAGERS, chosen.hosts - MANAGERS) as cluster, ExitStack() as stack:
         try:
             churn = begin(cluster, chosen.seed, start(chosen.services, chosen.tasks), say, stack)
-            verdict = run(churn, chosen.tasks, chosen.steps, chosen.seconds)
+            verdict = run(churn, chosen.tasks, chosen.steps, chosen.seconds, chosen.verbose)
         except Exception as error:
             print(f"FAILED {error}\nlogs: {keep_logs(cluster)}")
             raise

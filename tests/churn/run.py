@@ -378,14 +378,17 @@ def _make_services(churn: Churn, names: list[str]) -> None:
         churn.vips[name] = wait_for(partial(vip, name), 30, f"{name} has a VIP")
 
 
-def run(churn: Churn, tasks: int, steps: int, seconds: float = float("inf")) -> Staleness:
+def run(churn: Churn, tasks: int, steps: int, seconds: float = float("inf"), tells: bool = False) -> Staleness:
     """So many steps, or those that fit in the time (then up to the next pause). `tasks`: around which number services
-    are scaled. Raises AssertionError naming the seed and the step."""
+    are scaled. `tells`: of each step, to read the logs of the hosts by. Raises AssertionError naming the seed and the
+    step."""
     end = time.monotonic() + seconds
     rng, walked = random.Random(f"{churn.seed} pace"), random.Random(churn.seed)
     for number, step, state in model.walk(walked, churn.state, churn.cluster.hosts, tasks, steps):
         churn.done, churn.state = number, state
         time.sleep(rng.uniform(0, 2 * PACE_S))
+        if tells:
+            churn.say(f"step {number}: {step}")
         try:
             churn.do(step)
         except AssertionError as error:
