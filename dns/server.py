@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import uvloop
+
 from dns.answer import CacheBudget, Responder
 from dns.changes import Changes
 from dns.datagrams import Datagrams
@@ -191,7 +193,8 @@ def main() -> None:
         except BlockingIOError:
             return  # another one serves already
         _spare_collections()
-        asyncio.run(serve(socket_path))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(socket_path))
 
 
 if __name__ == "__main__":
