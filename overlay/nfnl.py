@@ -12,7 +12,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import groupby, islice
+from itertools import groupby
 
 from overlay.elements import AT, BACKENDS, Element, ElementChange, Elements, Value, balancing
 from overlay.expressions import Rule, balance_port, balance_vip, note_udp
@@ -178,9 +178,9 @@ def rule_counts(netlink: Netlink, table: str, family: int = socket.AF_INET) -> d
     counts = Counter[str]()
     body = header(family) + attribute(1, table)
     for answer in netlink.dump(NFT_SUBSYSTEM << 8 | GETRULE, body, f"read the rules of {table}"):
-        (_, owner), (_, chain) = islice(attribute_list(answer, 4), 2)
-        if text(owner) == table:
-            counts[text(chain)] += 1
+        found = attributes(answer, 4)
+        if text(found[1]) == table:
+            counts[text(found[2])] += 1
     return {chain: counts[chain] for chain in standing}
 
 
