@@ -19,8 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import uvloop
-
 from dns.answer import CacheBudget, Responder
 from dns.changes import Changes
 from dns.datagrams import Datagrams
@@ -193,8 +191,7 @@ def main() -> None:
         except BlockingIOError:
             return  # another one serves already
         _spare_collections()
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(serve(socket_path))
+        asyncio.run(serve(socket_path))
 
 
 if __name__ == "__main__":
