@@ -72,6 +72,8 @@ class NameServerProcess:
         self._connection: _Connection | None = None
         self._lock = asyncio.Lock()
         self._pid = 0
+        self._spawned: subprocess.Popen[bytes] | None = None
+        """Started last; whether it is the one that serves is not known yet."""
         self._wanted: Picture | None = None
         self._told: tuple[Picture, int] | None = None
         """The last picture, and its digest. Whether the server still has it, it says itself."""
@@ -97,6 +99,7 @@ class NameServerProcess:
                 self._forget()
                 await self._exchange(whole(Picture(), EMPTY_DIGEST), start=False)
             self._forget()
+            self._end_surplus()
             if self._pid:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self._pid, signal.SIGTERM)
@@ -142,6 +145,7 @@ class NameServerProcess:
             self._connected_at_s = asyncio.get_running_loop().time()
         reply = await self._connection.exchange(encode(changes))
         self._pid = int(reply["pid"])
+        self._end_surplus()
         if "digest" not in reply:
             self._forget()
             with contextlib.suppress(ProcessLookupError):
@@ -166,6 +170,13 @@ class NameServerProcess:
             raise
         raise ConnectionError(f"the server exited with status {process.returncode}")
 
+    def _end_surplus(self) -> None:
+        """Another agent's server was there first. Ours would see that and end, unless that one ends before: then it
+        would serve on, unknown to all."""
+        process, self._spawned = self._spawned, None
+        if process is not None and process.pid != self._pid:
+            process.terminate()
+
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_unix_connection(self._socket_path, limit=REPLY_BYTES_MAX)
 
@@ -180,6 +191,7 @@ class NameServerProcess:
                 start_new_session=True,
             )
         self._on_start(process.pid)
+        self._spawned = process
         return process
 
     def _forget(self) -> None:
