@@ -73,7 +73,7 @@ class NameServerProcess:
         self._lock = asyncio.Lock()
         self._pid = 0
         self._spawned: subprocess.Popen[bytes] | None = None
-        """Started last; whether it is the one that serves is not known yet."""
+        """Starting, one at a time; whether it is the one that will serve is not known yet."""
         self._wanted: Picture | None = None
         self._told: tuple[Picture, int] | None = None
         """The last picture, and its digest. Whether the server still has it, it says itself."""
@@ -159,14 +159,16 @@ class NameServerProcess:
         except OSError:
             if not start:
                 raise
-        process = self._spawn()
+        if self._spawned is None or self._spawned.poll() is not None:
+            self._spawned = self._spawn()
+        process = self._spawned
         try:
             while process.poll() is None:
                 with contextlib.suppress(OSError):
                     return await self._open()
                 await asyncio.sleep(RETRY_S)
         except asyncio.CancelledError:
-            process.terminate()  # nobody knows of it yet
+            process.terminate()  # it may hang
             raise
         raise ConnectionError(f"the server exited with status {process.returncode}")
 
@@ -191,7 +193,6 @@ class NameServerProcess:
                 start_new_session=True,
             )
         self._on_start(process.pid)
-        self._spawned = process
         return process
 
     def _forget(self) -> None:

@@ -63,6 +63,7 @@ LINK_PREFIX = "pys"
 """Of the overlays' links on the host: their addresses are not the machine's own."""
 TAG_CHARS = 5
 """Of the node ID, in names of links: with the prefix and a number they must fit 15 characters."""
+
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -34,6 +34,13 @@ async def host(tmp_path: Path) -> AsyncIterator[Host]:
         yield made
 
 
+async def two_run(host: Host, manager: Manager) -> None:
+    manager.put(task(), task("t2", slot=2))
+    host.run(manager.addr)
+    await manager.reported("t1", TASK_RUNNING)
+    await manager.reported("t2", TASK_RUNNING)
+
+
 STARTING_POINTS = [
     f"{call}:{when}" for call in ("ensure", "attach", "create", "names", "start") for when in ("before", "after")
 ]
@@ -107,10 +114,7 @@ async def test_a_stop_that_was_wanted_is_finished_without_any_manager(host: Host
 
 
 async def test_a_restart_touches_no_container_network_or_name(host: Host, manager: Manager) -> None:
-    manager.put(task(), task("t2", slot=2))
-    host.run(manager.addr)
-    await manager.reported("t1", TASK_RUNNING)
-    await manager.reported("t2", TASK_RUNNING)
+    await two_run(host, manager)
     await until(lambda: host.names.sandboxes == {"t1", "t2"})
     await host.abandon()
     pictures, states = len(host.names.pictures), len(host.network.states)
@@ -127,10 +131,7 @@ async def test_a_restart_touches_no_container_network_or_name(host: Host, manage
 
 
 async def test_names_change_while_namespaces_are_still_taken_over(host: Host, manager: Manager) -> None:
-    manager.put(task(), task("t2", slot=2))
-    host.run(manager.addr)
-    await manager.reported("t1", TASK_RUNNING)
-    await manager.reported("t2", TASK_RUNNING)
+    await two_run(host, manager)
     await host.abandon()
     pictures = len(host.names.pictures)
 
@@ -143,10 +144,7 @@ async def test_names_change_while_namespaces_are_still_taken_over(host: Host, ma
 
 
 async def test_without_a_manager_what_runs_is_kept_and_an_exit_is_reported_later(host: Host, manager: Manager) -> None:
-    manager.put(task(), task("t2", slot=2))
-    host.run(manager.addr)
-    await manager.reported("t1", TASK_RUNNING)
-    await manager.reported("t2", TASK_RUNNING)
+    await two_run(host, manager)
     await host.abandon()
     host.runtime.exit("t1", 3)  # while the agent is away
 
@@ -210,10 +208,7 @@ async def test_a_torn_task_file_is_dropped_and_the_assignment_decides(host: Host
 async def test_containers_and_namespaces_of_nobody_are_removed_after_the_first_snapshot_only(
     host: Host, manager: Manager
 ) -> None:
-    manager.put(task(), task("t2", slot=2))
-    host.run(manager.addr)
-    await manager.reported("t1", TASK_RUNNING)
-    await manager.reported("t2", TASK_RUNNING)
+    await two_run(host, manager)
     await host.abandon()
     for path in (host.state_dir / "agent" / "tasks").iterdir():
         path.unlink()
